@@ -1,0 +1,119 @@
+"""Run folders and checkpoints: written aside, synced, renamed; `latest` moves last.
+
+    OUTPUT/checkpoints/step-00000020/   state.json + whatever the run saves beside it
+    OUTPUT/checkpoints/latest           the name of the newest whole one
+    OUTPUT/checkpoints/best             the name of the one with the best evaluation, if any
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from verippo.core import dist
+
+
+def prepare_output(output: str, *, resume: str) -> Path:
+    """Makes the run's folder. Raises ValueError when it cannot be written, or holds another run and resume is "never"."""
+    folder = Path(output).expanduser()
+    problem = None
+    if dist.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.write_bytes(bytes(1 << 16))
+            probe.unlink()
+        except OSError as error:
+            problem = f"output {folder}: cannot write there: {error.strerror or error}"
+        if problem is None and resume == "never" and (folder / "metrics.jsonl").exists():
+            problem = f"output {folder}: holds a run already: choose another folder, or --resume auto to go on with it"
+    problem = dist.broadcast(problem)
+    if problem:
+        raise ValueError(problem)
+    return folder
+
+
+def find_resume(folder: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from: the newest whole one ("auto"), none ("never"), or the given folder.
+
+    Raises ValueError when the given folder is not a checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume).expanduser()
+        if not (path / "state.json").exists():
+            raise ValueError(f"resume {resume}: no checkpoint there (state.json is missing); give auto, never, or a step folder")
+        return path
+    pointer = folder / "checkpoints" / "latest"
+    if not pointer.exists():
+        return None
+    return folder / "checkpoints" / pointer.read_text().strip()
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def save(
+    folder: Path, *, step: int, state: dict[str, Any], write: Callable[[Path], None], best: bool, total_limit: int
+) -> Path:
+    """Saves a checkpoint atomically and prunes old ones. Every rank must call it.
+
+    write: called on every rank with the temporary folder, to put the engines' states there.
+    best: marks it as the one with the best evaluation, which pruning spares. total_limit: how many to keep besides.
+    """
+    checkpoints = folder / "checkpoints"
+    final = checkpoints / f"step-{step:08d}"
+    temporary = checkpoints / f".writing-{final.name}"
+    if dist.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    write(temporary)
+    dist.barrier()
+    if dist.is_main():
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        _sync_tree(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _point(checkpoints / "latest", final.name)
+        if best:
+            _point(checkpoints / "best", final.name)
+        _prune(checkpoints, total_limit)
+    dist.barrier()
+    return final
+
+
+def _point(pointer: Path, name: str) -> None:
+    temporary = pointer.with_suffix(".tmp")
+    temporary.write_text(name)
+    _sync(temporary)
+    temporary.replace(pointer)
+    _sync(pointer.parent)
+
+
+def _prune(checkpoints: Path, total_limit: int) -> None:
+    spared = {(checkpoints / name).read_text().strip() for name in ("latest", "best") if (checkpoints / name).exists()}
+    steps = sorted(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
+    for path in steps[: max(0, len(steps) - total_limit)]:
+        if path.name not in spared:
+            shutil.rmtree(path)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

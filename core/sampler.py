@@ -1,0 +1,67 @@
+"""What a rollout engine is: token ids in, token ids with log-probs out, and weights that follow the trainer's."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. There is no top-p and no top-k: the sampler's distribution must be the policy."""
+
+    temperature: float = 1.0
+    """logits are divided by it; 0 takes the likeliest token, and its log-probs are those at temperature 1"""
+    max_new_tokens: int = 1024
+    """tokens; a response that reaches it without a stop token counts as truncated"""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One response is drawn for it."""
+
+    token_ids: Sequence[int]
+    seed: int = 0
+    """63 bits; with the weights and the parameters it fixes every draw of the response, whatever else is in the batch"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A response, the stop token included."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float] = field(repr=False)
+    """of each token, at the sampling temperature, as the sampler saw it (nats)"""
+    finish_reason: Literal["stop", "length"]
+    version: int = 0
+    """the weight version it was drawn with"""
+
+
+class Sampler(Protocol):
+    """The protocol that a rollout engine implements."""
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt, in the prompts' order."""
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes the trainer's weights, Hugging Face names and full tensors, one by one; every rank iterates them all.
+        Completions drawn from then on carry `version`."""
+        ...
+
+
+def draw_seed(*parts: int) -> int:
+    """A seed of 63 bits from integers such as (seed, step, prompt, sample): equal parts, equal seed, on any machine."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

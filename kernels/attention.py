@@ -1,0 +1,108 @@
+"""Causal attention over packed sequences of different lengths: one signature for every backend."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["flash_attn", "torch_varlen", "sdpa"]
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | Sequence[int],
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v, each token attending to itself and what precedes it in its own sequence.
+
+    query [tokens, heads, dim]; key and value [tokens, kv_heads, dim], heads a multiple of kv_heads: query head i reads
+    key head i // (heads / kv_heads). cu_seqlens [seqs+1] rises from 0 to tokens: an int32 tensor, or a list of ints,
+    which spares the SDPA backend a wait for the GPU. max_seqlen is the longest sequence, in tokens; the fused backends
+    size their grid by it. scale is dim ** -0.5 by default. Returns [tokens, heads, dim] in the query's dtype.
+    Raises ValueError for shapes that do not fit, and for boundaries that do not where they are on the host.
+    """
+    _check(query, key, value, cu_seqlens)
+    backend = choose_backend(query)
+    if backend == "sdpa":
+        return _sdpa(query, key, value, _boundaries(cu_seqlens, query.shape[0]), scale)
+    cu = torch.as_tensor(cu_seqlens, dtype=torch.int32, device=query.device)
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            query, key, value, cu, cu, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    gqa = key.shape[1] != query.shape[1]
+    causal = (-1, 0)
+    out = varlen_attn(
+        query, key, value, cu, cu, max_seqlen, max_seqlen, scale=scale, window_size=causal, enable_gqa=gqa
+    )
+    assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
+    return out
+
+
+def choose_backend(query: Tensor) -> Backend:
+    """The fastest backend for such a query: flash-attn where installed, torch's variable-length kernel, or SDPA.
+
+    The first two want tokens, a GPU of compute capability 8.0 or later, fp16 or bf16, and a head dimension that is a
+    multiple of 8 and at most 256.
+    """
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa"
+    if query.shape[0] == 0 or query.shape[-1] > 256 or query.shape[-1] % 8 != 0:
+        return "sdpa"
+    return _fused_backend() if torch.cuda.get_device_capability(query.device) >= (8, 0) else "sdpa"
+
+
+@functools.cache
+def _fused_backend() -> Backend:
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attn"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return "sdpa"
+    # torch 2.10 has the function without grouped queries and without a scale.
+    wanted = {"scale", "window_size", "enable_gqa"}
+    return "torch_varlen" if wanted <= inspect.signature(varlen_attn).parameters.keys() else "sdpa"
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int], scale: float | None) -> Tensor:
+    """One call per segment: a [tokens, tokens] mask would cost several times the work and the memory."""
+    sizes = [stop - start for start, stop in pairwise(boundaries) if stop > start] or [0]
+    gqa = key.shape[1] != query.shape[1]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=gqa)
+    outs = [attend(*segment) for segment in zip(q, k, v, strict=True)]
+    return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _boundaries(cu_seqlens: Tensor | Sequence[int], tokens: int) -> list[int]:
+    boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if not boundaries or boundaries[0] != 0 or boundaries[-1] != tokens or any(b < a for a, b in pairwise(boundaries)):
+        raise ValueError(f"cu_seqlens is {boundaries}, must rise from 0 to the {tokens} tokens of the query")
+    return boundaries
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Sequence[int]) -> None:
+    shapes = f"query, key, value have shapes {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+    if query.ndim != 3 or key.ndim != 3 or value.shape != key.shape or query.shape[0] != key.shape[0]:
+        raise ValueError(f"{shapes}: must be [tokens, heads, dim] and twice [tokens, kv_heads, dim]")
+    if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1] != 0:
+        raise ValueError(f"{shapes}: dim must be the same, and heads a multiple of kv_heads")
+    if not isinstance(cu_seqlens, Tensor):
+        _boundaries(cu_seqlens, query.shape[0])
