@@ -83,6 +83,13 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place, on the tensor's own device."""
+    if world_size() > 1:
+        td.all_reduce(tensor, op=td.ReduceOp.MAX)
+    return tensor
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is true on some rank. Every rank must ask."""
     if world_size() == 1:

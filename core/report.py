@@ -272,7 +272,7 @@ def new_axes(num_panels: int) -> tuple[Any, list[Any]]:
         ax.tick_params(colors=muted, labelsize=10.5, length=0, pad=5, which="both")
         ax.grid(axis="y", color=grid, linewidth=0.8)
         ax.set_axisbelow(True)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.yaxis.set_major_locator(MaxNLocator(6 - num_panels, steps=[1, 2, 2.5, 5, 10]))
     return fig, axes
 
@@ -301,7 +301,7 @@ def draw_plot(plot: Plot, data: dict[str, list[Row]], *, name: str) -> Row | Non
                 facts.append(f"{panel.unit}, {line.label}: {ends}")
     low, high = axes[-1].get_xlim()
     if high - low < 1:  # a single step
-        axes[-1].set_xlim(round(low) - 1, round(low) + 1)
+        axes[-1].set_xlim((low + high) / 2 - 0.8, (low + high) / 2 + 0.8)
     axes[-1].set_xlabel("step", fontsize=10.5, color=COLOURS["var(--muted)"])
     label = f"{plot.title} by step, first to last. " + "; ".join(facts)
     svg = to_svg(fig, name=name, label=label)

@@ -62,21 +62,20 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         head = _Head(hidden, weight, temperature, chunk)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
-        lse = torch.empty_like(logprobs)
+        top, total = torch.empty_like(logprobs), torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         for rows in _chunks(hidden.shape[0], chunk):
             z = head.logits(rows)
-            top = z.amax(dim=1)
-            z.sub_(top[:, None])
+            top[rows] = z.amax(dim=1)
+            z.sub_(top[rows, None])
             target = z.gather(1, targets[rows, None]).squeeze(1)
             exps = z.exp_() if entropy is None else z.exp()
-            total = exps.sum(dim=1)
-            log_total = total.log()
-            logprobs[rows] = target - log_total
-            lse[rows] = log_total + top
+            total[rows] = exps.sum(dim=1)
+            logprobs[rows] = target - total[rows].log()
             if entropy is not None:
-                entropy[rows] = log_total - exps.mul_(z).sum(dim=1) / total
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+                entropy[rows] = total[rows].log() - exps.mul_(z).sum(dim=1) / total[rows]
+        # Not their sum, the log-sum-exp: rounded at the size of the largest logit it would cost digits of the gradient.
+        ctx.save_for_backward(hidden, weight, targets, top, total, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # the gradient of an unused output is None, and its share of the work left out
         return logprobs, entropy
@@ -84,21 +83,22 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        hidden, weight, targets, top, total, entropy = ctx.saved_tensors
         head = _Head(hidden, weight, ctx.temperature, ctx.chunk)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=head.dtype) if ctx.needs_input_grad[1] else None
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(lse)
+            grad_logprobs = torch.zeros_like(top)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
+            d = head.logits(rows).sub_(top[rows, None])  # made in place into the gradient of hidden @ weight.T
             g = (grad_logprobs[rows] / ctx.temperature)[:, None]
-            d = head.logits(rows).sub_(lse[rows, None])  # log p, made in place into the gradient of hidden @ weight.T
             if grad_entropy is None:
-                d.exp_().mul_(-g)
-            else:  # d entropy / d z_j = -p_j (log p_j + entropy)
-                p = d.exp()
-                d.add_(entropy[rows, None]).mul_((grad_entropy[rows] / ctx.temperature)[:, None])
-                d.add_(g).mul_(p).neg_()
+                d.exp_().mul_(-g / total[rows, None])
+            else:  # d entropy / d z_j = -p_j (log p_j + entropy); p = exps / total, log p = d - log(total)
+                g_entropy = (grad_entropy[rows] / ctx.temperature)[:, None]
+                exps = d.exp()
+                d.add_((entropy[rows] - total[rows].log())[:, None]).mul_(-g_entropy / total[rows, None])
+                d.sub_(g / total[rows, None]).mul_(exps)
             d.scatter_add_(1, targets[rows, None], g)
             d = d.to(head.weight.dtype)
             if grad_hidden is not None:

@@ -1,0 +1,28 @@
+"""A user's own function, named as `module:name`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+
+def load_function(spec: str, *, option: str) -> Any:
+    """The callable that `module:name` names; modules of the working directory count.
+
+    Raises ValueError naming the option when it is malformed, cannot be imported, or is not callable.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{option}={spec}: give module:name")
+    # appended, not put first: a folder there called like an installed package must not shadow it
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{option}={spec}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"{option}={spec}: not callable")
+    return function

@@ -1,0 +1,100 @@
+"""The `verippo` command: one subcommand a stage, every configuration field an option."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault("PYTHONSAFEPATH", "1")  # for launched children: our kernels/ must not shadow the package of that name
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class Command(NamedTuple):
+    summary: str
+    load: Callable[[], tuple[type, Callable[..., Any]]]
+    """imports the stage: its configuration class, and what runs it"""
+
+
+def _ppo() -> tuple[type, Callable[..., Any]]:
+    from verippo.rl.config import PPOConfig
+    from verippo.rl.train import train
+
+    return PPOConfig, train
+
+
+COMMANDS = {
+    "ppo": Command("stage 2: PPO with a frozen verifier", _ppo),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit status: 0 done, 2 the caller's mistake (one line on stderr), 1 anything else."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    name, *rest = arguments
+    if name not in COMMANDS:
+        _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+    try:
+        config_class, run = COMMANDS[name].load()
+        config, resolved = parse(config_class, rest, program=f"verippo {name}")
+        run(config, resolved=resolved)
+    except ValueError as error:
+        _fail(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print("verippo: interrupted", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[Any, dict[str, Any]]:
+    """The configuration that a YAML file and the options describe, and the same as plain values.
+
+    Raises ValueError for an unknown key, a value of the wrong type, and whatever the class itself refuses.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, description=config_class.__doc__)
+    parser.add_argument("--config", action="config", help="a YAML file with any of these fields")
+    parser.add_class_arguments(config_class, None, fail_untyped=False)
+    try:
+        namespace = parser.parse_args(arguments)
+        plain = namespace.clone()
+        plain.pop("config", None)
+        resolved = parser.dump(plain, skip_none=False, format="json")
+        return config_class(**vars(parser.instantiate_classes(plain))), _plain(resolved)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def _plain(text: str) -> dict[str, Any]:
+    import json
+
+    return json.loads(text)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "usage: verippo COMMAND [--config FILE.yaml] [--FIELD VALUE ...]\n\ncommands:\n" + "\n".join(lines) + (
+        "\n\n`verippo COMMAND --help` lists the fields; `--print_config` prints them as YAML."
+    )
+
+
+def _fail(message: str) -> None:
+    print(f"verippo: {_one_line(ValueError(message))}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
