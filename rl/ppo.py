@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from verippo.kernels.gae import discounted_suffix_sums
 
 LOG_RATIO_LIMIT = 20.0  # nats; log-ratios are clamped to +- this before exp: e^20 leaves fp32 room for sums and squares

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
 from verippo.core.report import (
     Line,
     average_blocks,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from verippo.kernels import attention, reference
 from verippo.kernels.attention import choose_backend, varlen_attention
 

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from verippo.kernels import reference
 from verippo.kernels.gae import discounted_suffix_sums
 

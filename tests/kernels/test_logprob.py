@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from verippo.kernels import reference
 from verippo.kernels.logprob import linear_logprobs
 

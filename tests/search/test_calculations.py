@@ -10,6 +10,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from verippo.search.bedside_scores import IRRELEVANT, SCORES
 from verippo.search.calculations import generate, paraphrases, split_of, stream, wrong_answers
 from verippo.search.clinical_formulas import FORMULAS, Working, plain

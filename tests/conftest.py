@@ -1,0 +1,117 @@
+"""Shared by all tests: small real models with a real tokenizer, real data where it is at hand, and two-rank runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+torch.set_num_threads(1)
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CORPUS = [
+    "## Thinking\n\nThe patient has a fever and a cough.\n\n## Final Response\n\nPneumonia",
+    "<|start_header_id|>user<|end_header_id|>\n\nWhat is the most likely diagnosis?",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "A model answered a medical question. Decide whether its answer agrees with the reference.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 320 tokens that reads and writes any text without loss; no chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Callable[..., Path]:
+    """Makes a random little model with its tokenizer and returns its folder. The same arguments, the same weights."""
+
+    def make(
+        kind: str = "llama", *, tied: bool = False, classes: int | None = None, seed: int = 0, vocab: int = 320, **overrides: int
+    ) -> Path:
+        sizes = dict(
+            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        ) | overrides  # fmt: skip
+        config = CONFIGS[kind](**sizes, tie_word_embeddings=tied)
+        if classes:
+            config.num_labels = classes
+        torch.manual_seed(seed)
+        auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+        folder = tmp_path_factory.mktemp(f"{kind}-model")
+        model = auto.from_config(config)
+        with torch.no_grad():  # biases and norms start at 0 and 1: move them, or a test would not see them ignored
+            for parameter in model.parameters():
+                if parameter.dim() < 2:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                else:
+                    parameter.mul_(3)
+        model.save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(tokenizer_folder).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real small model, beside the project; the test is skipped where they are not."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"real data is not at hand ({SHARED})")
+    return SHARED
+
+
+@pytest.fixture
+def problems_file(tmp_path: Path) -> Path:
+    """Twelve little problems in the published format."""
+    rows = [
+        {"Open-ended Verifiable Question": f"What is {n} plus one?", "Ground-True Answer": str(n + 1)} for n in range(12)
+    ]
+    path = tmp_path / "problems.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m torch.distributed.run` with two gloo ranks on the arguments; returns the finished process."""
+
+    def run(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"PYTHONSAFEPATH": "1"} | (env or {})
+        )
+
+    return run
