@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,38 @@ def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> list[int]:
     """Token ids of a conversation under the tokenizer's chat template, or DEFAULT_TEMPLATE when it has none."""
+    return tokenizer.encode(_render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)
+
+
+def render_example(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Token ids of a training conversation: what stands before the last, assistant's turn, and that turn.
+
+    The two parts are encoded apart, as they are when the model answers. The turn ends with its end token and nothing
+    after it; one is added when the template writes none. Raises ValueError when the last turn is not the assistant's or is
+    blank, and when the template renders the earlier turns otherwise once an answer follows.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise ValueError("the last turn is not the assistant's")
+    if not messages[-1]["content"].strip():
+        raise ValueError("the assistant's turn is empty")
+    prompt, whole = _render(tokenizer, messages[:-1], True), _render(tokenizer, messages, False)
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template rewrites the prompt when an answer follows: the prompt is no prefix of the whole")
+    response = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+    ends = [n for n, token in enumerate(response) if token in _end_ids(tokenizer)]
+    response = response[: ends[-1] + 1] if ends else [*response, tokenizer.eos_token_id]
+    return tokenizer.encode(prompt, add_special_tokens=False), response
+
+
+def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    known = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # Llama-3 and Qwen end turns by these
+    vocabulary = tokenizer.get_vocab()
+    return {tokenizer.eos_token_id} | {vocabulary[token] for token in known if token in vocabulary}
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
-    text = tokenizer.apply_chat_template(
+    text: Any = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
     )
-    return tokenizer.encode(text, add_special_tokens=False)
+    return text

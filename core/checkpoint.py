@@ -38,8 +38,9 @@ def prepare_output(output: str, *, resume: str) -> Path:
 
 
 def find_resume(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: the newest whole one ("auto"), none ("never"), or the given folder.
+    """The checkpoint to go on from: the one that `latest` names ("auto"), none ("never"), or the given folder.
 
+    When `latest` is missing or names none, "auto" takes the newest whole one: a step folder with its state.json.
     Raises ValueError when the given folder is not a checkpoint.
     """
     if resume == "never":
@@ -49,10 +50,11 @@ def find_resume(folder: Path, resume: str) -> Path | None:
         if not (path / "state.json").exists():
             raise ValueError(f"resume {resume}: no checkpoint there (state.json is missing); give auto, never, or a step folder")
         return path
-    pointer = folder / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    return folder / "checkpoints" / pointer.read_text().strip()
+    checkpoints = folder / "checkpoints"
+    whole = {path.parent.name: path.parent for path in checkpoints.glob("step-*/state.json")}
+    pointer = checkpoints / "latest"
+    pointed = whole.get(pointer.read_text().strip()) if pointer.exists() else None
+    return pointed or whole.get(max(whole, default=""))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -71,7 +73,8 @@ def save(
     final = checkpoints / f"step-{step:08d}"
     temporary = checkpoints / f".writing-{final.name}"
     if dist.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
+        for abandoned in checkpoints.glob(".writing-*"):
+            shutil.rmtree(abandoned)
         temporary.mkdir(parents=True)
     dist.barrier()
     write(temporary)
@@ -79,8 +82,7 @@ def save(
     if dist.is_main():
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         _sync_tree(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         temporary.rename(final)
         _point(checkpoints / "latest", final.name)
         if best:
@@ -103,7 +105,12 @@ def _prune(checkpoints: Path, total_limit: int) -> None:
     steps = sorted(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
     for path in steps[: max(0, len(steps) - total_limit)]:
         if path.name not in spared:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / "state.json").unlink(missing_ok=True)  # first: a kill in between must not leave what looks whole
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ class Problem:
 def load_rows(sources: str, *, limit: int | None = None) -> list[dict[str, Any]]:
     """All rows of the comma-separated sources, in order; the first `limit` of each when given.
 
-    A source is a .json (a list of objects, or objects of lists), .jsonl or .parquet file, a folder saved by `datasets`, or a hub id.
+    A source is a .json (a list of objects, or an object of such lists), .jsonl or .parquet file, a folder saved by
+    `datasets`, or a hub id.
     Raises ValueError naming the file, and the row or line, for anything that cannot be read.
     """
     rows: list[dict[str, Any]] = []
@@ -73,12 +73,12 @@ def _load_json(path: Path) -> list[dict[str, Any]]:
 
 def _load_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                    rows.append(json.loads(line.decode("utf-8")))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     raise ValueError(f"data {path}: line {number} is not valid JSON: {error}") from None
     return _checked_objects(rows, path)
 
@@ -179,7 +179,3 @@ class Order:
             taken += part
             self.position += len(part)
         return taken
-
-
-def chosen(items: Sequence[Any], numbers: Iterable[int]) -> list[Any]:
-    return [items[number] for number in numbers]

@@ -38,7 +38,7 @@ def init(*, timeout_seconds: float = 1800.0) -> None:
     if missing:
         raise ValueError(f"RANK is set but {', '.join(missing)} is not: start with deepspeed, torchrun or srun")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     td.init_process_group(_backend(), timeout=timeout)
 
 
@@ -57,6 +57,11 @@ def _adopt_slurm_environment() -> None:
 
 def rank() -> int:
     return td.get_rank() if td.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -59,12 +60,13 @@ def _deepspeed() -> Any:
     inference) is switched off."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # its warnings: untested optimizer, skipped step (we count those)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # collectives it calls by old names
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.logger.setLevel("ERROR")
     if not deepspeed.comm.is_initialized():
         dist.init()
         deepspeed.init_distributed(verbose=False)

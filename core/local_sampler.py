@@ -72,9 +72,11 @@ class LocalSampler:
                 else:
                     rows.advance()
                 for item, tokens, logprobs, stopped in rows.leave(self.stop_ids):
-                    reason = "stop" if stopped else "length"
                     done[item] = Completion(
-                        token_ids=tokens, logprobs=logprobs, finish_reason=reason, version=self.version
+                        token_ids=tokens,
+                        logprobs=logprobs,
+                        finish_reason="stop" if stopped else "length",
+                        version=self.version,
                     )
                     bar.update()
         return [done[i] for i in range(len(prompts))]

@@ -75,12 +75,13 @@ class MetricLog:
 
 def _drop_rows_after(file: Path, step: int) -> None:
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # a kill may tear a character; splitlines would also split at U+2028 and its like, which stand in JSON text as they are
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # torn by a kill in mid-write; its step is run again
-        if row["step"] <= step:
+        if row.get("step", 0) <= step:
             kept.append(line + "\n")
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

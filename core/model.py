@@ -28,7 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from verippo.core.packing import PackedBatch
 from verippo.kernels.attention import varlen_attention
-from verippo.kernels.logprob import linear_logprobs
+from verippo.kernels.logprob import linear_greedy, linear_logprobs
 
 ATTENTION = "verippo_varlen"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,14 +78,22 @@ class LogprobHead(nn.Module):
         self.weight = weight  # the embedding's own parameter where they are tied
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, *, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        with_greedy: bool = False,
     ) -> Any:
-        """Logits without targets; else their log-probs (and entropies), never all logits at once."""
+        """Logits without targets; else the targets' log-probs, and if asked the entropies, or which targets are the
+        likeliest: never all logits at once."""
         if targets is None:
             return F.linear(hidden, self.weight)
         if with_entropy:
             return tuple(linear_logprobs(hidden, self.weight, targets, temperature=temperature, with_entropy=True))
-        return linear_logprobs(hidden, self.weight, targets, temperature=temperature)
+        logprobs = linear_logprobs(hidden, self.weight, targets, temperature=temperature)
+        return (logprobs, linear_greedy(hidden, self.weight, targets).float()) if with_greedy else logprobs
 
 
 class Policy(nn.Module):
@@ -97,15 +105,17 @@ class Policy(nn.Module):
         hf.lm_head = LogprobHead(hf.lm_head.weight)
         self.hf = hf
 
-    def forward(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> Any:
-        """Log-probs [tokens] fp32 at the sampling temperature (and entropies [tokens], nats); 0 off the mask.
+    def forward(self, batch: PackedBatch, **options: Any) -> Any:
+        """Log-probs [tokens] fp32 of the response tokens; 0 off the mask.
 
+        options: temperature, the sampling's; with_entropy: a pair with the entropies [tokens] (nats); with_greedy: a pair
+        with 1.0 where the token is the likeliest one [tokens].
         Only response positions reach the head: the hidden state before token p predicts token p.
         """
         positions = batch.response_positions
         hidden = hidden_states(self.hf, batch)[positions - 1]
-        result = self.hf.lm_head(hidden, batch.tokens[positions], temperature=temperature, with_entropy=with_entropy)
-        if with_entropy:
+        result = self.hf.lm_head(hidden, batch.tokens[positions], **options)
+        if isinstance(result, tuple):
             return tuple(_scatter(part, positions, batch) for part in result)
         return _scatter(result, positions, batch)
 
@@ -115,7 +125,7 @@ class Critic(nn.Module):
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
-        self.hf = hf
+        self.hf: Any = hf
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Values [tokens] fp32 (units of reward); 0 off the mask."""
@@ -129,7 +139,7 @@ class Classifier(nn.Module):
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
-        self.hf = hf
+        self.hf: Any = hf
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits [seqs, classes] fp32."""
@@ -162,7 +172,7 @@ def load_policy(path: str, *, dtype: str) -> Policy:
 
 def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
     """The causal language model with packed attention, in eval mode."""
-    return _load(AutoModelForCausalLM, path, dtype=dtype)
+    return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
 
 
 def load_critic(path: str, *, dtype: str) -> Critic:
@@ -176,35 +186,39 @@ def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Class
 
 
 def _load_scored(path: str, *, num_labels: int, dtype: str, need_head: bool = False) -> PreTrainedModel:
-    hf, info = _load(
-        AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels, output_loading_info=True
-    )
-    if "score.weight" in info["missing_keys"]:
+    hf, missing = _load(AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels)
+    if missing:
         if need_head:
             raise ValueError(f"model {path}: no classification head (score.weight) in it: train one with `verippo verifier`")
         nn.init.zeros_(hf.score.weight)
     return hf
 
 
-def _load(auto: Any, path: str, *, dtype: str, **kwargs: Any) -> Any:
+def _load(auto: Any, path: str, *, dtype: str, **options: Any) -> tuple[Any, bool]:
+    """The model in eval mode, and whether its classification head is missing from the folder; any other missing weight is
+    an error: transformers would fill it with random numbers."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # a new head is announced as a warning; ours is on purpose
     hf_logging.disable_progress_bar()
     try:
-        loaded = auto.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=ATTENTION, **kwargs)
+        options |= {"attn_implementation": ATTENTION, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        hf, info = auto.from_pretrained(path, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"model {path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     finally:
         hf_logging.set_verbosity(verbosity)
-    hf = loaded[0] if isinstance(loaded, tuple) else loaded
     _check_supported(hf.config, path)
+    absent, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
+    if absent - {"score.weight"} or misshapen:
+        names = ", ".join(sorted(absent | misshapen)[:5])
+        raise ValueError(f"model {path}: weights are missing or of another shape than {hf.config.model_type} needs: {names}")
     _silence_dropout(hf)
-    hf.eval()
-    return loaded
+    return hf.eval(), bool(absent)
 
 
 def _check_supported(config: PretrainedConfig, path: str) -> None:
-    if getattr(config, "sliding_window", None) and "sliding_attention" in (getattr(config, "layer_types", None) or []):
+    layers = getattr(config, "layer_types", None)  # without such a list (Mistral) the window holds for every layer
+    if getattr(config, "sliding_window", None) and (layers is None or "sliding_attention" in layers):
         raise ValueError(f"model {path}: sliding-window attention is not supported; use a model with full attention")
 
 
@@ -224,7 +238,7 @@ def _silence_dropout(hf: PreTrainedModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

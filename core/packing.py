@@ -62,7 +62,7 @@ class PackedBatch:
     @cached_property
     def seq_ids(self) -> Tensor:
         """[tokens] int64: the sequence each token belongs to."""
-        sizes = torch.tensor(self.lengths, device=self.tokens.device)
+        sizes = torch.tensor(self.lengths, dtype=torch.int64, device=self.tokens.device)
         return torch.repeat_interleave(torch.arange(self.num_seqs, device=self.tokens.device), sizes)
 
     @cached_property
@@ -86,7 +86,7 @@ class PackedBatch:
         index = self.token_index(seqs).to(self.tokens.device)
         return PackedBatch(
             tokens=self.tokens[index],
-            cu_seqlens=_cu_seqlens([self.lengths[s] for s in seqs]),
+            cu_seqlens=_cu_seqlens([self.lengths[s] for s in seqs]).to(index.device),
             response_mask=self.response_mask[index],
         )
 
@@ -149,19 +149,30 @@ def microbatches(lengths: Sequence[int], *, max_tokens: int, num: int | None = N
     Raises ValueError for a sequence over the cap, and for a `num` that is too small.
     """
     for number, length in enumerate(lengths):
-        if length > max_tokens:
-            raise ValueError(
-                f"rollout {number} has {length} tokens, over max_tokens_per_gpu={max_tokens}: raise it or lower "
-                "sampling.max_new_tokens"
-            )
+        _check_length(number, length, max_tokens)
     fewest = best_fit(lengths, max_tokens)
     wanted = len(fewest) if num is None else num
+    if wanted < len(fewest):
+        raise ValueError(f"{len(fewest)} micro-batches are needed under max_tokens_per_gpu={max_tokens}, got num={num}")
     balanced = balance(lengths, wanted)
     if all(sum(lengths[i] for i in items) <= max_tokens for items in balanced):
         return balanced
-    if wanted < len(fewest):
-        raise ValueError(f"{len(fewest)} micro-batches are needed under max_tokens_per_gpu={max_tokens}, got num={num}")
     return fewest + [[] for _ in range(wanted - len(fewest))]
+
+
+def share_out(lengths: Sequence[int], *, max_tokens: int, rank: int, world_size: int) -> list[list[int]]:
+    """One rank's part of the sequences in micro-batches under the cap: parts of nearly equal tokens, and as many
+    micro-batches on every rank, some perhaps empty. Every rank computes the same plan, so nothing need be asked.
+
+    Raises ValueError for a sequence over the cap.
+    """
+    for number, length in enumerate(lengths):
+        _check_length(number, length, max_tokens)
+    parts = balance(lengths, world_size)
+    num = max(len(microbatches([lengths[i] for i in part], max_tokens=max_tokens)) if part else 0 for part in parts)
+    part = parts[rank]
+    plan = microbatches([lengths[i] for i in part], max_tokens=max_tokens, num=num)
+    return [[part[i] for i in micro] for micro in plan]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -191,6 +202,14 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             open_rooms.insert(bisect.bisect_left(open_rooms, left), left)
         room_of[left].append(chosen)
     return [sorted(items) for items in bins]
+
+
+def _check_length(number: int, length: int, max_tokens: int) -> None:
+    if length > max_tokens:
+        raise ValueError(
+            f"rollout {number} has {length} tokens, over max_tokens_per_gpu={max_tokens}: raise it or lower "
+            "sampling.max_new_tokens"
+        )
 
 
 def _cu_seqlens(lengths: Sequence[int]) -> Tensor:

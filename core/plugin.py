@@ -14,14 +14,14 @@ def load_function(spec: str, *, option: str) -> Any:
     Raises ValueError naming the option when it is malformed, cannot be imported, or is not callable.
     """
     module_name, _, name = spec.partition(":")
-    if not module_name or not name:
+    if not module_name or module_name.startswith(".") or not name:
         raise ValueError(f"{option}={spec}: give module:name")
     # appended, not put first: a folder there called like an installed package must not shadow it
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{option}={spec}: {error}") from None
     if not callable(function):
         raise ValueError(f"{option}={spec}: not callable")

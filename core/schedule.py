@@ -13,7 +13,7 @@ def learning_rate(step: int, *, peak: float, total_steps: int, warmup_ratio: flo
     constant, or down to zero linearly or along a half cosine. The first step's rate is never zero."""
     warmup_steps = math.ceil(total_steps * warmup_ratio)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * ((step + 1) / warmup_steps)  # in this order never over the peak
     if kind == "constant":
         return peak
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

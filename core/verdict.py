@@ -1,8 +1,9 @@
-"""The text a verifier reads, cut to its length, and how its answer is read. Pure."""
+"""The text a verifier reads, cut to its length, and how answers are compared. Pure but for loading a template."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 TEMPLATE = (
@@ -27,6 +28,18 @@ def check_template(template: str) -> None:
     response, reference = template.find("{response}"), template.find("{reference}")
     if template.count("{response}") != 1 or template.count("{reference}") != 1 or response > reference:
         raise ValueError("verifier template: needs {response} once and, after it, {reference} once")
+
+
+def load_template(path: str | None) -> str:
+    """The template of a text file, or ours. Raises ValueError when it cannot be read or used."""
+    if path is None:
+        return TEMPLATE
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"verifier template {path}: {error.strerror}") from None
+    check_template(template)
+    return template
 
 
 def verifier_ids(

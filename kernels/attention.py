@@ -41,16 +41,12 @@ def varlen_attention(
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            query, key, value, cu, cu, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
-        )
+        return flash_attn_varlen_func(query, key, value, cu, cu, max_seqlen, max_seqlen, softmax_scale=scale, causal=True)
     from torch.nn.attention.varlen import varlen_attn
 
     gqa = key.shape[1] != query.shape[1]
     causal = (-1, 0)
-    out = varlen_attn(
-        query, key, value, cu, cu, max_seqlen, max_seqlen, scale=scale, window_size=causal, enable_gqa=gqa
-    )
+    out = varlen_attn(query, key, value, cu, cu, max_seqlen, max_seqlen, scale=scale, window_size=causal, enable_gqa=gqa)
     assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
     return out
 

@@ -55,6 +55,19 @@ def linear_logprobs(
     return TokenLogprobs(logprobs, entropy) if with_entropy else logprobs
 
 
+@torch.no_grad()
+def linear_greedy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """Whether targets[i] is the likeliest token under hidden[i] @ weight.T: [n] bool, in chunks as `linear_logprobs`.
+
+    hidden [n, h], weight [v, h], targets [n] int64. Raises ValueError as `linear_logprobs` does.
+    """
+    _check(hidden, weight, targets, 1.0, chunk_tokens)
+    chunk = chunk_tokens or _CHUNK_TOKENS.get(hidden.device.type, 512)
+    head = _Head(hidden, weight, 1.0, chunk)
+    parts = [head.logits(rows).argmax(-1) == targets[rows] for rows in _chunks(hidden.shape[0], chunk)]
+    return torch.cat(parts) if parts else targets.bool()
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,7 +82,7 @@ class _LinearLogprobs(torch.autograd.Function):
             top[rows] = z.amax(dim=1)
             z.sub_(top[rows, None])
             target = z.gather(1, targets[rows, None]).squeeze(1)
-            exps = z.exp_() if entropy is None else z.exp()
+            exps = z.exp_() if entropy is None else head.exp(z)
             total[rows] = exps.sum(dim=1)
             logprobs[rows] = target - total[rows].log()
             if entropy is not None:
@@ -96,7 +109,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 d.exp_().mul_(-g / total[rows, None])
             else:  # d entropy / d z_j = -p_j (log p_j + entropy); p = exps / total, log p = d - log(total)
                 g_entropy = (grad_entropy[rows] / ctx.temperature)[:, None]
-                exps = d.exp()
+                exps = head.exp(d)
                 d.add_((entropy[rows] - total[rows].log())[:, None]).mul_(-g_entropy / total[rows, None])
                 d.sub_(g / total[rows, None]).mul_(exps)
             d.scatter_add_(1, targets[rows, None], g)
@@ -109,7 +122,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Head:
-    """Logits of a chunk of rows over the temperature, in the accumulation dtype and in one buffer for all chunks."""
+    """Logits of a chunk of rows over the temperature, in the accumulation dtype; one buffer serves all chunks."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> None:
         self.dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -119,6 +132,7 @@ class _Head:
         self.weight = weight if self.mixed else weight.to(self.dtype)
         self.temperature = temperature
         self.buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0], dtype=self.dtype)
+        self.spare: Tensor | None = None
 
     def logits(self, rows: slice) -> Tensor:
         out = self.buffer[: rows.stop - rows.start]
@@ -127,6 +141,12 @@ class _Head:
         else:
             torch.mm(self.hidden[rows].to(self.dtype), self.weight.t(), out=out)
         return out if self.temperature == 1.0 else out.div_(self.temperature)
+
+    def exp(self, z: Tensor) -> Tensor:
+        """exp(z) beside z, in a second buffer for all chunks."""
+        if self.spare is None:
+            self.spare = torch.empty_like(self.buffer)
+        return torch.exp(z, out=self.spare[: z.shape[0]])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(log-probs, entropies), both [n] and fp32 (float64 for float64), through dense [n, v] tensors."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T / temperature

@@ -27,7 +27,23 @@ def _ppo() -> tuple[type, Callable[..., Any]]:
     return PPOConfig, train
 
 
+def _sft() -> tuple[type, Callable[..., Any]]:
+    from verippo.sft.config import SFTConfig
+    from verippo.sft.train import train
+
+    return SFTConfig, train
+
+
+def _verifier() -> tuple[type, Callable[..., Any]]:
+    from verippo.sft.config import VerifierTrainingConfig
+    from verippo.sft.verifier import train
+
+    return VerifierTrainingConfig, train
+
+
 COMMANDS = {
+    "sft": Command("stage 1: packed fine-tuning on answers that think first", _sft),
+    "verifier": Command("trains the two-class verifier that rewards PPO", _verifier),
     "ppo": Command("stage 2: PPO with a frozen verifier", _ppo),
 }
 

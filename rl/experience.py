@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from verippo.core import dist
-from verippo.core.packing import PackedBatch, balance, empty_batch, microbatches
+from verippo.core.packing import PackedBatch, empty_batch, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +95,8 @@ def share(batch: PackedBatch, seqs: Sequence[int], max_tokens: int) -> list[list
     Raises ValueError for a sequence over `max_tokens`.
     """
     lengths = [batch.lengths[s] for s in seqs]
-    parts = balance(lengths, dist.world_size())
-    plans = [microbatches([lengths[i] for i in part], max_tokens=max_tokens) if part else [] for part in parts]
-    num = max(len(plan) for plan in plans)
-    part = parts[dist.rank()]
-    plan = microbatches([lengths[i] for i in part], max_tokens=max_tokens, num=num)
-    return [[seqs[part[i]] for i in micro] for micro in plan]
+    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
+    return [[seqs[i] for i in micro] for micro in plan]
 
 
 @torch.no_grad()

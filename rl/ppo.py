@@ -185,9 +185,7 @@ def policy_loss(
     return PolicyLoss(loss.sum(), mask.sum(), (clipped > plain).sum(), held.sum(), approx_kl.sum(), largest)
 
 
-def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
-) -> ValueLoss:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2) -> ValueLoss:
     """Half the critic's squared error, its move from the old values bounded: arXiv 2005.12729, "value clipping".
 
         loss = 0.5 max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2)        clip=None: 0.5 (V - R)^2

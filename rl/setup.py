@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from verippo.core.model import (
 from verippo.core.plugin import load_function
 from verippo.core.sampler import Sampler
 from verippo.core.schedule import learning_rate
-from verippo.core.verdict import TEMPLATE, Tiers
+from verippo.core.verdict import Tiers, load_template
 from verippo.rl.advantages import AdvantageFunction, NoCritic, advantage_function
 from verippo.rl.config import PPOConfig
 from verippo.rl.rollout import RolloutFunction, RolloutPrompt, prompt_ids, rollout, rollout_prompts
@@ -162,19 +161,10 @@ def _verifier(config: PPOConfig) -> Verifier:
         config.engine,
         threshold=options.threshold,
         tiers=tiers,
-        template=_template(options.template),
+        template=load_template(options.template),
         max_tokens=options.max_tokens,
         max_tokens_per_gpu=max(config.max_tokens_per_gpu, options.max_tokens),
     )
-
-
-def _template(path: str | None) -> str:
-    if path is None:
-        return TEMPLATE
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"verifier.template={path}: {error.strerror}") from None
 
 
 def _sampler(config: PPOConfig, hf: Any, stops: tuple[int, ...]) -> Sampler:

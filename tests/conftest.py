@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -115,3 +117,36 @@ def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rank_checks() -> Any:
+    """The script tests/rl/rank_checks.py, as a module."""
+    sys.path.append(str(Path(__file__).parent / "rl"))
+    return importlib.import_module("rank_checks")
+
+
+@pytest.fixture(scope="session")
+def job(rank_checks: Any, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the engine tests work on: little models, an experience made by hand, the updates to make. Fields of a Job."""
+    return rank_checks.make_job(
+        folder=tmp_path_factory.mktemp("ranks"),
+        policy=str(make_model("qwen3", tied=True, seed=1)),
+        critic=str(make_model("llama", classes=1, seed=2)),
+        verifier=str(make_model("llama", classes=2, seed=3)),
+    )
+
+
+@pytest.fixture(scope="session")
+def one_rank(rank_checks: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What rank_checks.run gives in this process alone: a list of one."""
+    return [rank_checks.run(rank_checks.Job(**job))]
+
+
+@pytest.fixture(scope="session")
+def both_ranks(rank_checks: Any, job: dict[str, Any], two_ranks: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What rank_checks.run gives on each of two ranks."""
+    torch.save(job, job["folder"] / "job.pt")
+    done = two_ranks(rank_checks.__file__, str(job["folder"]))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(job["folder"] / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]

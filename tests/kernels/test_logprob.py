@@ -110,9 +110,7 @@ def test_chunk_size_changes_nothing():
     hidden, weight, targets = inputs(37, 5, 19, dtype=torch.float64)
     whole = linear_logprobs(hidden, weight, targets, chunk_tokens=1000)
     for chunk in (1, 2, 36, 37, 38):
-        torch.testing.assert_close(
-            linear_logprobs(hidden, weight, targets, chunk_tokens=chunk), whole, rtol=0, atol=1e-13
-        )
+        torch.testing.assert_close(linear_logprobs(hidden, weight, targets, chunk_tokens=chunk), whole, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
