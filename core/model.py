@@ -57,7 +57,8 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: [1, heads, tokens, dim] each, on to the packed form and back."""
-    assert attention_mask is None and sliding_window is None
+    assert attention_mask is None
+    assert sliding_window is None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if kv_cache is not None:
         out = kv_cache.attend(module.layer_idx, q, k, v, scaling)  # type: ignore[arg-type]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("PYTHONSAFEPATH", "1")  # for launched children: our kernels/ must not shadow the package of that name
@@ -16,35 +17,17 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 class Command(NamedTuple):
     summary: str
-    load: Callable[[], tuple[type, Callable[..., Any]]]
-    """imports the stage: its configuration class, and what runs it"""
-
-
-def _ppo() -> tuple[type, Callable[..., Any]]:
-    from verippo.rl.config import PPOConfig
-    from verippo.rl.train import train
-
-    return PPOConfig, train
-
-
-def _sft() -> tuple[type, Callable[..., Any]]:
-    from verippo.sft.config import SFTConfig
-    from verippo.sft.train import train
-
-    return SFTConfig, train
-
-
-def _verifier() -> tuple[type, Callable[..., Any]]:
-    from verippo.sft.config import VerifierTrainingConfig
-    from verippo.sft.verifier import train
-
-    return VerifierTrainingConfig, train
+    config: str
+    """module:class of its fields; imported first and alone, so that help and refusals come at once"""
+    run: str
+    """module:function that takes the configuration, and its plain values as `resolved`"""
 
 
 COMMANDS = {
-    "sft": Command("stage 1: packed fine-tuning on answers that think first", _sft),
-    "verifier": Command("trains the two-class verifier that rewards PPO", _verifier),
-    "ppo": Command("stage 2: PPO with a frozen verifier", _ppo),
+    "sft": Command("stage 1: packed fine-tuning on answers that think first", "verippo.sft.config:SFTConfig", "verippo.sft.train:train"),
+    "verifier": Command("trains the two-class verifier that rewards PPO", "verippo.sft.config:VerifierTrainingConfig", "verippo.sft.verifier:train"),
+    "ppo": Command("stage 2: PPO with a frozen verifier", "verippo.rl.config:PPOConfig", "verippo.rl.train:train"),
+    "demo": Command("all of it, small, on CPU: SFT, verifier, PPO, evaluation, report", "verippo.launch.demo:DemoConfig", "verippo.launch.demo:demo"),
 }
 
 
@@ -58,14 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     try:
-        config_class, run = COMMANDS[name].load()
-        config, resolved = parse(config_class, rest, program=f"verippo {name}")
-        run(config, resolved=resolved)
+        command = COMMANDS[name]
+        config, resolved = parse(_named(command.config), rest, program=f"verippo {name}")
+        _named(command.run)(config, resolved=resolved)
     except ValueError as error:
         _fail(f"{name}: {error}")
     except KeyboardInterrupt:
         print("verippo: interrupted", file=sys.stderr)
         sys.exit(1)
+
+
+def _named(spec: str) -> Any:
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[Any, dict[str, Any]]:

@@ -50,7 +50,7 @@ def step_metrics(
 
 def evaluation_metrics(rollouts: Sequence[Rollout], scores: Tensor, right_score: float) -> dict[str, Any]:
     """Of an evaluation: as a step's, without what needs a training forward."""
-    return {"num": len(rollouts)} | _of_rollouts(rollouts, scores, right_score, prefix="") | {"score_mean": float(scores.mean())}
+    return {"num": len(rollouts)} | _of_rollouts(rollouts, scores, right_score, prefix="") | {"score_std": float(scores.std())}
 
 
 def _of_rollouts(rollouts: Sequence[Rollout], scores: Tensor, right_score: float, *, prefix: str) -> dict[str, Any]:
