@@ -77,7 +77,12 @@ def save(
             shutil.rmtree(abandoned)
         temporary.mkdir(parents=True)
     dist.barrier()
-    write(temporary)
+    try:
+        write(temporary)
+    except (OSError, RuntimeError):  # torch reports a full disk as a RuntimeError about streams
+        if shutil.disk_usage(checkpoints).free > 1 << 20:
+            raise
+        raise ValueError(f"{checkpoints}: no space left for a checkpoint: make some; the run goes on from the last") from None
     dist.barrier()
     if dist.is_main():
         (temporary / "state.json").write_text(json.dumps(state, indent=1))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LOGGERS = ("jsonl", "tensorboard", "wandb")
+FILES = ("metrics", "eval", "samples")
 
 
 def parse_loggers(log_to: str) -> list[str]:
@@ -35,8 +36,9 @@ class MetricLog:
     def __init__(self, folder: Path, *, loggers: list[str], first_step: int, config: dict[str, Any], run_id: str | None):
         self.folder = folder
         self.run_id = run_id
-        for file in folder.glob("*.jsonl"):
-            _drop_rows_after(file, first_step)
+        for file in (folder / f"{name}.jsonl" for name in FILES):
+            if file.exists():
+                _drop_rows_after(file, first_step or -1)  # without a checkpoint step 0's evaluation is made again too
         self._tensorboard = self._wandb = None
         if "tensorboard" in loggers:
             from torch.utils.tensorboard import SummaryWriter
@@ -81,7 +83,7 @@ def _drop_rows_after(file: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # torn by a kill in mid-write; its step is run again
-        if row.get("step", 0) <= step:
+        if row.get("step", step) <= step:
             kept.append(line + "\n")
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -244,10 +244,15 @@ def _silence_dropout(hf: PreTrainedModel) -> None:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises ValueError when it cannot be loaded or has no end-of-sequence token."""
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"model {path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {path}: no tokenizer: {' '.join(str(error).split())[:300]}") from None
+        where = "" if Path(path).is_dir() else "not a folder here, and as a hub id: "
+        raise ValueError(f"model {path}: no tokenizer: {where}{' '.join(str(error).split())[:300]}") from None
+    # its one warning for a text over the model's length: who calls checks lengths, and says which text is too long
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model {path}: its tokenizer has no eos_token: responses could never end")
     return tokenizer

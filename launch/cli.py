@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -24,10 +25,26 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "sft": Command("stage 1: packed fine-tuning on answers that think first", "verippo.sft.config:SFTConfig", "verippo.sft.train:train"),
-    "verifier": Command("trains the two-class verifier that rewards PPO", "verippo.sft.config:VerifierTrainingConfig", "verippo.sft.verifier:train"),
-    "ppo": Command("stage 2: PPO with a frozen verifier", "verippo.rl.config:PPOConfig", "verippo.rl.train:train"),
-    "demo": Command("all of it, small, on CPU: SFT, verifier, PPO, evaluation, report", "verippo.launch.demo:DemoConfig", "verippo.launch.demo:demo"),
+    "sft": Command(
+        "stage 1: packed fine-tuning on answers that think first",
+        "verippo.sft.config:SFTConfig",
+        "verippo.sft.train:train",
+    ),
+    "verifier": Command(
+        "trains the two-class verifier that rewards PPO",
+        "verippo.sft.config:VerifierTrainingConfig",
+        "verippo.sft.verifier:train",
+    ),
+    "ppo": Command(
+        "stage 2: PPO with a frozen verifier",
+        "verippo.rl.config:PPOConfig",
+        "verippo.rl.train:train",
+    ),
+    "demo": Command(
+        "all of it, small, on CPU: SFT, verifier, PPO, evaluation, report",
+        "verippo.launch.demo:DemoConfig",
+        "verippo.launch.demo:demo",
+    ),
 }
 
 
@@ -45,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, resolved = parse(_named(command.config), rest, program=f"verippo {name}")
         _named(command.run)(config, resolved=resolved)
     except ValueError as error:
+        _fail(f"{name}: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
         _fail(f"{name}: {error}")
     except KeyboardInterrupt:
         print("verippo: interrupted", file=sys.stderr)

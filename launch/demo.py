@@ -7,6 +7,7 @@ Not medicine: the problems are generated, and the model knows nothing else.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,13 +133,13 @@ def half_without_reasoning(records: list[Record]) -> list[Record]:
 
 
 def verifier_rows(records: list[Record], seed: int) -> list[Record]:
-    """A right and a wrong answer to each problem, in one of the phrasings that both come in."""
+    """Right and wrong answers to each problem, phrased alike: mostly the bare number, which is what the policy learns to write."""
     rows = []
     for n, record in enumerate(records):
-        right = paraphrases(record)
-        wrong = wrong_answers(record, 2, seed + n)
-        for text, label in ((right[n % len(right)], True), (right[0], True), (wrong[0], False), (wrong[1], False)):
-            rows.append({"response": text, "reference": record["Ground-True Answer"], "label": label})
+        reference, right, wrong = record["Ground-True Answer"], paraphrases(record), wrong_answers(record, 2, seed + n)
+        bare_wrong = re.findall(r"\d+", wrong[0])[0]
+        for text, label in ((reference, True), (bare_wrong, False), (right[n % len(right)], True), (wrong[1], False)):
+            rows.append({"response": text, "reference": reference, "label": label})
     return rows
 
 

@@ -23,7 +23,7 @@ AdvantageFunction = Callable[[Tensor, Tensor, PackedBatch, Sequence[Rollout]], t
 def advantage_function(config: PPOConfig) -> AdvantageFunction:
     if config.advantage == "gae":
         return partial(_with_critic, gamma=config.gamma, lam=config.lam)
-    return partial(_within_groups, kind=config.advantage)
+    return partial(_within_groups, kind=config.advantage, alone=config.samples_per_prompt == 1)
 
 
 def _with_critic(
@@ -33,11 +33,13 @@ def _with_critic(
 
 
 def _within_groups(
-    rewards: Tensor, values: Tensor, batch: PackedBatch, rollouts: Sequence[Rollout], *, kind: str
+    rewards: Tensor, values: Tensor, batch: PackedBatch, rollouts: Sequence[Rollout], *, kind: str, alone: bool
 ) -> tuple[Tensor, Tensor]:
-    """Every token of a response gets its response's advantage; a response's reward is its tokens' sum, KL included."""
+    """Every token of a response gets its response's advantage; a response's reward is its tokens' sum, KL included.
+
+    alone: one sample a prompt, each a group by itself, even where a step meets a problem twice."""
     totals = torch.zeros(batch.num_seqs, dtype=rewards.dtype).index_add(0, batch.seq_ids, rewards)
-    groups = torch.tensor([rollout.problem.index for rollout in rollouts])
+    groups = torch.tensor([number if alone else rollout.problem.index for number, rollout in enumerate(rollouts)])
     advantages = ppo.group_advantages(totals, groups, kind=kind)[batch.seq_ids]
     return torch.where(batch.response_mask, advantages, 0.0), torch.zeros_like(rewards)
 

@@ -15,6 +15,8 @@ from verippo.core.schedule import ScheduleKind
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig:
+    """How far from the reference the policy may go."""
+
     coef: float = 0.03
     """beta: reward lost per nat of KL to the reference"""
     estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -27,6 +29,8 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierConfig:
+    """Who judges the responses, and what they earn."""
+
     kind: Literal["classifier", "exact", "function"] = "classifier"
     """a frozen two-class model, equality with the reference answer, or a function of your own"""
     model: str | None = None
@@ -49,10 +53,14 @@ class VerifierConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"verifier.threshold={self.threshold}: must lie in 0..1")
+        if self.max_tokens < 1:
+            raise ValueError(f"verifier.max_tokens={self.max_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
+    """What draws the responses."""
+
     kind: Literal["local", "factory"] = "local"
     """in this process, or an engine of your own"""
     max_batch: int = 64
@@ -69,6 +77,8 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
+    """PPO of a policy against a frozen verifier."""
+
     policy: str
     """Hugging Face folder or hub id of the model to train"""
     critic: str | None = None
@@ -184,8 +194,15 @@ class PPOConfig:
                      "save_every", "save_total_limit", "log_samples_every", "max_skipped_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if min(self.steps or 1, self.episodes or 1) < 1:
-            raise ValueError("steps and episodes must be at least 1")
+        for name in ("steps", "episodes", "limit", "clip_low", "clip_high", "value_clip", "max_logprob_gap", "timeout_seconds"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("policy_learning_rate", "critic_learning_rate", "weight_decay", "eval_temperature", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("gamma", "lam", "clip_low", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie in 0..1")
         if self.rollouts_per_step % self.minibatches:
             raise ValueError(
                 f"{self.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) do not divide into "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -96,11 +97,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], 
 def rollout_prompts(
     problems: Sequence[Problem], token_ids: Sequence[Sequence[int]], *, seed: int, step: int, samples: int
 ) -> list[RolloutPrompt]:
-    """`samples` prompts a problem, problem after problem, each with its own seed."""
-    return [
-        RolloutPrompt(
-            problem=problem, token_ids=ids, sample=sample, seed=draw_seed(seed, step, problem.index, sample)
-        )
-        for problem, ids in zip(problems, token_ids, strict=True)
-        for sample in range(samples)
-    ]
+    """`samples` prompts a problem, problem after problem, each with its own seed. A problem that stands there twice (a step
+    may end one pass over the data and begin the next) counts its samples on: equal seeds would draw equal responses."""
+    prompts: list[RolloutPrompt] = []
+    drawn: Counter[int] = Counter()
+    for problem, ids in zip(problems, token_ids, strict=True):
+        for sample in range(drawn[problem.index], drawn[problem.index] + samples):
+            own_seed = draw_seed(seed, step, problem.index, sample)
+            prompts.append(RolloutPrompt(problem=problem, token_ids=ids, sample=sample, seed=own_seed))
+        drawn[problem.index] += samples
+    return prompts

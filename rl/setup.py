@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from verippo.core import dist
 from verippo.core.data import Order, Problem, load_problems, split
 from verippo.core.engine import FrozenEngine, TrainEngine
 from verippo.core.local_sampler import LocalSampler
+from verippo.core.metrics import MetricLog, environment, parse_loggers
 from verippo.core.model import (
     check_same_vocabulary,
     context_length,
@@ -165,6 +169,25 @@ def _verifier(config: PPOConfig) -> Verifier:
         max_tokens=options.max_tokens,
         max_tokens_per_gpu=max(config.max_tokens_per_gpu, options.max_tokens),
     )
+
+
+def open_log(
+    config: PPOConfig, run: Run, folder: Path, *, step: int, run_id: str | None, resolved: dict[str, Any]
+) -> MetricLog | None:
+    """On the main rank: says what was dropped and where the run goes on, and writes config.yaml and environment.json."""
+    if not dist.is_main():
+        return None
+    for part, problems in (("training", run.train_set), ("evaluation", run.eval_set)):
+        if problems.dropped:
+            rows = ", ".join(map(str, problems.dropped[:20])) + (" ..." if len(problems.dropped) > 20 else "")
+            limit = f"max_prompt_tokens={config.max_prompt_tokens}"
+            print(f"dropped {len(problems.dropped)} {part} problems over {limit}: rows {rows}")
+    if step > 0:
+        print(f"goes on after step {step} of {config.total_steps} (another --output starts afresh)")
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
+    loggers = parse_loggers(config.log_to)
+    return MetricLog(folder, loggers=loggers, first_step=step, config=resolved, run_id=run_id)
 
 
 def _sampler(config: PPOConfig, hf: Any, stops: tuple[int, ...]) -> Sampler:

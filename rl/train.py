@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from verippo.core import checkpoint, dist
-from verippo.core.metrics import MetricLog, Stopwatch, environment, finite, parse_loggers
+from verippo.core.metrics import MetricLog, Stopwatch, finite
 from verippo.core.model import save_model
 from verippo.core.packing import pack
 from verippo.core.report import write_report
+from verippo.core.sampler import SamplingParams
 from verippo.rl import ppo
 from verippo.rl.config import PPOConfig
 from verippo.rl.experience import Experience, compute
 from verippo.rl.measure import UpdateMeter, evaluation_metrics, sample_row, step_metrics
 from verippo.rl.rollout import Rollout, RolloutPrompt
-from verippo.rl.setup import Run, set_up
+from verippo.rl.setup import Run, open_log, set_up
 
 
 def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
@@ -37,13 +38,14 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         run = set_up(config)
         state = _resume(run, checkpoint.find_resume(folder, config.resume))
-        log = _open_log(config, folder, run, state, resolved)
+        log = open_log(config, run, folder, step=state.step, run_id=state.run_id, resolved=resolved)
         try:
             _loop(config, run, state, folder, log)
         finally:
             if log is not None:
                 log.close()
-                write_report(folder, title="PPO run")
+                with contextlib.suppress(OSError):                      # a full disk must not hide what ended the loop
+                    write_report(folder, title="PPO run")
         return folder
 
 
@@ -73,7 +75,7 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
         with watch("rollout"):
             numbers = run.order.take(config.prompts_per_step)
             prompts = run.train_set.prompts(numbers, seed=config.seed, step=step, samples=config.samples_per_prompt)
-            rollouts = _roll_out(config, run, prompts, version=state.step)
+            rollouts = _roll_out(run, prompts, config.sampling, version=state.step)
         with watch("score"):
             scores = _score(run, rollouts)                              # [rollouts], the same on every rank
         batch = pack(rollouts)
@@ -143,14 +145,15 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
     _export(run, folder / "model")
 
 
-def _roll_out(config: PPOConfig, run: Run, prompts: Sequence[RolloutPrompt], *, version: int) -> list[Rollout]:
+def _roll_out(run: Run, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, version: int) -> list[Rollout]:
     """Each rank draws its part; every rank gets all, in the prompts' order. Refuses responses from other weights."""
     rank, world = dist.rank(), dist.world_size()
-    mine = run.rollout(run.sampler, prompts[rank::world], config.sampling, tokenizer=run.tokenizer)
+    part = prompts[rank::world]
+    mine = run.rollout(run.sampler, part, sampling, tokenizer=run.tokenizer)
+    if len(mine) != len(part):
+        raise ValueError(f"the rollout function gave {len(mine)} rollouts for {len(part)} prompts: it must give one each")
     parts = dist.all_gather(mine)
-    rollouts = [parts[n % world][n // world] for n in range(sum(map(len, parts)))]
-    if len(rollouts) != len(prompts):
-        raise ValueError(f"the rollout function gave {len(rollouts)} rollouts for {len(prompts)} prompts: it must give one each")
+    rollouts = [parts[n % world][n // world] for n in range(len(prompts))]
     for number, rollout in enumerate(rollouts):
         if rollout.version != version:
             raise RuntimeError(f"rollout {number} was drawn with weight version {rollout.version}, the trainer's is {version}")
@@ -161,7 +164,7 @@ def _score(run: Run, rollouts: Sequence[Rollout]) -> torch.Tensor:
     """[rollouts]: each rank scores its part; every rank gets all."""
     rank, world = dist.rank(), dist.world_size()
     parts = dist.all_gather(run.verifier.score(rollouts[rank::world]))
-    return torch.tensor([parts[n % world][n // world] for n in range(len(rollouts))])
+    return torch.tensor([parts[n % world][n // world] for n in range(len(rollouts))], dtype=torch.float64)
 
 
 def _evaluate(config: PPOConfig, run: Run, state: State, log: MetricLog | None) -> bool:
@@ -170,10 +173,7 @@ def _evaluate(config: PPOConfig, run: Run, state: State, log: MetricLog | None) 
     if not problems.problems:
         return False
     prompts = problems.prompts(list(range(len(problems.problems))), seed=config.seed, step=-1)
-    rank, world = dist.rank(), dist.world_size()
-    sampling = type(config.sampling)(temperature=config.eval_temperature, max_new_tokens=config.sampling.max_new_tokens)
-    parts = dist.all_gather(run.rollout(run.sampler, prompts[rank::world], sampling, tokenizer=run.tokenizer))
-    rollouts = [parts[n % world][n // world] for n in range(len(prompts))]
+    rollouts = _roll_out(run, prompts, replace(config.sampling, temperature=config.eval_temperature), version=state.step)
     scores = _score(run, rollouts)
     row = {"step": state.step} | evaluation_metrics(rollouts, scores, config.verifier.right)
     if log is not None:
@@ -243,18 +243,3 @@ def _export(run: Run, folder: Path) -> None:
     weights = run.policy.full_state()
     if dist.is_main():
         save_model(folder, run.policy.module.hf, weights, run.tokenizer)
-
-
-def _open_log(
-    config: PPOConfig, folder: Path, run: Run, state: State, resolved: dict[str, Any]
-) -> MetricLog | None:
-    if not dist.is_main():
-        return None
-    for part, problems in (("training", run.train_set), ("evaluation", run.eval_set)):
-        if problems.dropped:
-            rows = ", ".join(map(str, problems.dropped[:20])) + (" ..." if len(problems.dropped) > 20 else "")
-            print(f"dropped {len(problems.dropped)} {part} problems over max_prompt_tokens={config.max_prompt_tokens}: rows {rows}")
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
-    loggers = parse_loggers(config.log_to)
-    return MetricLog(folder, loggers=loggers, first_step=state.step, config=resolved, run_id=state.run_id)

@@ -149,8 +149,8 @@ def test_alone_every_collective_is_the_identity():
 
 def test_moments_worked_by_hand():
     # 1, 2, 6 with the rest masked: mean 3, variance (4 + 1 + 9) / 2 = 7
-    x, nan = torch.tensor([1.0, float("nan"), 2.0, 6.0, float("inf")]), torch.tensor([True, False, True, True, False])
-    mean, var = dist.masked_moments(x, nan)
+    x, mask = torch.tensor([1.0, float("nan"), 2.0, 6.0, float("inf")]), torch.tensor([True, False, True, True, False])
+    mean, var = dist.masked_moments(x, mask)
     assert [mean.item(), var.item()] == [3.0, 7.0]
     assert mean.dtype == var.dtype == torch.float32
 

@@ -1,4 +1,4 @@
-"""TrainEngine and FrozenEngine against plain torch. What is the same on one and on two ranks is run by tests/rl/rank_checks.py."""
+"""TrainEngine and FrozenEngine against plain torch. What one and two ranks do alike is run by tests/rl/rank_checks.py."""
 
 from __future__ import annotations
 

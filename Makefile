@@ -1,0 +1,39 @@
+# make demo, make test: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export PYTHONSAFEPATH = 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 1) $(BIN)/verippo demo --output demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed links
+	$(BIN)/ruff check .
+	MYPYPATH=links $(BIN)/mypy --explicit-package-bases -p verippo
+
+# torch goes first, by itself: asked for by another package, pip takes the newest build with gigabytes of CUDA.
+# Without a GPU, PyTorch's own CPU index (PIP_EXTRA_INDEX_URL) gives the small build; TORCH picks another version.
+TORCH ?= torch==2.13.0
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 13), sys.version' || \
+	  { echo "make: needs Python 3.10 to 3.13; say PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
+	@echo "installing $(TORCH) ..."
+	@$(BIN)/pip install -q --progress-bar on "$(TORCH)"
+	@echo "installing verippo and what it needs ..."
+	@$(BIN)/pip install -q --progress-bar on -e ".[test]"
+	@touch $@
+
+links:
+	mkdir -p links/verippo
+	for d in core kernels rl sft search eval launch; do ln -sfn ../../$$d links/verippo/$$d; done
+
+clean:
+	rm -rf $(VENV) links demo build *.egg-info
