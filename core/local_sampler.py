@@ -164,7 +164,6 @@ class _Rows:
                     store[:, slot, :, :used] = store[:, end, :, :used]
                 for state in (self.stored, self.drawn, self.seeds, self.tokens, self.logprobs):
                     state[slot] = state[end]
-                stopped[slot] = stopped[end]
                 self.items[slot] = self.items[end]
             self.items.pop()
         return left

@@ -234,12 +234,10 @@ def _check_head(hf: PreTrainedModel) -> None:
 
 
 def _silence_dropout(hf: PreTrainedModel) -> None:
-    # train mode is needed for gradient checkpointing; dropout would make log rho noise
+    # train mode is needed for gradient checkpointing; dropout would make log rho noise (our attention has none)
     for module in hf.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

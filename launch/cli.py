@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import os
@@ -92,16 +93,10 @@ def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[An
         namespace = parser.parse_args(arguments)
         plain = namespace.clone()
         plain.pop("config", None)
-        resolved = parser.dump(plain, skip_none=False, format="json")
-        return config_class(**vars(parser.instantiate_classes(plain))), _plain(resolved)
+        config = config_class(**vars(parser.instantiate(plain)))
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(error)) from None
-
-
-def _plain(text: str) -> dict[str, Any]:
-    import json
-
-    return json.loads(text)
+    return config, dataclasses.asdict(config)
 
 
 def _one_line(error: Exception) -> str:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from verippo.core.checkpoint import prepare_output
 from verippo.core.report import wilson_interval, write_report
 from verippo.core.sampler import SamplingParams
-from verippo.core.verdict import TEMPLATE
 from verippo.rl.config import KLConfig, PPOConfig, VerifierConfig
 from verippo.rl.train import train as train_ppo
 from verippo.search.calculations import generate, paraphrases, wrong_answers
@@ -31,6 +30,10 @@ from verippo.sft.train import train as train_sft
 from verippo.sft.verifier import train as train_verifier
 
 Record = dict[str, Any]
+KINDS = ("has_bled", "alvarado", "cha2ds2_vasc", "wells_dvt", "apgar")
+"""Scores with many findings: enough different problems, few enough findings to learn in minutes."""
+VERIFIER_TEMPLATE = "Answer: {response}\nReference: {reference}\nRight?"
+"""Shorter than the usual one: most of a tiny verifier's time would go into reading the instruction."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -54,7 +57,7 @@ class DemoConfig:
     """findings a problem: its difficulty, 3 to 8"""
     sft_steps: int = 300
     """optimizer steps of stage 1: stopped early on purpose, so that PPO has something to do"""
-    verifier_steps: int = 250
+    verifier_steps: int = 150
     """optimizer steps of the verifier's training"""
     ppo_steps: int = 40
     """steps of PPO"""
@@ -88,6 +91,7 @@ class Paths:
 
     policy: Path
     verifier: Path
+    template: Path
     problems: Path
     held_out: Path
 
@@ -99,10 +103,11 @@ def prepare(config: DemoConfig, folder: Path, clock: StageClock) -> Paths:
     with clock("sft"):
         train_sft(sft_config(config, folder, base), resolved={"demo": asdict(config)})
     with clock("verifier"):
-        train_verifier(verifier_config(config, folder, base), resolved={"demo": asdict(config)})
+        train_verifier(verifier_config(config, folder), resolved={"demo": asdict(config)})
     return Paths(
         policy=folder / "sft" / "model",
         verifier=folder / "verifier" / "model",
+        template=folder / "data" / "verifier_template.txt",
         problems=folder / "data" / "problems.json",
         held_out=folder / "data" / "held_out.json",
     )
@@ -115,7 +120,7 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
         return base
     data.mkdir(exist_ok=True)
     records = {
-        split: generate(num, seed=config.seed, split=split, kinds="scores", difficulty=config.findings)
+        split: generate(num, seed=config.seed, split=split, kinds=KINDS, difficulty=config.findings)
         for split, num in (("train", config.num_train), ("eval", config.num_eval))
     }
     _write(data / "problems.json", records["train"])
@@ -123,6 +128,7 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
     for split, rows in records.items():
         _write(data / f"sft_{split}.json", half_without_reasoning(rows))
         _write(data / f"verifier_{split}.json", verifier_rows(rows[:2048], config.seed))
+    (data / "verifier_template.txt").write_text(VERIFIER_TEMPLATE)
     make_base(base, records["train"], seed=config.seed)
     return base
 
@@ -153,7 +159,7 @@ def make_base(folder: Path, records: list[Record], *, seed: int) -> None:
         vocab_size=640, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     texts = [f"## Thinking\n\n{r['Complex_CoT']}\n\n## Final Response\n\n{r['Response']} {r['Question']}" for r in records[:2048]]
-    tokenizer.train_from_iterator([*texts, *[TEMPLATE] * 64, *sum(map(paraphrases, records[:256]), [])], trainer)
+    tokenizer.train_from_iterator([*texts, *[VERIFIER_TEMPLATE] * 64, *sum(map(paraphrases, records[:256]), [])], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
     )
@@ -177,11 +183,13 @@ def sft_config(config: DemoConfig, folder: Path, base: Path) -> SFTConfig:
     )  # fmt: skip
 
 
-def verifier_config(config: DemoConfig, folder: Path, base: Path) -> VerifierTrainingConfig:
+def verifier_config(config: DemoConfig, folder: Path) -> VerifierTrainingConfig:
+    """It starts from stage 1, which knows the words, with a fresh head."""
     return VerifierTrainingConfig(
-        model=str(base), data=str(folder / "data" / "verifier_train.json"), output=str(folder / "verifier"),
-        eval_data=str(folder / "data" / "verifier_eval.json"), max_steps=config.verifier_steps, batch_size=64,
-        learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01, eval_every=100, save_every=1000, seed=config.seed, **_small(),
+        model=str(folder / "sft" / "model"), data=str(folder / "data" / "verifier_train.json"),
+        eval_data=str(folder / "data" / "verifier_eval.json"), template=str(folder / "data" / "verifier_template.txt"),
+        output=str(folder / "verifier"), max_steps=config.verifier_steps, batch_size=128, learning_rate=1e-3,
+        warmup_ratio=0.1, weight_decay=0.01, eval_every=50, save_every=1000, seed=config.seed, **_small(),
     )  # fmt: skip
 
 
@@ -189,7 +197,9 @@ def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -
     return replace(
         PPOConfig(
             policy=str(paths.policy), data=str(paths.problems), eval_data=str(paths.held_out), output=str(output),
-            verifier=VerifierConfig(kind="classifier", model=str(paths.verifier), max_tokens=256),
+            verifier=VerifierConfig(
+                kind="classifier", model=str(paths.verifier), template=str(paths.template), max_tokens=256
+            ),
             sampling=SamplingParams(temperature=1.0, max_new_tokens=96), kl=KLConfig(coef=0.03),
             steps=config.ppo_steps, prompts_per_step=config.rollouts_per_step, epochs=3, minibatches=1,
             policy_learning_rate=3e-4, critic_learning_rate=1e-3, warmup_ratio=0.05, schedule="constant",

@@ -57,7 +57,7 @@ def _of_rollouts(rollouts: Sequence[Rollout], scores: Tensor, right_score: float
     num = len(rollouts)
     return {
         "score_mean": float(scores.mean()),
-        f"{prefix}right_rate": float((scores >= right_score).float().mean()),
+        f"{prefix}right_rate": float((scores >= right_score).double().mean()),
         f"{prefix}unparsable_rate": sum(r.final is None for r in rollouts) / num,
         "exact_rate": sum(map(is_right, rollouts)) / num,
         "reasoned_rate": sum(r.reasoned for r in rollouts) / num,

@@ -63,7 +63,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
     def make(
         kind: str = "llama", *, tied: bool = False, classes: int | None = None, seed: int = 0, vocab: int = 320, **overrides: int
     ) -> Path:
-        sizes = dict(
+        sizes = dict(  # noqa: C408
             vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         ) | overrides  # fmt: skip

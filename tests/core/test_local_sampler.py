@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from verippo.core import local_sampler
 from verippo.core.local_sampler import LocalSampler, draw, uniform
 from verippo.core.model import load_causal_lm, load_policy
 from verippo.core.packing import pack
@@ -143,6 +144,12 @@ def test_a_token_without_probability_is_never_drawn():
     tokens, logprobs = draw(logits, torch.arange(5000), torch.zeros(5000, dtype=torch.int64), 1.0)
     assert set(tokens.tolist()) == {1, 3}
     assert torch.isfinite(logprobs).all()
+
+
+def test_the_lowest_level_passes_over_tokens_without_probability(monkeypatch):
+    monkeypatch.setattr(local_sampler, "uniform", lambda seeds, positions: torch.zeros(len(seeds), dtype=torch.float64))
+    one = torch.zeros(1, dtype=torch.int64)
+    assert draw(torch.tensor([[-math.inf, -math.inf, 0.0, 0.0]]), one, one, 1.0)[0].tolist() == [2]
 
 
 def test_results_do_not_depend_on_batch_size_order_or_company(llama):

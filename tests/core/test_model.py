@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
 )
 
@@ -244,8 +245,11 @@ def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_dropout_is_off_even_while_training(make_model):
-    policy, batch = load_policy(make_model("llama", attention_dropout=0.5), dtype="fp32").train(), pack(random_rows())
+def test_dropout_is_off_even_while_training(tmp_path):
+    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dropouts = {"attention_dropout": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}
+    AutoModelForCausalLM.from_config(Phi3Config(**sizes, **dropouts, pad_token_id=0)).save_pretrained(tmp_path)
+    policy, batch = load_policy(tmp_path, dtype="fp32").train(), pack(random_rows())
     with torch.no_grad():
         assert torch.equal(policy(batch), policy(batch))
         close(policy(batch), policy.eval()(batch), 1e-7)
