@@ -111,7 +111,8 @@ def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m torch.distributed.run` with two gloo ranks on the arguments; returns the finished process."""
 
     def run(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+        num = (env or {}).get("VERIPPO_RANKS", "2")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num, *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"PYTHONSAFEPATH": "1"} | (env or {})
         )

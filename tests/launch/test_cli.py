@@ -469,9 +469,10 @@ def test_two_ranks_under_the_deepspeed_launcher_do_what_one_does(taught_policy, 
         "verifier__model": make_model("llama", classes=2, seed=15), "verifier__threshold": 0.5,
     }  # fmt: skip
     scripts = Path(sys.executable).parent
-    launcher = [str(scripts / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--module", "verippo.launch.cli"]
+    port = str(random.randrange(20000, 30000))  # the default port may be taken by another run on this machine
+    launcher = [str(scripts / "deepspeed"), "--num_accelerators", "2", "--master_port", port, "--no_local_rank", "--module"]
     done = subprocess.run(
-        [*launcher, *arguments(tmp_path / "two", **changes)],
+        [*launcher, "verippo.launch.cli", *arguments(tmp_path / "two", **changes)],
         capture_output=True, text=True, timeout=150, env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
