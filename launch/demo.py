@@ -57,17 +57,30 @@ class DemoConfig:
     """findings a problem: its difficulty, 3 to 8"""
     sft_steps: int = 300
     """optimizer steps of stage 1: stopped early on purpose, so that PPO has something to do"""
-    verifier_steps: int = 150
+    verifier_steps: int = 250
     """optimizer steps of the verifier's training"""
     ppo_steps: int = 40
     """steps of PPO"""
     rollouts_per_step: int = 128
     """responses a step"""
+    ablation_seeds: int = 0
+    """instead of the demo: train every variant of the ablation table from this many seeds (most of an hour on two cores)"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_eval", "sft_steps", "verifier_steps", "ppo_steps", "rollouts_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 3 <= self.findings <= 8:
+            raise ValueError(f"findings={self.findings}: must lie in 3..8")
 
 
 def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
     """Runs every stage, or goes on where it was stopped, and returns the folder with report.html."""
     folder = prepare_output(config.output, resume="auto")
+    if config.ablation_seeds:
+        from verippo.launch.ablation import ablate
+
+        return ablate(config, folder)
     clock = StageClock()
     paths = prepare(config, folder, clock)
     with clock("ppo"):
@@ -103,7 +116,7 @@ def prepare(config: DemoConfig, folder: Path, clock: StageClock) -> Paths:
     with clock("sft"):
         train_sft(sft_config(config, folder, base), resolved={"demo": asdict(config)})
     with clock("verifier"):
-        train_verifier(verifier_config(config, folder), resolved={"demo": asdict(config)})
+        train_verifier(verifier_config(config, folder, base), resolved={"demo": asdict(config)})
     return Paths(
         policy=folder / "sft" / "model",
         verifier=folder / "verifier" / "model",
@@ -139,7 +152,7 @@ def half_without_reasoning(records: list[Record]) -> list[Record]:
 
 
 def verifier_rows(records: list[Record], seed: int) -> list[Record]:
-    """Right and wrong answers to each problem, phrased alike: mostly the bare number, which is what the policy learns to write."""
+    """Right and wrong answers to each problem, phrased alike: half are the bare number, as the policy writes it."""
     rows = []
     for n, record in enumerate(records):
         reference, right, wrong = record["Ground-True Answer"], paraphrases(record), wrong_answers(record, 2, seed + n)
@@ -183,12 +196,11 @@ def sft_config(config: DemoConfig, folder: Path, base: Path) -> SFTConfig:
     )  # fmt: skip
 
 
-def verifier_config(config: DemoConfig, folder: Path) -> VerifierTrainingConfig:
-    """It starts from stage 1, which knows the words, with a fresh head."""
+def verifier_config(config: DemoConfig, folder: Path, base: Path) -> VerifierTrainingConfig:
     return VerifierTrainingConfig(
-        model=str(folder / "sft" / "model"), data=str(folder / "data" / "verifier_train.json"),
+        model=str(base), data=str(folder / "data" / "verifier_train.json"),
         eval_data=str(folder / "data" / "verifier_eval.json"), template=str(folder / "data" / "verifier_template.txt"),
-        output=str(folder / "verifier"), max_steps=config.verifier_steps, batch_size=128, learning_rate=1e-3,
+        output=str(folder / "verifier"), max_steps=config.verifier_steps, batch_size=64, learning_rate=5e-4,
         warmup_ratio=0.1, weight_decay=0.01, eval_every=50, save_every=1000, seed=config.seed, **_small(),
     )  # fmt: skip
 
@@ -201,7 +213,7 @@ def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -
                 kind="classifier", model=str(paths.verifier), template=str(paths.template), max_tokens=256
             ),
             sampling=SamplingParams(temperature=1.0, max_new_tokens=96), kl=KLConfig(coef=0.03),
-            steps=config.ppo_steps, prompts_per_step=config.rollouts_per_step, epochs=3, minibatches=1,
+            steps=config.ppo_steps, prompts_per_step=config.rollouts_per_step, epochs=2, minibatches=2, lam=1.0,
             policy_learning_rate=3e-4, critic_learning_rate=1e-3, warmup_ratio=0.05, schedule="constant",
             max_prompt_tokens=64, eval_temperature=1.0, eval_every=20, save_every=20, seed=config.seed,
             zero_stage=3, dtype="fp32", gradient_checkpointing=False, max_tokens_per_gpu=16384,
@@ -232,7 +244,8 @@ def stage_table(ppo_folder: Path) -> dict[str, Any]:
             "response_length_mean": line["response_length_mean"],
         })  # fmt: skip
     note = (
-        "Held-out problems share no set of findings with training problems. Evaluation samples at temperature 1, as training does. "
+        "Held-out problems share no set of findings with training problems. Evaluation samples at temperature 1, as training "
+        "does. "
         "Stage 1 is stopped early and learns answers with and without reasoning in equal parts; what PPO gains, it gains by "
         "reasoning more often and more exactly."
     )

@@ -57,7 +57,8 @@ def train_and_eval_rows(
 ) -> tuple[list[Row], list[Row]]:
     """The rows to train on and those held out, without over-long ones: these are counted and named, or refused.
 
-    group: rows of one group are held out together, or they would tell of each other. Raises ValueError when config.overlong is "refuse" and there is one, and when no row is left.
+    group: rows of one group are held out together, or they would tell of each other.
+    Raises ValueError when config.overlong is "refuse" and there is one, and when no row is left.
     """
     rows = load(config.data)
     if config.eval_data:

@@ -37,7 +37,9 @@ class LabelledIds:
     row: int
 
 
-def load_answers(sources: str, *, limit: int | None, seed: int, wrong_per_question: int) -> tuple[list[LabelledAnswer], dict[str, int]]:
+def load_answers(
+    sources: str, *, limit: int | None, seed: int, wrong_per_question: int
+) -> tuple[list[LabelledAnswer], dict[str, int]]:
     """All labelled answers that the sources' rows hold or give, and how many rows of each kind there were.
 
     Each row is of one of these kinds, told by its keys; any other is a ValueError naming the row:
