@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,9 @@ def open_log(
         print(f"goes on after step {step} of {config.total_steps} (another --output starts afresh)")
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
+    calibration = Path(config.verifier.model or "") / "calibration.json"
+    if config.verifier.kind == "classifier" and calibration.exists():  # the report shows it beside the reward curve
+        shutil.copy(calibration, folder)
     loggers = parse_loggers(config.log_to)
     return MetricLog(folder, loggers=loggers, first_step=step, config=resolved, run_id=run_id)
 

@@ -44,7 +44,7 @@ def task(tmp_path, monkeypatch):
     return {
         "policy": str(tmp_path / "policy"), "data": str(tmp_path / "problems.json"), "output": str(tmp_path / "out"),
         "verifier": VerifierConfig(kind="function", function="counting:score"), "sampling": SamplingParams(max_new_tokens=8),
-        "kl": KLConfig(coef=0.0), "steps": 60, "prompts_per_step": 8, "max_prompt_tokens": 30, "max_tokens_per_gpu": 1024,
+        "kl": KLConfig(coef=0.0), "steps": 35, "prompts_per_step": 8, "max_prompt_tokens": 30, "max_tokens_per_gpu": 1024,
         "policy_learning_rate": 5e-3, "schedule": "constant", "warmup_ratio": 0.0, "save_every": 1000, "log_to": "jsonl",
         "dtype": "fp32", "gradient_checkpointing": False, "zero_stage": 0,
     }  # fmt: skip
