@@ -72,15 +72,16 @@ def render_example(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
     if not whole.startswith(prompt):
         raise ValueError("the chat template rewrites the prompt when an answer follows: the prompt is no prefix of the whole")
     response = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
-    ends = [n for n, token in enumerate(response) if token in _end_ids(tokenizer)]
+    end_ids = _end_ids(tokenizer)
+    ends = [n for n, token in enumerate(response) if token in end_ids]
     response = response[: ends[-1] + 1] if ends else [*response, tokenizer.eos_token_id]
     return tokenizer.encode(prompt, add_special_tokens=False), response
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     known = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # Llama-3 and Qwen end turns by these
-    vocabulary = tokenizer.get_vocab()
-    return {tokenizer.eos_token_id} | {vocabulary[token] for token in known if token in vocabulary}
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in known]  # not get_vocab: this runs for every row
+    return {tokenizer.eos_token_id} | {i for token, i in ids if i is not None and tokenizer.convert_ids_to_tokens(i) == token}
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -95,15 +95,6 @@ def all_max(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is true on some rank. Every rank must ask."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor([int(flag)])
-    td.all_reduce(votes, op=td.ReduceOp.MAX)
-    return bool(votes.item())
-
-
 def all_gather(value: T) -> list[T]:
     """Every rank's picklable value, in rank order, on every rank."""
     if world_size() == 1:

@@ -102,7 +102,8 @@ class TrainEngine:
         deepspeed = _deepspeed()
         self.config = config
         if config.gradient_checkpointing:
-            module.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf: Any = module.hf
+            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.dtype == "fp32":
             module = module.float()
         settings = deepspeed_config(config, world_size=dist.world_size(), train=True)
@@ -202,7 +203,7 @@ def _num_dimensions(parameter: nn.Parameter) -> int:
 
 
 def _adamw(module: nn.Module, config: EngineConfig) -> torch.optim.Optimizer:
-    options = {"lr": 0.0, "betas": config.adam_betas, "eps": config.adam_epsilon}
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.adam_betas, "eps": config.adam_epsilon}
     groups = parameter_groups(module, config.weight_decay)
     if config.offload != "none":  # DeepSpeed's own Adam runs on host memory
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -132,9 +132,10 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
     if (base / "config.json").exists():
         return base
     data.mkdir(exist_ok=True)
+    sizes: dict[Literal["train", "eval"], int] = {"train": config.num_train, "eval": config.num_eval}
     records = {
         split: generate(num, seed=config.seed, split=split, kinds=KINDS, difficulty=config.findings)
-        for split, num in (("train", config.num_train), ("eval", config.num_eval))
+        for split, num in sizes.items()
     }
     _write(data / "problems.json", records["train"])
     _write(data / "held_out.json", records["eval"])
@@ -206,6 +207,7 @@ def verifier_config(config: DemoConfig, folder: Path, base: Path) -> VerifierTra
 
 
 def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -> PPOConfig:
+    """What the PPO stage is told; `changes` for its variants."""
     return replace(
         PPOConfig(
             policy=str(paths.policy), data=str(paths.problems), eval_data=str(paths.held_out), output=str(output),

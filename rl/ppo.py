@@ -254,11 +254,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - (target - value).var() / target.var()
 
 
-def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """The sum of x [tokens] over the mask, 0-dim and differentiable: for entropy bonuses, KL losses and metrics."""
-    return _select(x, _check_mask(x, mask)).sum()
-
-
 def _float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -80,13 +80,18 @@ def rollout(
             prompt_ids=prompt.token_ids,
             response_ids=completion.token_ids,
             sampler_logprobs=completion.logprobs,
-            text=tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            text=_text(tokenizer, completion.token_ids),
             truncated=completion.finish_reason == "length",
             sample=prompt.sample,
             version=completion.version,
         )
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    text: Any = tokenizer.decode(list(token_ids), skip_special_tokens=True)  # a list only for lists of lists
+    return text
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], *, system: str | None) -> list[list[int]]:
