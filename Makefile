@@ -8,7 +8,7 @@ export PYTHONSAFEPATH = 1
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 1) $(BIN)/verippo demo --output demo
+	$(BIN)/verippo demo --output demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

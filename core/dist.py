@@ -29,7 +29,8 @@ def init(*, timeout_seconds: float = 1800.0) -> None:
         return
     _adopt_slurm_environment()
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if "RANK" not in os.environ:
+    # a child of a single process finds that one's variables, and must not look for its port
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
         os.environ.update({name: str(value) for name, value in alone.items()})
         td.init_process_group(_backend(), store=td.HashStore(), rank=0, world_size=1, timeout=timeout)

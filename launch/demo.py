@@ -30,8 +30,8 @@ from verippo.sft.train import train as train_sft
 from verippo.sft.verifier import train as train_verifier
 
 Record = dict[str, Any]
-KINDS = ("has_bled", "alvarado", "cha2ds2_vasc", "wells_dvt", "apgar")
-"""Scores with many findings: enough different problems, few enough findings to learn in minutes."""
+KINDS = ("bishop", "apgar", "child_pugh")
+"""Scores whose findings earn 0 to 3 points each: few enough to learn in minutes, and hard to add up without reasoning."""
 VERIFIER_TEMPLATE = "Answer: {response}\nReference: {reference}\nRight?"
 """Shorter than the usual one: most of a tiny verifier's time would go into reading the instruction."""
 CHAT_TEMPLATE = (
@@ -59,7 +59,7 @@ class DemoConfig:
     """optimizer steps of stage 1: stopped early on purpose, so that PPO has something to do"""
     verifier_steps: int = 250
     """optimizer steps of the verifier's training"""
-    ppo_steps: int = 40
+    ppo_steps: int = 30
     """steps of PPO"""
     rollouts_per_step: int = 128
     """responses a step"""
@@ -217,7 +217,7 @@ def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -
             sampling=SamplingParams(temperature=1.0, max_new_tokens=96), kl=KLConfig(coef=0.03),
             steps=config.ppo_steps, prompts_per_step=config.rollouts_per_step, epochs=2, minibatches=2, lam=1.0,
             policy_learning_rate=3e-4, critic_learning_rate=1e-3, warmup_ratio=0.05, schedule="constant",
-            max_prompt_tokens=64, eval_temperature=1.0, eval_every=20, save_every=20, seed=config.seed,
+            max_prompt_tokens=64, eval_temperature=1.0, eval_every=10, save_every=10, seed=config.seed,
             zero_stage=3, dtype="fp32", gradient_checkpointing=False, max_tokens_per_gpu=16384,
         ),
         **changes,
