@@ -80,8 +80,12 @@ def render_example(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     known = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")  # Llama-3 and Qwen end turns by these
-    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in known]  # not get_vocab: this runs for every row
-    return {tokenizer.eos_token_id} | {i for token, i in ids if i is not None and tokenizer.convert_ids_to_tokens(i) == token}
+    ends = {tokenizer.eos_token_id}
+    for token in known:  # not get_vocab: this runs for every row
+        number = tokenizer.convert_tokens_to_ids(token)
+        if isinstance(number, int) and tokenizer.convert_ids_to_tokens(number) == token:
+            ends.add(number)
+    return ends
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -116,6 +116,7 @@ def taught_policy(make_model, tmp_path_factory):
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
     model.save_pretrained(folder)
+    tokenizer.model_max_length = 40  # prompts are longer: tokenizers would warn of it
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -231,7 +232,8 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_like_the_unbroken_one
         process.wait()
     reached = len(rows_of(output)) if process.returncode == -signal.SIGKILL else "the end"
     print(f"killed {delay:.2f} s after the first checkpoint, with {reached} steps logged")
-    assert "arning" not in (tmp_path / "stderr").read_text()  # a run's stderr is its progress, nothing else
+    for noise in ("arning", "Token indices"):  # a run's stderr is its progress, nothing else
+        assert noise not in (tmp_path / "stderr").read_text()
 
     cli.main(arguments(output, **settings))
     assert "goes on after step" in capfd.readouterr().out
@@ -323,6 +325,11 @@ def test_models_that_are_missing_or_of_the_wrong_kind_are_refused(capsys, given,
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_in_one_line(capsys, given, changes, part):
     assert part in refused(capsys, given(**changes))
+
+
+def test_an_unknown_key_in_the_yaml_file_is_refused(capsys, given, tmp_path):
+    (tmp_path / "run.yaml").write_text("kl: {coef: 0.1, cofe: 0.2}\n")
+    assert "cofe" in refused(capsys, given(config=tmp_path / "run.yaml"))
 
 
 def test_an_unknown_command_is_refused_and_the_known_ones_listed(capsys):
@@ -447,7 +454,7 @@ def test_real_problems_and_a_real_little_model(kind, shared, make_model, tmp_pat
         arguments(
             tmp_path / "out", policy=policy, data=shared / "data" / "medical_demo_198.json", limit=40, steps=2,
             verifier__kind=kind, verifier__model=verifier, max_prompt_tokens=300, sampling__max_new_tokens=24,
-            max_tokens_per_gpu=2048, prompts_per_step=4,
+            max_tokens_per_gpu=2048, prompts_per_step=4, epochs=1,
         )
     )  # fmt: skip
     rows = rows_of(tmp_path / "out")
@@ -488,7 +495,7 @@ def test_two_ranks_under_the_deepspeed_launcher_do_what_one_does(taught_policy, 
     states = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
     differences = torch.cat([(states[0][key] - states[1][key]).abs().flatten() for key in states[0]])
     print(f"weights differ by {differences.mean():.1e} on average, {differences.max():.1e} at most")
-    assert float(differences.mean()) < 1e-6  # at most: Adam makes steps of full size from gradients that are all rounding
+    assert float(differences.mean()) < 1e-7  # at most: Adam makes steps of full size from gradients that are all rounding
     AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
     assert "arning" not in done.stderr.replace("DeepSpeed", "")
 

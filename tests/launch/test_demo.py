@@ -1,0 +1,72 @@
+"""The demo, at a size that only shows that its stages fit together: what they achieve is for `make demo` to show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from verippo.core.chat import parse_response
+from verippo.launch.ablation import VARIANTS, ablate
+from verippo.launch.demo import DemoConfig, demo, half_without_reasoning, ppo_config, verifier_rows
+from verippo.search.calculations import generate
+from verippo.sft.data import conversation
+
+TINY = DemoConfig(
+    output="unused", num_train=64, num_eval=16, sft_steps=2, verifier_steps=2, ppo_steps=1, rollouts_per_step=8
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_stage_runs_and_the_report_tells_of_all(tmp_path: Path) -> None:
+    report = demo(replace(TINY, output=str(tmp_path / "demo")), resolved={})
+    page = report.read_text()
+    for part in ("after SFT", "after PPO", "Verifier", "Response length"):
+        assert part in page
+    stages = json.loads((tmp_path / "demo" / "ppo" / "stages.json").read_text())
+    assert list(stages["seconds"]) == ["data", "sft", "verifier", "ppo"]
+    assert [row["num"] for row in stages["rows"]] == [16, 16]
+    # run again, it finds everything done and changes nothing
+    before = (tmp_path / "demo" / "ppo" / "model" / "model.safetensors").read_bytes()
+    demo(replace(TINY, output=str(tmp_path / "demo")), resolved={})
+    assert (tmp_path / "demo" / "ppo" / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_ablation_trains_every_variant_from_the_same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(VARIANTS)
+    for name in names[3:]:
+        monkeypatch.delitem(VARIANTS, name)
+    table = ablate(replace(TINY, ablation_seeds=1), tmp_path).read_text()
+    assert table.count("\n") == 2 + 3
+    results = json.loads((tmp_path / "ablation.json").read_text())
+    assert len({runs[0]["exact_before"] for runs in results.values()}) == 1
+
+
+def test_half_of_the_answers_come_without_reasoning_and_in_the_format() -> None:
+    rows = half_without_reasoning(generate(10, seed=0, kinds="scores"))
+    parsed = [parse_response(conversation(row, where="")[-1]["content"]) for row in rows]
+    assert [bool(part and part.thinking) for part in parsed] == [True, False] * 5
+    assert all(part and part.final == row["Ground-True Answer"] for part, row in zip(parsed, rows, strict=True))
+
+
+def test_verifier_rows_are_balanced_and_their_wording_gives_nothing_away() -> None:
+    rows = verifier_rows(generate(200, seed=0, kinds="scores"), seed=0)
+    bare = [row for row in rows if row["response"].isdigit()]
+    for part in (rows, bare):
+        right = sum(row["label"] for row in part)
+        assert abs(right / len(part) - 0.5) < 0.05
+    assert all((row["response"] == row["reference"]) == row["label"] for row in bare)
+
+
+def test_the_demo_differs_from_the_papers_ppo_only_where_it_says(tmp_path: Path) -> None:
+    from verippo.launch.demo import Paths
+
+    here = Paths(policy=tmp_path, verifier=tmp_path, template=tmp_path, problems=tmp_path, held_out=tmp_path)
+    config = ppo_config(DemoConfig(), here, tmp_path)
+    assert (config.kl.coef, config.clip_low, config.clip_high, config.value_clip, config.gamma) == (0.03, 0.2, 0.2, 0.2, 1.0)
+    assert config.lam == 1.0
+    with pytest.raises(ValueError, match="findings=9"):
+        DemoConfig(findings=9)
