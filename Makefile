@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed links
 	$(BIN)/ruff check .

@@ -279,6 +279,12 @@ def check_same_vocabulary(first: str, second: str) -> None:
         )
 
 
+def check_embedding(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raises ValueError when the tokenizer knows ids that the model has no embedding for."""
+    if len(tokenizer) > hf.config.vocab_size:
+        raise ValueError(f"model {path}: has {hf.config.vocab_size} embeddings, the tokenizer {len(tokenizer)} tokens")
+
+
 def context_length(hf: PreTrainedModel) -> int | None:
     """The most positions the model was made for, where its configuration says so."""
     return getattr(hf.config, "max_position_embeddings", None)

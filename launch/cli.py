@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, resolved = parse(_named(command.config), rest, program=f"verippo {name}")
         _named(command.run)(config, resolved=resolved)
     except ValueError as error:
+        if "VERIPPO_TRACEBACK" in os.environ:  # for those whose own functions run inside
+            raise
         _fail(f"{name}: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -108,6 +110,7 @@ def _usage() -> str:
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "usage: verippo COMMAND [--config FILE.yaml] [--FIELD VALUE ...]\n\ncommands:\n" + "\n".join(lines) + (
         "\n\n`verippo COMMAND --help` lists the fields; `--print_config` prints them as YAML."
+        "\nVERIPPO_TRACEBACK=1 shows where an error comes from."
     )
 
 

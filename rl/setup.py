@@ -20,6 +20,7 @@ from verippo.core.engine import FrozenEngine, TrainEngine
 from verippo.core.local_sampler import LocalSampler
 from verippo.core.metrics import MetricLog, environment, parse_loggers
 from verippo.core.model import (
+    check_embedding,
     check_same_vocabulary,
     context_length,
     load_causal_lm,
@@ -83,12 +84,17 @@ def set_up(config: PPOConfig) -> Run:
     train_set, eval_set = _problem_sets(config, tokenizer)
     verifier, engine = _verifier(config), config.engine
     hf = load_causal_lm(config.policy, dtype=config.dtype)
+    check_embedding(hf, tokenizer, config.policy)
     _check_context(config, context_length(hf))
     sampler = _sampler(config, hf, stop_token_ids(config.policy, tokenizer))
-    gae = config.advantage == "gae"
+    critic: TrainEngine | NoCritic = NoCritic()
+    if config.advantage == "gae":
+        module = load_critic(critic_path, dtype=config.dtype)
+        check_embedding(module.hf, tokenizer, critic_path)
+        critic = TrainEngine(module, engine)
     return Run(
         policy=TrainEngine(load_policy(config.policy, dtype=config.dtype), engine),
-        critic=TrainEngine(load_critic(critic_path, dtype=config.dtype), engine) if gae else NoCritic(),
+        critic=critic,
         reference=FrozenEngine(load_policy(reference_path, dtype=config.dtype), engine),
         sampler=sampler,
         verifier=verifier,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from verippo.core import checkpoint, dist
 from verippo.core.data import split
 from verippo.core.engine import TrainEngine
-from verippo.core.model import load_policy, load_tokenizer, save_model
+from verippo.core.model import check_embedding, load_policy, load_tokenizer, save_model
 from verippo.core.packing import PackedBatch, empty_batch, pack, share_out
 from verippo.core.report import write_report
 from verippo.sft.config import SFTConfig, TrainingConfig
@@ -40,7 +40,9 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
             )
 
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
-        engine = TrainEngine(load_policy(config.model, dtype=config.dtype), config.engine)
+        policy = load_policy(config.model, dtype=config.dtype)
+        check_embedding(policy.hf, tokenizer, config.model)
+        engine = TrainEngine(policy, config.engine)
         try:
             fit(config, _task(config, tokenizer), engine, rows, eval_rows, folder, resolved=resolved)
         finally:

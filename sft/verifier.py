@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verippo.core import checkpoint, dist
 from verippo.core.engine import TrainEngine
-from verippo.core.model import load_classifier, load_tokenizer, save_model
+from verippo.core.model import check_embedding, load_classifier, load_tokenizer, save_model
 from verippo.core.packing import PackedBatch, empty_batch, share_out
 from verippo.core.report import wilson_interval, write_report
 from verippo.core.verdict import load_template
@@ -46,6 +46,7 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
 
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: len(row.token_ids), lambda row: row.row)
         module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
+        check_embedding(module.hf, tokenizer, config.model)
         engine = TrainEngine(module, config.engine)
         task = _task(config, tokenizer)
         try:

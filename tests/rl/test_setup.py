@@ -153,3 +153,11 @@ def test_a_template_that_is_not_there_is_refused(given, make_model, tmp_path):
 
 def test_rows_keep_the_published_keys():
     assert (QUESTION_KEY, ANSWER_KEY) == ("Open-ended Verifiable Question", "Ground-True Answer")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(given, make_model):
+    small = str(make_model("llama", seed=52, vocab=300))
+    with pytest.raises(ValueError, match="has 300 embeddings, the tokenizer 320 tokens"):
+        set_up(given(policy=small))
+    with pytest.raises(ValueError, match="has 300 embeddings, the tokenizer 320 tokens"):
+        set_up(given(critic=small))

@@ -20,7 +20,8 @@ SMALL = {"dtype": "fp32", "gradient_checkpointing": False, "max_seq_len": 256, "
 
 def write_rows(path: Path, num: int) -> Path:
     rows = [
-        {"Question": f"What is {n} plus {n}?", "Complex_CoT": "Add. " * (n % 5), "Response": f"It is {2 * n}."} for n in range(num)
+        {"Question": f"What is {n} plus {n}?", "Complex_CoT": "Add. " * (n % 5), "Response": f"It is {2 * n}."}
+        for n in range(num)
     ]
     path.write_text(json.dumps(rows))
     return path
