@@ -18,6 +18,9 @@ from verippo.rl.rollout import Rollout
 
 
 class Verifier(Protocol):
+    num_cut: int
+    """inputs that had to be shortened to be judged, so far, on this rank"""
+
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One score a rollout, in order. Under several ranks each passes its own, and all call."""
         ...
@@ -32,6 +35,8 @@ def is_right(rollout: Rollout) -> bool:
 class ExactMatchVerifier:
     """Right when the final response is the reference answer, up to case, white space and outer punctuation."""
 
+    num_cut = 0
+
     def __init__(self, *, tiers: Tiers = Tiers()) -> None:  # noqa: B008 an immutable tuple
         self.tiers = tiers
 
@@ -44,6 +49,8 @@ class ExactMatchVerifier:
 
 class FunctionVerifier:
     """A user's own function: rollouts -> scores. Its numbers are used as they are."""
+
+    num_cut = 0
 
     def __init__(self, function: Callable[[Sequence[Rollout]], Sequence[float]]) -> None:
         self.function = function
@@ -82,7 +89,6 @@ class ClassifierVerifier:
         self.engine, self.tokenizer, self.threshold, self.tiers = engine, tokenizer, threshold, tiers
         self.template, self.max_tokens, self.max_tokens_per_gpu = template, max_tokens, max_tokens_per_gpu
         self.num_cut = 0
-        """responses that were cut in the middle to fit max_tokens, so far"""
 
     @classmethod
     def load(cls, path: str, config: EngineConfig, **options: object) -> ClassifierVerifier:
