@@ -1,0 +1,43 @@
+"""The shipped configurations: they parse, and those of the paper hold the paper's numbers (arXiv 2412.18925)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from verippo.launch.cli import COMMANDS, parse
+from verippo.rl.config import PPOConfig
+from verippo.sft.config import SFTConfig, VerifierTrainingConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs"
+
+
+def read(name: str, config_class: type) -> object:
+    return parse(config_class, ["--config", str(CONFIGS / f"{name}.yaml")], program="verippo")[0]
+
+
+def test_every_shipped_file_is_read_by_its_command() -> None:
+    classes = {"ppo_8b": PPOConfig, "ppo_tiny_cpu": PPOConfig, "sft_8b": SFTConfig, "verifier_3b": VerifierTrainingConfig}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(classes)
+    for name, config_class in classes.items():
+        read(name, config_class)
+    assert list(COMMANDS) == ["sft", "verifier", "ppo", "demo"]
+
+
+def test_ppo_8b_holds_the_papers_numbers() -> None:
+    config = read("ppo_8b", PPOConfig)
+    assert isinstance(config, PPOConfig)
+    assert (config.episodes, config.rollouts_per_step, config.total_steps) == (20_000, 128, 157)
+    assert (config.epochs, config.minibatches, config.gamma, config.lam) == (3, 1, 1.0, 0.95)
+    assert (config.clip_low, config.clip_high, config.value_clip) == (0.2, 0.2, 0.2)
+    assert (config.kl.coef, config.policy_learning_rate, config.warmup_ratio) == (0.03, 5e-7, 0.05)
+    assert (config.sampling.temperature, config.sampling.max_new_tokens) == (0.5, 1300)
+    verifier = config.verifier
+    assert (verifier.threshold, verifier.right, verifier.wrong, verifier.unparsable) == (0.4, 1.0, 0.1, 0.0)
+    assert (config.eval_every, config.save_every, config.zero_stage, config.dtype) == (20, 20, 3, "bf16")
+
+
+def test_sft_8b_holds_the_papers_numbers() -> None:
+    config = read("sft_8b", SFTConfig)
+    assert isinstance(config, SFTConfig)
+    assert (config.epochs, config.batch_size, config.learning_rate, config.max_seq_len) == (3, 128, 5e-6, 8192)
+    assert (config.schedule, config.warmup_ratio, config.weight_decay) == ("cosine", 0.05, 0.1)
