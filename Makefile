@@ -26,9 +26,9 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "make: needs Python 3.10 to 3.13; say PYTHON=/path/to/python"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
 	@echo "installing $(TORCH) ..."
-	@$(BIN)/pip install -q --progress-bar on "$(TORCH)"
+	@$(BIN)/pip install --progress-bar on "$(TORCH)"
 	@echo "installing verippo and what it needs ..."
-	@$(BIN)/pip install -q --progress-bar on -e ".[test]"
+	@$(BIN)/pip install --progress-bar on -e ".[test]"
 	@touch $@
 
 links:
