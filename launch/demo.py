@@ -53,13 +53,13 @@ class DemoConfig:
     """training problems"""
     num_eval: int = 256
     """held-out problems: none shares its findings with a training problem"""
-    findings: int = 6
+    findings: int = 7
     """findings a problem: its difficulty, 3 to 8"""
-    sft_steps: int = 230
+    sft_steps: int = 300
     """optimizer steps of stage 1: stopped early on purpose, so that PPO has something to do"""
     verifier_steps: int = 250
     """optimizer steps of the verifier's training"""
-    ppo_steps: int = 30
+    ppo_steps: int = 24
     """steps of PPO"""
     rollouts_per_step: int = 128
     """responses a step"""
@@ -214,10 +214,10 @@ def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -
             verifier=VerifierConfig(
                 kind="classifier", model=str(paths.verifier), template=str(paths.template), max_tokens=256
             ),
-            sampling=SamplingParams(temperature=0.7, max_new_tokens=96), kl=KLConfig(coef=0.03),
+            sampling=SamplingParams(temperature=0.7, max_new_tokens=112), kl=KLConfig(coef=0.03),
             steps=config.ppo_steps, prompts_per_step=config.rollouts_per_step, epochs=2, minibatches=1, lam=1.0,
-            policy_learning_rate=2e-4, critic_learning_rate=1e-3, warmup_ratio=0.05, schedule="constant",
-            max_prompt_tokens=64, eval_temperature=0.7, eval_every=5, save_every=10, seed=config.seed,
+            policy_learning_rate=1.5e-4, critic_learning_rate=1e-3, warmup_ratio=0.05, schedule="constant",
+            max_prompt_tokens=80, eval_temperature=0.7, eval_every=8, save_every=8, seed=config.seed,
             zero_stage=3, dtype="fp32", gradient_checkpointing=False, max_tokens_per_gpu=16384,
         ),
         **changes,

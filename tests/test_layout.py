@@ -23,7 +23,7 @@ ARROWS = {
     "launch": {"kernels", "core", "rl", "sft", "search", "eval"},
 }
 SOURCES = [path for package in ARROWS for path in sorted((ROOT / package).rglob("*.py"))]
-# INTERFACE.md's modules; those that are not written yet are left out, not forgotten
+# modules that users import; one that is not written yet is passed over
 INTERFACE = [
     "rl.ppo", "kernels.logprob", "core.packing", "core.chat", "core.sampler", "rl.rollout", "rl.verifier", "eval.score",
     "search.decontaminate",

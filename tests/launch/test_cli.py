@@ -30,7 +30,7 @@ from verippo.launch import cli
 from verippo.rl.config import PPOConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-# the names of INTERFACE.md, which users' scripts read
+# names that users' scripts read: they stay
 INTERFACE = """
     step episodes score_mean score_right_rate score_unparsable_rate kl_mean reward_mean response_length_mean
     truncated_rate entropy policy_loss value_loss clip_fraction approx_kl explained_variance ratio_first_minibatch_max

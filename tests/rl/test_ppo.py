@@ -206,7 +206,7 @@ def random_step(seed, *, turns=2):
 
 
 def twin(s, o):
-    """The step as PPO.md writes it: scalar loops over each sequence's response tokens, gradients by hand."""
+    """The step as the papers write it: scalar loops over each sequence's response tokens, gradients by hand."""
     n = len(s.mask)
     rewards, advantages, returns = np.zeros(n), np.zeros(n), np.zeros(n)
     for i in range(len(s.scores)):
