@@ -248,8 +248,8 @@ def stage_table(ppo_folder: Path) -> dict[str, Any]:
     note = (
         "Held-out problems share no set of findings with training problems. Evaluation samples at temperature 0.7, as training "
         "does. "
-        "Stage 1 is stopped early and learns answers with and without reasoning in equal parts; what PPO gains, it gains by "
-        "reasoning more often and more exactly."
+        "Stage 1 is stopped early and learns answers with and without reasoning in equal parts; the share that reasons "
+        "and the length show where PPO took it."
     )
     return {"rows": rows, "notes": [note]}
 
