@@ -27,7 +27,7 @@ def ablate(config: DemoConfig, folder: Path) -> Path:
     """Trains every variant from every seed's own stage 1 and verifier; writes ablation.json and ablation.md, returns the
     latter. Goes on where it was stopped: a finished run is read, not run again."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    for seed in range(config.ablation_seeds):
+    for seed in range(config.seed, config.seed + config.ablation_seeds):
         seeded = replace(config, seed=seed)
         home = folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)

@@ -64,7 +64,7 @@ class DemoConfig:
     rollouts_per_step: int = 128
     """responses a step"""
     ablation_seeds: int = 0
-    """instead of the demo: train every variant of the ablation table from this many seeds (most of an hour on two cores)"""
+    """instead of the demo: train every variant of the ablation table from this many seeds, the first being `seed`"""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_eval", "sft_steps", "verifier_steps", "ppo_steps", "rollouts_per_step"):
