@@ -23,6 +23,8 @@ class Command(NamedTuple):
     """module:class of its fields; imported first and alone, so that help and refusals come at once"""
     run: str
     """module:function that takes the configuration, and its plain values as `resolved`"""
+    positional: tuple[str, ...] = ()
+    """fields that may be given by place, before the options: `verippo eval compare A B`"""
 
 
 COMMANDS = {
@@ -55,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         sys.exit(0 if arguments else 2)
-    name, *rest = arguments
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # `serve start` is one command
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     try:
         command = COMMANDS[name]
-        config, resolved = parse(_named(command.config), rest, program=f"verippo {name}")
+        config, resolved = parse(_named(command.config), _by_name(command, rest), program=f"verippo {name}")
         _named(command.run)(config, resolved=resolved)
     except ValueError as error:
         if "VERIPPO_TRACEBACK" in os.environ:  # for those whose own functions run inside
@@ -73,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("verippo: interrupted", file=sys.stderr)
         sys.exit(1)
+
+
+def _by_name(command: Command, arguments: list[str]) -> list[str]:
+    """Arguments given by place become options, in the order of `positional`."""
+    named: list[str] = []
+    for field in command.positional:
+        if arguments and not arguments[0].startswith("-"):
+            named += [f"--{field}", arguments.pop(0)]
+    return named + arguments
 
 
 def _named(spec: str) -> Any:
