@@ -50,11 +50,22 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: 
     return render_messages(tokenizer, messages, add_generation_prompt=True)
 
 
+def render_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    """The text of a conversation under the tokenizer's chat template, or DEFAULT_TEMPLATE when it has none."""
+    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    text: Any = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return text
+
+
 def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> list[int]:
-    """Token ids of a conversation under the tokenizer's chat template, or DEFAULT_TEMPLATE when it has none."""
-    return tokenizer.encode(_render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)
+    """Token ids of the same."""
+    return tokenizer.encode(render_text(tokenizer, messages, add_generation_prompt=add_generation_prompt), add_special_tokens=False)
 
 
 def render_example(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -68,7 +79,7 @@ def render_example(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
         raise ValueError("the last turn is not the assistant's")
     if not messages[-1]["content"].strip():
         raise ValueError("the assistant's turn is empty")
-    prompt, whole = _render(tokenizer, messages[:-1], True), _render(tokenizer, messages, False)
+    prompt, whole = render_text(tokenizer, messages[:-1], add_generation_prompt=True), render_text(tokenizer, messages)
     if not whole.startswith(prompt):
         raise ValueError("the chat template rewrites the prompt when an answer follows: the prompt is no prefix of the whole")
     response = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
@@ -86,11 +97,3 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         if isinstance(number, int) and tokenizer.convert_ids_to_tokens(number) == token:
             ends.add(number)
     return ends
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
-    text: Any = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    return text

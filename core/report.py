@@ -1,7 +1,7 @@
 """One self-contained HTML page from a stage's output folder: finished, running or crashed.
 
-Everything is inline (SVG, CSS) and nothing runs (no script; a Content-Security-Policy forbids even images), so the page
-can be mailed. What a run wrote reaches it only through Jinja's autoescape. The layout is in report.html.jinja.
+Everything is inline (SVG, CSS) and nothing runs (no script; a Content-Security-Policy forbids even images). What a run
+wrote reaches the page only through Jinja's autoescape. The layout is in report.html.jinja.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from verippo.core.page import format_number, number, write_page
 
 Row = dict[str, Any]
 
@@ -127,32 +128,6 @@ def wilson_interval(successes: float, num: int, z: float = 1.959964) -> tuple[fl
     p, z2 = successes / num, z * z / num
     centre, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / num + z2 / (4 * num))
     return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
-
-
-def number(x: object) -> float | None:
-    """`x` as a float if it is a finite number, else None: a null, NaN or text in a metrics row is no value."""
-    return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
-
-
-def format_number(x: object, percent: bool = False) -> str:
-    """About four digits with thousands separated: 12,345 or 3.142 or 64.0%; a dash for what is no number."""
-    if (value := number(x)) is None:
-        return "–"
-    if percent:
-        text = f"{100 * value:.1f}%"
-    elif abs(value) >= 1000 or value == int(value):
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
-    return text.replace("-", "−")
-
-
-def format_duration(seconds: float) -> str:
-    """4.2 s, 3 min 05 s or 2 h 07 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def read_json(text: str) -> Row | None:
@@ -365,8 +340,6 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
 
     Any input may be absent or cut off by a crash: its section is left out, and what was skipped is counted on the page.
     """
-    from jinja2 import Environment
-
     problems, rows, objects = [], {}, {}
     for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
         rows[name], num_skipped = read_steps(folder / name)
@@ -383,17 +356,12 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
     score_figures = [draw_plot(plot, data, name=f"s{i}") for i, plot in enumerate(SCORE_PLOTS)]
     score_figures.append(draw_reliability(objects["calibration"].get("curve") or [], name="r"))
     figures = [draw_plot(plot, data, name=f"f{i}") for i, plot in enumerate(PLOTS)]
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": format_number, "duration": format_duration, "finite": number}
-    page = environment.from_string(read_text(Path(__file__).with_name("report.html.jinja"))).render(
-        title=title, folder=folder.resolve().name, problems=problems, **objects, train=train, block_size=block_size,
+    return write_page(
+        output or folder / "report.html", Path(__file__).with_name("report.html.jinja"), folder=folder,
+        title=title, problems=problems, **objects, train=train, block_size=block_size,
         score_figures=[f for f in score_figures if f], figures=[f for f in figures if f], measures=MEASURES,
         stages_compared=compare_stages(objects["stages"], evals), metric_names=list(dict.fromkeys(chain(*train))),
         samples=choose_samples(rows["samples.jsonl"]), num_samples=len(rows["samples.jsonl"]),
         absent=[name for name in (*rows, "config.yaml", "environment.json") if not (folder / name).is_file()],
-        config=read_text(folder / "config.yaml"), written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        config=read_text(folder / "config.yaml"),
     )  # fmt: skip
-    output = output or folder / "report.html"
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    return temporary.replace(output)

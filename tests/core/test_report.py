@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from verippo.core.page import format_duration, format_number, number
 from verippo.core.report import (
     Line,
     average_blocks,
     by_step,
     choose_samples,
     compare_stages,
-    format_duration,
-    format_number,
-    number,
     points,
     read_steps,
     wilson_interval,
