@@ -65,7 +65,8 @@ def render_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> list[int]:
     """Token ids of the same."""
-    return tokenizer.encode(render_text(tokenizer, messages, add_generation_prompt=add_generation_prompt), add_special_tokens=False)
+    text = render_text(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def render_example(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
