@@ -1,11 +1,11 @@
-# make demo, make test: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
+# make demo, make test, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-sglang lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
@@ -31,9 +31,25 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/pip install --progress-bar on -e ".[test]"
 	@touch $@
 
+# sglang pins other versions than the trainer needs, so it has an environment of its own (about 3 GB); the stubs in
+# tests/sglang stand in for its CUDA-only packages.
+SGLANG ?= sglang==0.5.23
+SGLANG_VENV := .sglang
+
+$(SGLANG_VENV)/.installed: tests/sglang/requirements.txt
+	@$(PYTHON) -m venv $(SGLANG_VENV) || { echo "make: python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
+	@echo "installing $(SGLANG) into an environment of its own, $(SGLANG_VENV) (about 3 GB, some minutes) ..."
+	@$(SGLANG_VENV)/bin/pip install --progress-bar on -r tests/sglang/requirements.txt
+	@$(SGLANG_VENV)/bin/pip install --progress-bar on --no-deps "$(SGLANG)"
+	@touch $@
+
+test-sglang: $(VENV)/.installed $(SGLANG_VENV)/.installed
+	@echo "tests against a real sglang server, on CPU ..."
+	$(BIN)/python -m pytest -m sglang
+
 links:
 	mkdir -p links/verippo
 	for d in core kernels rl sft search eval launch; do ln -sfn ../../$$d links/verippo/$$d; done
 
 clean:
-	rm -rf $(VENV) links demo build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) links demo build *.egg-info

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +32,12 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+SGLANG = ROOT / ".sglang"
+SGLANG_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT / "tests" / "sglang" / "stubs"), "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"
+}  # fmt: skip
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 CORPUS = [
     "## Thinking\n\nThe patient has a fever and a cough.\n\n## Final Response\n\nPneumonia",
@@ -151,3 +158,36 @@ def both_ranks(rank_checks: Any, job: dict[str, Any], two_ranks: Callable[..., A
     done = two_ranks(rank_checks.__file__, str(job["folder"]))
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(job["folder"] / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="session")
+def sglang_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Fields of a ServerConfig with which the environment of `make test-sglang` serves on CPU, on a free port."""
+    if not (SGLANG / ".installed").exists():
+        pytest.skip("sglang's own environment is not there: make test-sglang")
+    return {
+        "python": str(SGLANG / "bin" / "python"), "port": 0, "device": "cpu", "environment": SGLANG_ENVIRONMENT,
+        "state": str(tmp_path_factory.mktemp("servers")), "start_timeout_seconds": 300.0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sglang_server(sglang_options: dict[str, Any], make_model: Callable[..., Path]) -> Iterator[SimpleNamespace]:
+    """A real sglang server for the whole session (.url, .model_path, .pid). Who updates its weights puts them back."""
+    from verippo.core.server import ServerConfig, serving
+
+    model = make_model("llama")
+    with serving(ServerConfig(model=str(model), **sglang_options)) as server:
+        yield SimpleNamespace(url=server.url, model_path=str(model), pid=server.pid)
+
+
+@pytest.fixture
+def start_sglang(sglang_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
+    """Starts one more server, `start_sglang(model_path, **fields of a ServerConfig) -> Server`, stopped after the test
+    if the test has not killed it."""
+    from verippo.core.server import ServerConfig, serving
+
+    with ExitStack() as stack:
+        yield lambda model, **fields: stack.enter_context(
+            serving(ServerConfig(**{"model": str(model), "stop_timeout_seconds": 30.0} | sglang_options | fields))
+        )

@@ -1,0 +1,396 @@
+"""sglang servers as processes of ours: started, waited for, recorded, and stopped with all their children.
+
+Every server has `STATE/NODE-PORT.json` (the fields of a Server) and `STATE/NODE-PORT.log`. A process counts as ours only
+when both its number and its start time are those recorded: a number that the system gave to another process since is never
+signalled. sglang is never imported: its interpreter may be another environment's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+STATE = "~/.cache/verippo/servers"
+CPU_ARGUMENTS = (
+    "--device cpu --attention-backend torch_native --sampling-backend pytorch --dtype float32 --skip-server-warmup "
+    "--disable-overlap-schedule --max-total-tokens 16384 --mem-fraction-static 0.1 --sleep-on-idle"
+)
+"""Without AMX sglang's torch-native path is the only one that runs; an idle scheduler would keep a core busy."""
+LAUNCHER_VARIABLES = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
+"""Prefixes of what torchrun and deepspeed set: a server that inherits them takes itself for one of their ranks."""
+LOCAL_HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on the way to our own port
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """An sglang server, and how it is started."""
+
+    model: str = ""
+    """a folder with the weights, or a hub id"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 lets other nodes reach it, and then it should have a key"""
+    port: int = 30000
+    """0 takes a free one"""
+    tp: int = 1
+    """GPUs that share one copy of the weights"""
+    dp: int = 1
+    """copies of the weights behind the one port"""
+    mem_fraction: float | None = None
+    """share of a GPU's memory for weights and key-value cache; default: sglang decides"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where torch sees a GPU; cpu adds the arguments with which sglang runs on any x86 CPU, slowly"""
+    python: str = sys.executable
+    """the interpreter of the environment that has sglang"""
+    api_key_env: str | None = None
+    """environment variable with the key that requests must carry; default: no key"""
+    api_key_file: str | None = None
+    """file with that key, instead"""
+    arguments: str = ""
+    """more arguments of sglang.launch_server, as in a shell: --arguments="--enable-memory-saver --log-level warning" """
+    environment: dict[str, str] = field(default_factory=dict)
+    """variables added to the server's environment"""
+    state: str = STATE
+    """folder of records and logs"""
+    start_timeout_seconds: float = 1800.0
+    """for loading the weights until the server answers"""
+    stop_timeout_seconds: float = 60.0
+    """for finishing what runs, after which the processes are killed"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"port={self.port}: must be 0 (any free one) to 65535")
+        for name in ("tp", "dp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
+            raise ValueError(f"mem_fraction={self.mem_fraction}: must be between 0 and 1")
+        if self.api_key_env and self.api_key_file:
+            raise ValueError("api_key_env and api_key_file: give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A started server: what its record holds."""
+
+    node: str
+    """name of the machine it runs on"""
+    host: str
+    port: int
+    model: str
+    log: str
+    command: list[str]
+    processes: list[tuple[int, float]]
+    """(number, start in seconds since 1970) of the server's process, then of its children once it is ready"""
+
+    @property
+    def pid(self) -> int:
+        return self.processes[0][0]
+
+    @property
+    def url(self) -> str:
+        """Where clients find it, other nodes' included if it listens for them."""
+        return f"http://{self.node if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
+
+
+def start(config: ServerConfig) -> Server:
+    """Starts one server and waits until it answers; see `start_all`."""
+    return start_all([config])[0]
+
+
+def start_all(configs: Sequence[ServerConfig]) -> list[Server]:
+    """Starts servers side by side and waits until all answer; if one does not come up, or on an interrupt, stops them all.
+
+    Raises ValueError when a port is taken, a model or key is not there, a server exits (with its log's last lines) or
+    does not answer within its time.
+    """
+    started: list[tuple[ServerConfig, Server]] = []
+    secrets: list[Path] = []
+    try:
+        for config in configs:
+            started.append((config, _spawn(config, secrets)))
+        return [_wait(server, config) for config, server in started]
+    except BaseException:
+        for config, server in started:
+            stop(server, state=config.state, timeout_seconds=5)
+        raise
+    finally:
+        for secret in secrets:
+            secret.unlink(missing_ok=True)
+
+
+@contextmanager
+def serving(config: ServerConfig) -> Iterator[Server]:
+    """A server for the length of a `with` block."""
+    server = start(config)
+    try:
+        yield server
+    finally:
+        stop(server, state=config.state, timeout_seconds=config.stop_timeout_seconds)
+
+
+def stop(server: Server, *, state: str = STATE, timeout_seconds: float = 60.0) -> bool:
+    """Ends the server, waits until it and its children are gone, and removes its record. Returns whether anything ran.
+
+    SIGTERM lets it finish its requests; what is left after `timeout_seconds` is killed.
+    """
+    if server.node != platform.node():
+        raise ValueError(f"the server {server.url} runs on {server.node}: stop it there")
+    processes = _alive(server)
+    leader = [process for process in processes if process.pid == server.pid]
+    for process in leader or processes:
+        _signal(process, kill=False)
+    deadline = time.monotonic() + timeout_seconds
+    _, left = psutil.wait_procs(leader or processes, timeout=timeout_seconds)
+    if leader and not left:  # its children go with it, a moment later
+        _, left = psutil.wait_procs(processes, timeout=min(5.0, max(0.0, deadline - time.monotonic())))
+    known = {process.pid for process in processes}
+    for process in [*left, *processes, *(p for p in _session(server, bool(leader)) if p.pid not in known)]:
+        _signal(process, kill=True)
+    psutil.wait_procs(processes, timeout=10)
+    _record(server.node, server.port, state).unlink(missing_ok=True)
+    return bool(processes)
+
+
+def servers(state: str = STATE) -> list[tuple[Server, str]]:
+    """Every recorded server with its state: "ready", "not answering" (it starts, or hangs), "gone" (it ended without being
+    stopped), or "elsewhere" (another node's: ask there)."""
+    found = []
+    for path in sorted(Path(state).expanduser().glob("*.json")):
+        server = _read(path)
+        if server.node != platform.node():
+            found.append((server, "elsewhere"))
+        elif not _alive(server):
+            found.append((server, "gone"))
+        else:
+            found.append((server, "ready" if _answers(server, None) else "not answering"))
+    return found
+
+
+def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
+    """Starts the process and records it."""
+    model = _model(config.model)
+    key = _api_key(config)
+    folder = Path(config.state).expanduser()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once must not both find the port free
+        port = config.port or _free_port(config.host)
+        record = _record(platform.node(), port, config.state)
+        if record.exists() and _alive(there := _read(record)):
+            raise ValueError(
+                f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): "
+                "stop it with `verippo serve stop`, or take another --port"
+            )
+        record.unlink(missing_ok=True)  # of one that ended without being stopped
+        _check_free(config.host, port)
+        command = _command(config, model, port)
+        if key:
+            secrets.append(_secret_file(folder, key))
+            command += ["--config", str(secrets[-1])]
+        log = record.with_suffix(".log")
+        try:
+            with open(log, "wb", opener=lambda path, flags: os.open(path, flags | os.O_APPEND, 0o600)) as output:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=_environment(config),
+                )  # fmt: skip
+        except OSError as error:
+            raise ValueError(f"python={config.python}: cannot be run: {error.strerror}") from None
+        server = Server(
+            node=platform.node(), host=config.host, port=port, model=model, log=str(log), command=command,
+            processes=[(process.pid, psutil.Process(process.pid).create_time())],
+        )  # fmt: skip
+        _write(record, server)
+    return server
+
+
+def _wait(server: Server, config: ServerConfig) -> Server:
+    """Returns the server once it answers, with its children in the record."""
+    key = _api_key(config)
+    deadline = time.monotonic() + config.start_timeout_seconds
+    try:
+        while not _answers(server, key):
+            if not _alive(server):
+                raise ValueError(f"the server on port {server.port} exited while starting{_last_lines(server, key)}")
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"the server on port {server.port} did not answer within start_timeout_seconds="
+                    f"{config.start_timeout_seconds:g}{_last_lines(server, key)}"
+                )
+            time.sleep(0.5)
+    finally:
+        _blank_out(server, key)
+    ready = replace(server, processes=[(process.pid, process.create_time()) for process in _alive(server)])
+    _write(_record(server.node, server.port, config.state), ready)
+    return ready
+
+
+def _alive(server: Server) -> list[psutil.Process]:
+    """The recorded processes that still run, and their descendants; the server's own first."""
+    found: dict[int, psutil.Process] = {}
+    for pid, started in server.processes:
+        try:
+            process = psutil.Process(pid)
+            if abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE:
+                found |= {p.pid: p for p in [process, *process.children(recursive=True)] if p.pid not in found}
+        except psutil.Error:
+            continue
+    return list(found.values())
+
+
+def _session(server: Server, was_alive: bool) -> list[psutil.Process]:
+    """What is left in the session that the server led, whoever its parent is now. Only sure if the server was just seen
+    alive: later the number may be another session's."""
+
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            return os.getsid(process.pid) == server.pid
+        except OSError:
+            return False
+
+    return [process for process in psutil.process_iter() if belongs(process)] if was_alive else []
+
+
+def _signal(process: psutil.Process, *, kill: bool) -> None:
+    try:
+        process.kill() if kill else process.terminate()  # psutil looks at the start time again before it signals
+    except psutil.Error:
+        return
+
+
+def _answers(server: Server, key: str | None) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    for path in ("model_info", "get_model_info"):  # the second in older versions
+        try:
+            request = urllib.request.Request(f"http://{host}:{server.port}/{path}", headers=headers)
+            with LOCAL_HTTP.open(request, timeout=5):
+                return True
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                return error.code in (401, 403)
+        except OSError:
+            return False
+    return False
+
+
+def _command(config: ServerConfig, model: str, port: int) -> list[str]:
+    command = [config.python, "-m", "sglang.launch_server", "--model-path", model, "--host", config.host, "--port", str(port)]
+    if config.device == "cpu" or (config.device == "auto" and not _has_gpu()):
+        command += shlex.split(CPU_ARGUMENTS)
+    if config.tp > 1:
+        command += ["--tp-size", str(config.tp)]
+    if config.dp > 1:
+        command += ["--dp-size", str(config.dp)]
+    if config.mem_fraction is not None:
+        command += ["--mem-fraction-static", str(config.mem_fraction)]
+    return command + shlex.split(config.arguments)
+
+
+def _environment(config: ServerConfig) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k != config.api_key_env}
+    return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | config.environment
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _model(model: str) -> str:
+    path = Path(model).expanduser()
+    if (path / "config.json").exists():
+        return str(path.resolve())
+    if not model or path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ValueError(f"model={model!r}: no model there (config.json is missing); give a folder or a hub id")
+    return model
+
+
+def _api_key(config: ServerConfig) -> str | None:
+    if config.api_key_env:
+        if not (key := os.environ.get(config.api_key_env, "").strip()):
+            raise ValueError(f"api_key_env={config.api_key_env}: that environment variable is not set")
+        return key
+    if config.api_key_file:
+        try:
+            return Path(config.api_key_file).expanduser().read_text().strip()
+        except OSError as error:
+            raise ValueError(f"api_key_file={config.api_key_file}: cannot be read: {error.strerror}") from None
+    return None
+
+
+def _secret_file(folder: Path, key: str) -> Path:
+    """The key as sglang's own configuration file, for us alone: on the command line everybody could read it."""
+    descriptor, path = tempfile.mkstemp(suffix=".yaml", dir=folder)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"api-key: {json.dumps(key)}\n")
+    return Path(path)
+
+
+def _blank_out(server: Server, key: str | None) -> None:
+    """sglang prints its settings, the key among them, as it starts: stars take its place in the log."""
+    if not key:
+        return
+    secret = key.encode()
+    with open(server.log, "r+b") as log:
+        text, at = log.read(), -1
+        while (at := text.find(secret, at + 1)) >= 0:
+            log.seek(at)
+            log.write(b"*" * len(secret))
+
+
+def _last_lines(server: Server, key: str | None) -> str:
+    text = Path(server.log).read_text(encoding="utf-8", errors="replace").replace(key or "\0", "***")
+    lines = [line.strip() for line in text[-20_000:].splitlines() if line.strip()]
+    return f"; the end of {server.log}: {' | '.join(lines[-4:])[-700:] or '(empty)'}"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"host={host} port={port}: cannot listen there ({error.strerror}): take another --port") from None
+
+
+def _record(node: str, port: int, state: str) -> Path:
+    return Path(state).expanduser() / f"{node}-{port}.json"
+
+
+def _read(path: Path) -> Server:
+    try:
+        fields = json.loads(path.read_text())
+        return Server(**fields | {"processes": [(int(pid), float(started)) for pid, started in fields["processes"]]})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: not a server's record: remove it") from None
+
+
+def _write(path: Path, server: Server) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(server), indent=1))
+    temporary.replace(path)
