@@ -127,6 +127,23 @@ def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def llm_server() -> Iterator[Callable[..., Any]]:
+    """Starts scripted OpenAI-compatible servers (tests/llm_server.py), closed after the test: answer -> LLMServer.
+    `llm_server.module` has Answer, error and request_key, of which scripts are made."""
+    sys.path.append(str(Path(__file__).parent))
+    module, servers = importlib.import_module("llm_server"), []
+
+    def start(answer: Callable[[dict[str, Any]], Any], **options: Any) -> Any:
+        servers.append(module.LLMServer(answer, **options))
+        return servers[-1]
+
+    start.module = module  # type: ignore[attr-defined]
+    yield start
+    for server in servers:
+        server.close()
+
+
 @pytest.fixture(scope="session")
 def rank_checks() -> Any:
     """The script tests/rl/rank_checks.py, as a module."""
@@ -191,3 +208,14 @@ def start_sglang(sglang_options: dict[str, Any]) -> Iterator[Callable[..., Any]]
         yield lambda model, **fields: stack.enter_context(
             serving(ServerConfig(**{"model": str(model), "stop_timeout_seconds": 30.0} | sglang_options | fields))
         )
+
+
+@pytest.fixture(scope="session")
+def fake_sglang(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Fields of a ServerConfig that start tests/fake_sglang.py in sglang's place, with an empty model."""
+    folder = tmp_path_factory.mktemp("fake")
+    (folder / "config.json").write_text("{}")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/fake_sglang.py "$@"\n')
+    python.chmod(0o755)
+    return {"python": str(python), "model": str(folder), "device": "cpu", "start_timeout_seconds": 30.0}
