@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ CPU_ARGUMENTS = (
 """Without AMX sglang's torch-native path is the only one that runs; an idle scheduler would keep a core busy."""
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
 """Prefixes of what torchrun and deepspeed set: a server that inherits them takes itself for one of their ranks."""
-LOCAL_HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on the way to our own port
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on the way to our own port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class ServerConfig:
     """share of a GPU's memory for weights and key-value cache; default: sglang decides"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where torch sees a GPU; cpu adds the arguments with which sglang runs on any x86 CPU, slowly"""
-    python: str = sys.executable
-    """the interpreter of the environment that has sglang"""
+    python: str | None = None
+    """the interpreter of the environment that has sglang; default: the one that runs this"""
     api_key_env: str | None = None
     """environment variable with the key that requests must carry; default: no key"""
     api_key_file: str | None = None
@@ -76,9 +76,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port={self.port}: must be 0 (any free one) to 65535")
-        for name in ("tp", "dp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, size in (("tp", self.tp), ("dp", self.dp)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: must be at least 1")
         if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
             raise ValueError(f"mem_fraction={self.mem_fraction}: must be between 0 and 1")
         if self.api_key_env and self.api_key_file:
@@ -105,8 +105,8 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where clients find it, other nodes' included if it listens for them."""
-        return f"http://{self.node if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
+        """Where clients find it, those on other nodes included if it listens for them."""
+        return f"http://{self.node if self.host == '0.0.0.0' else self.host}:{self.port}"
 
 
 def start(config: ServerConfig) -> Server:
@@ -117,17 +117,17 @@ def start(config: ServerConfig) -> Server:
 def start_all(configs: Sequence[ServerConfig]) -> list[Server]:
     """Starts servers side by side and waits until all answer; if one does not come up, or on an interrupt, stops them all.
 
-    Raises ValueError when a port is taken, a model or key is not there, a server exits (with its log's last lines) or
-    does not answer within its time.
+    Raises ValueError when a port is taken, a model or a key is not there, a server exits (with its log's last lines) or does
+    not answer in time.
     """
-    started: list[tuple[ServerConfig, Server]] = []
+    started: list[Server] = []
     secrets: list[Path] = []
     try:
         for config in configs:
-            started.append((config, _spawn(config, secrets)))
-        return [_wait(server, config) for config, server in started]
+            started.append(_spawn(config, secrets))
+        return [_wait(server, config) for server, config in zip(started, configs, strict=True)]
     except BaseException:
-        for config, server in started:
+        for server, config in zip(started, configs, strict=False):
             stop(server, state=config.state, timeout_seconds=5)
         raise
     finally:
@@ -152,28 +152,24 @@ def stop(server: Server, *, state: str = STATE, timeout_seconds: float = 60.0) -
     """
     if server.node != platform.node():
         raise ValueError(f"the server {server.url} runs on {server.node}: stop it there")
-    processes = _alive(server)
-    leader = [process for process in processes if process.pid == server.pid]
-    for process in leader or processes:
-        _signal(process, kill=False)
-    deadline = time.monotonic() + timeout_seconds
-    _, left = psutil.wait_procs(leader or processes, timeout=timeout_seconds)
-    if leader and not left:  # its children go with it, a moment later
-        _, left = psutil.wait_procs(processes, timeout=min(5.0, max(0.0, deadline - time.monotonic())))
-    known = {process.pid for process in processes}
-    for process in [*left, *processes, *(p for p in _session(server, bool(leader)) if p.pid not in known)]:
-        _signal(process, kill=True)
-    psutil.wait_procs(processes, timeout=10)
+    ours = _alive(server)
+    for process in [p for p in ours if p.pid == server.pid] or ours:  # the server's own process ends its children
+        with suppress(psutil.Error):
+            process.terminate()  # psutil compares the start time again before it signals
+    psutil.wait_procs(ours, timeout=timeout_seconds)
+    for process in {*ours, *_alive(server)}:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(ours, timeout=10)
     _record(server.node, server.port, state).unlink(missing_ok=True)
-    return bool(processes)
+    return bool(ours)
 
 
 def servers(state: str = STATE) -> list[tuple[Server, str]]:
     """Every recorded server with its state: "ready", "not answering" (it starts, or hangs), "gone" (it ended without being
-    stopped), or "elsewhere" (another node's: ask there)."""
+    stopped), or "elsewhere" (on another node: ask there)."""
     found = []
-    for path in sorted(Path(state).expanduser().glob("*.json")):
-        server = _read(path)
+    for server in map(_read, sorted(Path(state).expanduser().glob("*.json"))):
         if server.node != platform.node():
             found.append((server, "elsewhere"))
         elif not _alive(server):
@@ -185,26 +181,24 @@ def servers(state: str = STATE) -> list[tuple[Server, str]]:
 
 def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
     """Starts the process and records it."""
-    model = _model(config.model)
-    key = _api_key(config)
+    model, key = _model(config.model), _api_key(config)
     folder = Path(config.state).expanduser()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once must not both find the port free
-        port = config.port or _free_port(config.host)
+        port = config.port or _free_port(config.host, 0)
         record = _record(platform.node(), port, config.state)
         if record.exists() and _alive(there := _read(record)):
             raise ValueError(
-                f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): "
-                "stop it with `verippo serve stop`, or take another --port"
+                f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): stop it with "
+                "`verippo serve stop`, or take another --port"
             )
-        record.unlink(missing_ok=True)  # of one that ended without being stopped
-        _check_free(config.host, port)
+        _free_port(config.host, port)
+        log = record.with_suffix(".log")
         command = _command(config, model, port)
         if key:
             secrets.append(_secret_file(folder, key))
             command += ["--config", str(secrets[-1])]
-        log = record.with_suffix(".log")
         try:
             with open(log, "wb", opener=lambda path, flags: os.open(path, flags | os.O_APPEND, 0o600)) as output:
                 process = subprocess.Popen(
@@ -212,7 +206,7 @@ def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
                     env=_environment(config),
                 )  # fmt: skip
         except OSError as error:
-            raise ValueError(f"python={config.python}: cannot be run: {error.strerror}") from None
+            raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
         server = Server(
             node=platform.node(), host=config.host, port=port, model=model, log=str(log), command=command,
             processes=[(process.pid, psutil.Process(process.pid).create_time())],
@@ -227,13 +221,11 @@ def _wait(server: Server, config: ServerConfig) -> Server:
     deadline = time.monotonic() + config.start_timeout_seconds
     try:
         while not _answers(server, key):
-            if not _alive(server):
-                raise ValueError(f"the server on port {server.port} exited while starting{_last_lines(server, key)}")
+            if server.pid not in [process.pid for process in _alive(server)]:
+                raise ValueError(f"the server on port {server.port} exited while starting: {_last_lines(server, key)}")
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"the server on port {server.port} did not answer within start_timeout_seconds="
-                    f"{config.start_timeout_seconds:g}{_last_lines(server, key)}"
-                )
+                limit = f"start_timeout_seconds={config.start_timeout_seconds:g}"
+                raise ValueError(f"the server on port {server.port} did not answer in {limit}: {_last_lines(server, key)}")
             time.sleep(0.5)
     finally:
         _blank_out(server, key)
@@ -243,65 +235,54 @@ def _wait(server: Server, config: ServerConfig) -> Server:
 
 
 def _alive(server: Server) -> list[psutil.Process]:
-    """The recorded processes that still run, and their descendants; the server's own first."""
-    found: dict[int, psutil.Process] = {}
-    for pid, started in server.processes:
-        try:
-            process = psutil.Process(pid)
-            if abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE:
-                found |= {p.pid: p for p in [process, *process.children(recursive=True)] if p.pid not in found}
-        except psutil.Error:
-            continue
-    return list(found.values())
+    """What runs of the server, its own process first: all of its session; when its own process is gone, and the session's
+    number may be another's by now, those that were recorded."""
 
-
-def _session(server: Server, was_alive: bool) -> list[psutil.Process]:
-    """What is left in the session that the server led, whoever its parent is now. Only sure if the server was just seen
-    alive: later the number may be another session's."""
-
-    def belongs(process: psutil.Process) -> bool:
-        try:
+    def of_session(process: psutil.Process) -> bool:
+        with suppress(OSError):
             return os.getsid(process.pid) == server.pid
-        except OSError:
-            return False
+        return False
 
-    return [process for process in psutil.process_iter() if belongs(process)] if was_alive else []
-
-
-def _signal(process: psutil.Process, *, kill: bool) -> None:
-    try:
-        process.kill() if kill else process.terminate()  # psutil looks at the start time again before it signals
-    except psutil.Error:
-        return
+    recorded = []
+    for pid, started in server.processes:
+        with suppress(psutil.Error):
+            if abs((process := psutil.Process(pid)).create_time() - started) < 2:
+                recorded.append(process)
+    found = {process.pid: process for process in recorded}
+    if server.pid in found:
+        found |= {process.pid: process for process in psutil.process_iter() if of_session(process)}
+    alive = []
+    for process in found.values():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
 
 
 def _answers(server: Server, key: str | None) -> bool:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
+    host = "127.0.0.1" if server.host == "0.0.0.0" else server.host
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     for path in ("model_info", "get_model_info"):  # the second in older versions
         try:
-            request = urllib.request.Request(f"http://{host}:{server.port}/{path}", headers=headers)
-            with LOCAL_HTTP.open(request, timeout=5):
-                return True
+            DIRECT.open(urllib.request.Request(f"http://{host}:{server.port}/{path}", headers=headers), timeout=5).close()
+            return True
         except urllib.error.HTTPError as error:
             if error.code != 404:
-                return error.code in (401, 403)
+                return error.code in (401, 403)  # it has a key that we do not know
         except OSError:
             return False
     return False
 
 
 def _command(config: ServerConfig, model: str, port: int) -> list[str]:
-    command = [config.python, "-m", "sglang.launch_server", "--model-path", model, "--host", config.host, "--port", str(port)]
+    options = ["--model-path", model, "--host", config.host, "--port", str(port)]
     if config.device == "cpu" or (config.device == "auto" and not _has_gpu()):
-        command += shlex.split(CPU_ARGUMENTS)
-    if config.tp > 1:
-        command += ["--tp-size", str(config.tp)]
-    if config.dp > 1:
-        command += ["--dp-size", str(config.dp)]
+        options += shlex.split(CPU_ARGUMENTS)
+    if config.tp * config.dp > 1:
+        options += ["--tp-size", str(config.tp), "--dp-size", str(config.dp)]
     if config.mem_fraction is not None:
-        command += ["--mem-fraction-static", str(config.mem_fraction)]
-    return command + shlex.split(config.arguments)
+        options += ["--mem-fraction-static", str(config.mem_fraction)]
+    return [config.python or sys.executable, "-m", "sglang.launch_server", *options, *shlex.split(config.arguments)]
 
 
 def _environment(config: ServerConfig) -> dict[str, str]:
@@ -319,22 +300,20 @@ def _model(model: str) -> str:
     path = Path(model).expanduser()
     if (path / "config.json").exists():
         return str(path.resolve())
-    if not model or path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ValueError(f"model={model!r}: no model there (config.json is missing); give a folder or a hub id")
     return model
 
 
 def _api_key(config: ServerConfig) -> str | None:
-    if config.api_key_env:
-        if not (key := os.environ.get(config.api_key_env, "").strip()):
-            raise ValueError(f"api_key_env={config.api_key_env}: that environment variable is not set")
-        return key
     if config.api_key_file:
         try:
             return Path(config.api_key_file).expanduser().read_text().strip()
         except OSError as error:
             raise ValueError(f"api_key_file={config.api_key_file}: cannot be read: {error.strerror}") from None
-    return None
+    if config.api_key_env and not os.environ.get(config.api_key_env):
+        raise ValueError(f"api_key_env={config.api_key_env}: that environment variable is not set")
+    return os.environ[config.api_key_env] if config.api_key_env else None
 
 
 def _secret_file(folder: Path, key: str) -> Path:
@@ -347,35 +326,28 @@ def _secret_file(folder: Path, key: str) -> Path:
 
 def _blank_out(server: Server, key: str | None) -> None:
     """sglang prints its settings, the key among them, as it starts: stars take its place in the log."""
-    if not key:
-        return
-    secret = key.encode()
     with open(server.log, "r+b") as log:
         text, at = log.read(), -1
-        while (at := text.find(secret, at + 1)) >= 0:
+        while key and (at := text.find(key.encode(), at + 1)) >= 0:
             log.seek(at)
-            log.write(b"*" * len(secret))
+            log.write(b"*" * len(key.encode()))
 
 
 def _last_lines(server: Server, key: str | None) -> str:
     text = Path(server.log).read_text(encoding="utf-8", errors="replace").replace(key or "\0", "***")
     lines = [line.strip() for line in text[-20_000:].splitlines() if line.strip()]
-    return f"; the end of {server.log}: {' | '.join(lines[-4:])[-700:] or '(empty)'}"
+    return f"{' | '.join(lines[-4:])[-700:] or 'nothing was printed'} (all of it: {server.log})"
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def _check_free(host: str, port: int) -> None:
+def _free_port(host: str, port: int) -> int:
+    """The port, or any free one for 0. Raises ValueError when something listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(f"host={host} port={port}: cannot listen there ({error.strerror}): take another --port") from None
+        return probe.getsockname()[1]
 
 
 def _record(node: str, port: int, state: str) -> Path:

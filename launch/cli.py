@@ -43,6 +43,21 @@ COMMANDS = {
         "verippo.rl.config:PPOConfig",
         "verippo.rl.train:train",
     ),
+    "serve start": Command(
+        "starts sglang servers and waits until they answer",
+        "verippo.launch.server:ServeConfig",
+        "verippo.launch.server:start",
+    ),
+    "serve status": Command(
+        "lists the servers that were started",
+        "verippo.launch.server:ServedConfig",
+        "verippo.launch.server:status",
+    ),
+    "serve stop": Command(
+        "stops them, children and all",
+        "verippo.launch.server:ServedConfig",
+        "verippo.launch.server:stop",
+    ),
     "demo": Command(
         "all of it, small, on CPU: SFT, verifier, PPO, evaluation, report",
         "verippo.launch.demo:DemoConfig",

@@ -20,7 +20,7 @@ def test_every_shipped_file_is_read_by_its_command() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(classes)
     for name, config_class in classes.items():
         read(name, config_class)
-    assert list(COMMANDS) == ["sft", "verifier", "ppo", "demo"]
+    assert {"sft", "verifier", "ppo", "demo"} <= set(COMMANDS)
 
 
 def test_ppo_8b_holds_the_papers_numbers() -> None:
