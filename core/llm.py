@@ -318,11 +318,10 @@ class LLM:
         return (num_in * self.config.price_in + num_out * self.config.price_out) / 1e6
 
     async def _send(self, body: dict[str, Any], most_in: int, most_out: int) -> Reply | Fault:
-        client = self._client.chat.completions if "messages" in body else self._client.completions
-        try:
-            sent: Any = client.with_raw_response.create(**body)
-            response = await asyncio.wait_for(sent, self.config.timeout_seconds)
-            outcome = read_reply(response.http_response.content, most_in=most_in, most_out=most_out)
+        path = "/chat/completions" if "messages" in body else "/completions"
+        try:  # not the typed methods: they take a quarter of the time, and hide what an unreadable answer held
+            sent = self._client.post(path, body=body, cast_to=bytes)
+            outcome = read_reply(await asyncio.wait_for(sent, self.config.timeout_seconds), most_in=most_in, most_out=most_out)
         except openai.APIStatusError as error:
             outcome = status_fault(error.status_code, error.body or error.response.text, error.response.headers)
         except (openai.APITimeoutError, asyncio.TimeoutError):
