@@ -58,6 +58,17 @@ COMMANDS = {
         "verippo.launch.server:ServedConfig",
         "verippo.launch.server:stop",
     ),
+    "eval": Command(
+        "multiple-choice accuracy of a model, with a report",
+        "verippo.eval.config:EvalConfig",
+        "verippo.eval.run:evaluate",
+    ),
+    "eval compare": Command(
+        "two evaluations of the same items, item by item: eval compare A B",
+        "verippo.eval.config:CompareConfig",
+        "verippo.eval.compare:compare",
+        positional=("first", "second"),
+    ),
     "demo": Command(
         "all of it, small, on CPU: SFT, verifier, PPO, evaluation, report",
         "verippo.launch.demo:DemoConfig",

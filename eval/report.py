@@ -1,0 +1,87 @@
+"""The evaluation's table in the terminal and its page, for one model or for two side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from verippo.core.page import format_number, write_page
+from verippo.eval.results import Row
+
+MAX_SHOWN = 500
+"""Wrong answers on a page; of more, every n-th is shown, which the page says."""
+MAX_CHARACTERS = 8000
+"""Of a shown answer; a longer one loses its middle. answers.jsonl has it whole."""
+SCRIPT = """
+const filters = [...document.querySelectorAll("[data-filter]")], items = [...document.querySelectorAll(".item")];
+function show() {
+  const fits = (item, filter) => filter.dataset.filter === "text"
+    ? item.textContent.toLowerCase().includes(filter.value.toLowerCase())
+    : item.dataset[filter.dataset.filter] === filter.value;
+  let shown = 0;
+  for (const item of items) {
+    item.hidden = !filters.every(filter => !filter.value || fits(item, filter));
+    shown += !item.hidden;
+  }
+  document.getElementById("count").textContent = `${shown} of ${items.length}`;
+}
+filters.forEach(filter => filter.addEventListener("input", show));
+document.getElementById("filters").hidden = false;
+show();
+"""
+
+
+def print_table(results: Row) -> None:
+    """One line a source, and one for all of them where there are several."""
+    groups = results["sources"] | ({"all": results["all"]} if len(results["sources"]) > 1 else {})
+    several, scoring = results["config"]["runs"] > 1, results["config"]["scoring"]
+    other = next(rule for rule in results["all"]["scorings"] if rule != scoring)
+    votes = ["pass@k", "majority"] if several else []
+    rows = [["source", "items", scoring, "(95 %)", other, *votes, "no answer", "failed", "truncated", "tokens", "format"]]
+    for source, group in groups.items():
+        outcomes, length = group["outcomes"], group["length"] or {}
+        value, low, high = (_percent(group["accuracy"][key]) for key in ("value", "low", "high"))
+        votes = [_percent(group["pass_at_k"][str(group["runs"])]), _percent(group["majority"]["value"])] if several else []
+        counts = [format_number(n) for n in (group["num"], outcomes["no answer"], outcomes["failed"], round(length.get("mean", 0)))]
+        rows.append([source, counts[0], value, f"({low} to {high})", _percent(group["scorings"][other]["value"]), *votes,
+                     *counts[1:3], _percent(length.get("truncated_rate")), counts[3], _percent(group["format_rate"])])
+    print(aligned(rows))
+    if results["failures"]:
+        print(f"{len(results['failures'])} answers failed for good and count as wrong: --retry_failed true asks again")
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """The cells in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines, strict=True))
+
+
+def _percent(x: object) -> str:
+    return format_number(x, percent=True)
+
+
+def write_report(output: Path, results: Row, texts: Sequence[str]) -> Path:
+    """The page of one evaluation. texts: of its answers, item after item."""
+    pairs = [(item, answer) for item in results["items"] for answer in item["answers"]]
+    wrong = [
+        {"item": item, "answer": answer, "text": _shortened(text)}
+        for (item, answer), text in zip(pairs, texts, strict=True) if not answer["right"]
+    ]  # fmt: skip
+    return page(output, title=f"Evaluation of {Path(results['config']['model']).name}", models=[results], wrong=wrong)
+
+
+def page(output: Path, *, title: str, models: list[Row], wrong: list[Row], comparison: Row | None = None) -> Path:
+    """Renders eval/report.html.jinja. wrong: {item, answer, text}, or {item, answers} of a comparison."""
+    shown = wrong[:: max(1, math.ceil(len(wrong) / MAX_SHOWN))]
+    values: dict[str, Any] = {"title": title, "models": models, "comparison": comparison, "num_wrong": len(wrong), "wrong": shown}
+    template = Path(__file__).with_name("report.html.jinja")
+    return write_page(output, template, folder=output.parent, script=SCRIPT if shown else "", **values)
+
+
+def _shortened(text: str) -> str:
+    half = MAX_CHARACTERS // 2
+    cut = len(text) - 2 * half
+    return text if cut <= 0 else f"{text[:half]}\n[... {cut} characters left out ...]\n{text[-half:]}"
