@@ -75,7 +75,7 @@ class LLMConfig:
             raise ValueError("llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)")
 
     def api_key(self) -> str:
-        """The key, from the file or the environment. Raises ValueError where there must be one and is none."""
+        """The key, from the file or the environment; "" for a server that needs none. Raises ValueError where one is missing."""
         if self.api_key_file:
             try:
                 return Path(self.api_key_file).expanduser().read_text(encoding="utf-8").strip()
@@ -84,7 +84,7 @@ class LLMConfig:
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.base_url is None:
             raise ValueError(f"no API key: set {self.api_key_env}, or give llm.api_key_file, or llm.base_url of your own server")
-        return key or "none"
+        return key
 
 
 class LLMError(RuntimeError):
@@ -146,7 +146,7 @@ class LLM:
         )
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
-            api_key=self._key,
+            api_key=self._key or "none",
             max_retries=0,
             timeout=config.timeout_seconds,
             http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=config.timeout_seconds),
