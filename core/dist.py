@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -126,6 +126,41 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     mean = total[0] / total[1]
     squares = all_sum((chosen - mean).square().sum())
     return mean.to(x.dtype), (squares / (total[1] - 1)).to(x.dtype)
+
+
+class OuterGroup:
+    """A process group of this process, as rank 0, with processes outside the run, which join it by address and port.
+
+    They join as torch's own examples of custom groups do: same name, backend ("nccl" or "gloo") and world size.
+    """
+
+    def __init__(self, *, address: str, port: int, world_size: int, name: str, timeout_seconds: float) -> None:
+        """Opens the meeting place; port 0 takes a free one. `join` then waits for the others."""
+        self.timeout = datetime.timedelta(seconds=timeout_seconds)
+        self.store = td.TCPStore(address, port, world_size, is_master=True, timeout=self.timeout, wait_for_workers=False)
+        self.address, self.port, self.world_size, self.name = address, self.store.port, world_size, name
+        self.backend = "nccl" if torch.cuda.is_available() else "gloo"
+        self.group: Any = None
+
+    def join(self) -> None:
+        """Returns when all have joined. Raises RuntimeError when they have not within the time-out."""
+        c10d: Any = td.distributed_c10d
+        self.group, _ = c10d._new_process_group_helper(
+            self.world_size, 0, [], td.Backend(self.backend), td.PrefixStore(self.name, self.store), group_name=self.name,
+            timeout=self.timeout,
+        )  # fmt: skip
+        c10d._world.pg_group_ranks[self.group] = {rank: rank for rank in range(self.world_size)}
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Broadcasts one after another; returns when they are sent."""
+        for work in [td.broadcast(tensor, src=0, group=self.group, async_op=True) for tensor in tensors]:
+            work.wait()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def leave(self) -> None:
+        if self.group is not None:
+            td.destroy_process_group(self.group)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from verippo.core.model import context_length, decoder_pass
 from verippo.core.packing import PackedBatch
-from verippo.core.sampler import Completion, Prompt, SamplingParams
+from verippo.core.sampler import Completion, Prompt, SamplingParams, check_prompts
 from verippo.kernels.attention import varlen_attention
 
 
@@ -55,7 +55,8 @@ class LocalSampler:
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """One completion a prompt, in order. Raises ValueError for an empty prompt, an id outside the vocabulary, or a
         prompt that with `max_new_tokens` exceeds the model's context."""
-        self._check(prompts, params)
+        vocabulary, context = self.model.config.vocab_size, context_length(self.model)
+        check_prompts(prompts, params, vocabulary=vocabulary, context=context)
         if not prompts:
             return []
         # the longest first: short ones fill the gaps at the end
@@ -80,20 +81,6 @@ class LocalSampler:
                     )
                     bar.update()
         return [done[i] for i in range(len(prompts))]
-
-    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        vocabulary, context = self.model.config.vocab_size, context_length(self.model)
-        for number, prompt in enumerate(prompts):
-            if not len(prompt.token_ids):
-                raise ValueError(f"prompt {number} is empty")
-            low, high = min(prompt.token_ids), max(prompt.token_ids)
-            if low < 0 or high >= vocabulary:
-                raise ValueError(f"prompt {number} has token id {low if low < 0 else high}, vocabulary is {vocabulary}")
-            if context and len(prompt.token_ids) + params.max_new_tokens > context:
-                raise ValueError(
-                    f"prompt {number} has {len(prompt.token_ids)} tokens, with max_new_tokens={params.max_new_tokens} over "
-                    f"the model's context of {context}: lower sampling.max_new_tokens or max_prompt_tokens"
-                )
 
 
 class _Rows:

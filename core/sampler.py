@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -60,6 +60,38 @@ class Sampler(Protocol):
         """Takes the trainer's weights, Hugging Face names and full tensors, one by one; every rank iterates them all.
         Completions drawn from then on carry `version`."""
         ...
+
+
+@runtime_checkable
+class ServedSampler(Sampler, Protocol):
+    """A sampler whose weights live elsewhere. Each method is called on every rank."""
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
+        """Copy of the weights (its address) -> for each sequence, the log-probs of its tokens from the second on, at
+        temperature 1 (nats)."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives its memory back until the next weight update."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_prompts(prompts: Sequence[Prompt], params: SamplingParams, *, vocabulary: int, context: int | None) -> None:
+    """Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with `max_new_tokens` exceeds
+    the context (tokens)."""
+    for number, prompt in enumerate(prompts):
+        if not len(prompt.token_ids):
+            raise ValueError(f"prompt {number} is empty")
+        low, high = min(prompt.token_ids), max(prompt.token_ids)
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"prompt {number} has token id {low if low < 0 else high}, vocabulary is {vocabulary}")
+        if context and len(prompt.token_ids) + params.max_new_tokens > context:
+            raise ValueError(
+                f"prompt {number} has {len(prompt.token_ids)} tokens, with max_new_tokens={params.max_new_tokens} over "
+                f"the model's context of {context}: lower sampling.max_new_tokens or max_prompt_tokens"
+            )
 
 
 def draw_seed(*parts: int) -> int:

@@ -11,6 +11,7 @@ from verippo.core.engine import Dtype, EngineConfig, Offload
 from verippo.core.metrics import parse_loggers
 from verippo.core.sampler import SamplingParams
 from verippo.core.schedule import ScheduleKind
+from verippo.core.sglang_sampler import SglangConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +59,24 @@ class VerifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
+class SamplerConfig(SglangConfig):
     """What draws the responses."""
 
-    kind: Literal["local", "factory"] = "local"
-    """in this process, or an engine of your own"""
+    kind: Literal["local", "sglang", "factory"] = "local"
+    """in this process, sglang servers that run already, or an engine of your own"""
     max_batch: int = 64
     """local: rows decoded at once on each rank"""
     factory: str | None = None
     """factory: module:name of a callable that takes (model_path, stop_token_ids) and returns a Sampler"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind == "factory" and not self.factory:
             raise ValueError("sampler.kind=factory needs sampler.factory=module:name")
+        if self.kind == "sglang" and not self.urls:
+            raise ValueError("sampler.kind=sglang needs sampler.urls=http://host:port,...")
+        if self.sleep and self.kind != "sglang":
+            raise ValueError("sampler.sleep needs sampler.kind=sglang")
         if self.max_batch < 1:
             raise ValueError(f"sampler.max_batch={self.max_batch}: must be at least 1")
 

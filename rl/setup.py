@@ -32,6 +32,7 @@ from verippo.core.model import (
 from verippo.core.plugin import load_function
 from verippo.core.sampler import Sampler
 from verippo.core.schedule import learning_rate
+from verippo.core.sglang_sampler import SglangSampler
 from verippo.core.verdict import Tiers, load_template
 from verippo.rl.advantages import AdvantageFunction, NoCritic, advantage_function
 from verippo.rl.config import PPOConfig
@@ -83,10 +84,7 @@ def set_up(config: PPOConfig) -> Run:
     tokenizer = load_tokenizer(config.policy)
     train_set, eval_set = _problem_sets(config, tokenizer)
     verifier, engine = _verifier(config), config.engine
-    hf = load_causal_lm(config.policy, dtype=config.dtype)
-    check_embedding(hf, tokenizer, config.policy)
-    _check_context(config, context_length(hf))
-    sampler = _sampler(config, hf, stop_token_ids(config.policy, tokenizer))
+    sampler = _sampler(config, tokenizer)
     critic: TrainEngine | NoCritic = NoCritic()
     if config.advantage == "gae":
         module = load_critic(critic_path, dtype=config.dtype)
@@ -200,9 +198,18 @@ def open_log(
     return MetricLog(folder, loggers=loggers, first_step=step, config=resolved, run_id=run_id)
 
 
-def _sampler(config: PPOConfig, hf: Any, stops: tuple[int, ...]) -> Sampler:
+def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
+    check_embedding(hf, tokenizer, config.policy)
+    _check_context(config, context_length(hf))
+    stops = stop_token_ids(config.policy, tokenizer)
     if config.sampler.kind == "factory":
         assert config.sampler.factory
         return load_function(config.sampler.factory, option="sampler.factory")(config.policy, stops)
+    if config.sampler.kind == "sglang":
+        return SglangSampler(
+            config.sampler, stop_token_ids=stops, vocabulary=hf.config.vocab_size, context=context_length(hf),
+            folder=Path(config.output) / "sync", progress=dist.is_main(),
+        )  # fmt: skip
     on_device = hf.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     return LocalSampler(on_device, stop_token_ids=stops, max_batch=config.sampler.max_batch, progress=dist.is_main())

@@ -19,7 +19,7 @@ from verippo.core.model import save_model
 from verippo.core.packing import pack
 from verippo.core.report import write_report
 from verippo.core.sampler import SamplingParams
-from verippo.rl import ppo
+from verippo.rl import ppo, sync
 from verippo.rl.config import PPOConfig
 from verippo.rl.experience import Experience, compute
 from verippo.rl.measure import UpdateMeter, evaluation_metrics, sample_row, step_metrics
@@ -42,6 +42,7 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
         try:
             _loop(config, run, state, folder, log)
         finally:
+            sync.close(run.sampler)
             if log is not None:
                 log.close()
                 with contextlib.suppress(OSError):                      # a full disk must not hide what ended the loop
@@ -62,10 +63,10 @@ class State:
 
 
 def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLog | None) -> None:
-    policy, critic, reference, sampler = run.policy, run.critic, run.reference, run.sampler
+    policy, critic, reference = run.policy, run.critic, run.reference
     temperature, max_tokens = config.sampling.temperature, config.max_tokens_per_gpu
     watch, run.order.position = Stopwatch(), state.position
-    sampler.update_weights(policy.named_tensors(), state.step)
+    sync.push_weights(config, run, state.step)
     if state.step == 0:
         _evaluate(config, run, state, log)
 
@@ -76,6 +77,7 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
             numbers = run.order.take(config.prompts_per_step)
             prompts = run.train_set.prompts(numbers, seed=config.seed, step=step, samples=config.samples_per_prompt)
             rollouts = _roll_out(run, prompts, config.sampling, version=state.step)
+            sync.rest(config, run.sampler)
         with watch("score"):
             scores = _score(run, rollouts)                              # [rollouts], the same on every rank
         batch = pack(rollouts)
@@ -117,14 +119,14 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
 
         state.step, state.position = step, run.order.position
         with watch("sync"):
-            sampler.update_weights(policy.named_tensors(), step)
+            synced = sync.push_weights(config, run, step)
 
         row = step_metrics(
             rollouts=rollouts, scores=scores, rewards=rewards, batch=batch, logprobs=logprobs, ref_logprobs=ref_logprobs,
             entropy=entropy, values=values, returns=returns, right_score=config.verifier.right,
         )  # fmt: skip
         seconds = watch.take()
-        row |= meter.result() | seconds | {
+        row |= meter.result() | seconds | synced | {
             "step": step,
             "episodes": step * config.rollouts_per_step,
             "lr_policy": rates[0],

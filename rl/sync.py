@@ -1,0 +1,80 @@
+"""Weights on their way to the sampler, and the gate that each update must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from verippo.core.packing import PackedBatch, pack
+from verippo.core.sampler import Sampler, ServedSampler
+from verippo.rl.config import PPOConfig
+from verippo.rl.experience import compute
+from verippo.rl.setup import Run
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}
+"""nats: two correct implementations differ by rounding alone"""
+NUM_SEQUENCES = 4
+MAX_TOKENS = 128
+
+
+class GateSequence(NamedTuple):
+    """A fixed sequence: every token after the first counts."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+
+def push_weights(config: PPOConfig, run: Run, version: int) -> dict[str, float]:
+    """Sends the policy's weights to the sampler and returns the metrics of the update.
+
+    A sampler whose weights live elsewhere must pass the parity gate: for the first training prompts, each copy's log-probs
+    agree with the trainer's. Raises RuntimeError, on every rank, with both numbers where they do not.
+    """
+    run.sampler.update_weights(run.policy.named_tensors(), version)
+    if not isinstance(run.sampler, ServedSampler):
+        return {"weight_version": version}
+    batch = gate_batch(run.train_set.token_ids)
+    (ours,) = compute(partial(run.policy, temperature=1.0), batch, config.max_tokens_per_gpu)
+    sequences = [ids.tolist() for ids in batch.tokens.split(batch.lengths)]
+    limit = config.sampler.parity_tolerance or TOLERANCE[config.dtype]
+    gaps = [parity_gap(ours, batch, theirs, name=name, limit=limit) for name, theirs in run.sampler.logprobs(sequences).items()]
+    return {"weight_version": version, "weight_parity_gap": max(gaps)}
+
+
+def gate_batch(token_ids: Sequence[Sequence[int]]) -> PackedBatch:
+    """The beginnings of the first prompts."""
+    fixed = [ids[:MAX_TOKENS] for ids in token_ids if len(ids) > 1][:NUM_SEQUENCES]
+    return pack([GateSequence(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in fixed])
+
+
+def parity_gap(ours: Tensor, batch: PackedBatch, theirs: list[list[float]], *, name: str, limit: float) -> float:
+    """The largest difference between the trainer's log-probs [tokens] and a copy's, of each sequence's tokens from the second
+    on (nats). Raises RuntimeError when it is over the limit."""
+    gaps = [
+        (abs(a - b), number, index, a, b)
+        for number, (own, copy) in enumerate(zip(ours.split(batch.lengths), theirs, strict=True))
+        for index, (a, b) in enumerate(zip(own[1:].tolist(), copy, strict=True), start=1)
+    ]
+    gap, number, index, a, b = max(gaps)
+    if not gap <= limit:
+        raise RuntimeError(
+            f"{name} does not hold the trainer's weights: token {index} of gate sequence {number} has log-prob {b:.6f} there, "
+            f"{a:.6f} in the trainer, a gap of {gap:.2g} over sampler.parity_tolerance={limit:g}"
+        )
+    return gap
+
+
+def rest(config: PPOConfig, sampler: Sampler) -> None:
+    """Between two rollouts the sampler gives its memory back, if it is to; the next update wakes it."""
+    if config.sampler.sleep:
+        assert isinstance(sampler, ServedSampler)
+        sampler.sleep()
+
+
+def close(sampler: Sampler) -> None:
+    """Leaves nothing of the run in the sampler's servers."""
+    if isinstance(sampler, ServedSampler):
+        sampler.close()
