@@ -28,6 +28,16 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "problems": Command(
+        "exam questions -> verifiable problems",
+        "verippo.search.config:ProblemsConfig",
+        "verippo.search.problems:problems",
+    ),
+    "search": Command(
+        "verifiable problems -> complex chain of thought and response, to train stage 1 on",
+        "verippo.search.config:SearchConfig",
+        "verippo.search.reasoning:search",
+    ),
     "sft": Command(
         "stage 1: packed fine-tuning on answers that think first",
         "verippo.sft.config:SFTConfig",
@@ -130,13 +140,20 @@ def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[An
     parser.add_argument("--config", action="config", help="a YAML file with any of these fields")
     parser.add_class_arguments(config_class, None, fail_untyped=False)
     try:
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_args(_spelled_out(config_class, arguments))
         plain = namespace.clone()
         plain.pop("config", None)
         config = config_class(**vars(parser.instantiate(plain)))
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(error)) from None
     return config, dataclasses.asdict(config)
+
+
+def _spelled_out(config_class: type, arguments: list[str]) -> list[str]:
+    """A yes-or-no option without a value means true: --retry_failed."""
+    switches = {f"--{field.name}" for field in dataclasses.fields(config_class) if isinstance(field.default, bool)}
+    pairs = zip(arguments, [*arguments[1:], "--"], strict=True)
+    return [part for name, after in pairs for part in ([name, "true"] if name in switches and after[:2] == "--" else [name])]
 
 
 def _one_line(error: Exception) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from verippo.eval.config import EvalConfig
 from verippo.launch.cli import COMMANDS, parse
 from verippo.rl.config import PPOConfig
+from verippo.search.config import ProblemsConfig, SearchConfig
 from verippo.sft.config import SFTConfig, VerifierTrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs"
@@ -16,7 +18,10 @@ def read(name: str, config_class: type) -> object:
 
 
 def test_every_shipped_file_is_read_by_its_command() -> None:
-    classes = {"ppo_8b": PPOConfig, "ppo_tiny_cpu": PPOConfig, "sft_8b": SFTConfig, "verifier_3b": VerifierTrainingConfig}
+    classes = {
+        "ppo_8b": PPOConfig, "ppo_tiny_cpu": PPOConfig, "sft_8b": SFTConfig, "verifier_3b": VerifierTrainingConfig,
+        "eval": EvalConfig, "problems": ProblemsConfig, "search": SearchConfig,
+    }  # fmt: skip
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(classes)
     for name, config_class in classes.items():
         read(name, config_class)
@@ -41,3 +46,18 @@ def test_sft_8b_holds_the_papers_numbers() -> None:
     assert isinstance(config, SFTConfig)
     assert (config.epochs, config.batch_size, config.learning_rate, config.max_seq_len) == (3, 128, 5e-6, 8192)
     assert (config.schedule, config.warmup_ratio, config.weight_decay) == ("cosine", 0.05, 0.1)
+
+
+def test_eval_holds_the_published_evaluations_numbers() -> None:
+    config = read("eval", EvalConfig)
+    assert isinstance(config, EvalConfig)
+    assert (config.temperature, config.nucleus, config.max_new_tokens, config.endpoint) == (0.5, 0.9, 2000, "completions")
+
+
+def test_problems_and_search_hold_the_papers_numbers() -> None:
+    problems, search = read("problems", ProblemsConfig), read("search", SearchConfig)
+    assert isinstance(problems, ProblemsConfig)
+    assert isinstance(search, SearchConfig)
+    assert len(problems.difficulty.models) == 3
+    assert (problems.split, problems.mix.choice_ratio, problems.mix.general_ratio) == (0.5, 4_000 / 20_000, 5_000 / 20_000)
+    assert (search.max_depth, search.max_attempts, search.label_guided) == (3, 3, False)

@@ -1,0 +1,180 @@
+"""Reads what an LLM answers, and says in one line what is wrong with it. Pure.
+
+The rule for JSON: an answer holds exactly one object. A Markdown code fence around it and prose before or after it are passed
+over, as models cannot be kept from them; a second object, text that breaks off, repeated keys, other keys than asked for,
+and blank or non-text values are faults. Line breaks that stand unescaped inside a string are taken as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from verippo.core.chat import FINAL, THINKING
+from verippo.core.data import ANSWER_KEY, QUESTION_KEY
+from verippo.core.verdict import normalise_answer, parse_verdict
+
+Step = dict[str, str]
+
+THINK, CONCLUDE, VERIFY = ENDING = ("Inner Thinking", "Final Conclusion", "Verification")
+JUDGEMENTS = ("pass", "too simple", "ambiguous answer", "not reformulatable")
+REFUSAL = re.compile(
+    r"^\W*(?:(?:i['’]m|i am) (?:very |so |really )?sorry|sorry|i|we|as an ai)\b[^.\n]{0,80}"
+    r"\b(?:can(?:no|['’])t|can not|won['’]t|unable to|not able to) "
+    r"(?:help|assist|comply|provide|answer|do that|fulfil|continue|discuss|offer)"
+    r"|^\W*(?:很?抱歉|对不起|我|作为)[^。\n]{0,40}(?:无法|不能)(?:为您|帮您|对此)?(?:提供|回答|协助|帮助|满足|继续|讨论)",
+    re.IGNORECASE,
+)
+
+
+class Fault(ValueError):
+    """An answer cannot be used; the text names the reason, for the model to read and the report to count."""
+
+
+def parse_object(text: str, keys: set[str]) -> dict[str, Any]:
+    """The one JSON object in an answer, which has exactly these keys. Raises Fault."""
+    _check_answer(text)
+    start = text.find("{")
+    if start < 0:
+        raise Fault("it holds no JSON object")
+    try:
+        found, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        ended = error.pos >= len(text.rstrip("` \n")) or error.msg.startswith("Unterminated string")
+        raise Fault(f"its JSON {'breaks off' if ended else 'is not valid'}: {error.msg}") from None
+    except RecursionError:
+        raise Fault("its JSON is nested too deeply") from None
+    if "{" in text[end:]:
+        raise Fault("it holds more than one JSON object")
+    _check_keys(found, keys, "the object")
+    return found
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Fault("its JSON has a key twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unrepeated, parse_int=float)  # int() limits its digits
+
+
+def _check_keys(found: dict[str, Any], keys: set[str], what: str) -> None:
+    if set(found) != keys:
+        raise Fault(f"{what} has the keys {_listed(found)}, not exactly {_listed(keys)}")
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(f'"{key}"' for key in sorted(keys))[:200] or "none"
+
+
+def _text(found: dict[str, Any], key: str) -> str:
+    if not isinstance(found[key], str):
+        raise Fault(f'"{key}" is not text')
+    return _checked_text(found[key], f'"{key}"')
+
+
+def _checked_text(text: str, what: str) -> str:
+    """Without outer white space, and fit for a training target."""
+    text = text.strip()
+    if not text:
+        raise Fault(f"{what} is empty")
+    if THINKING in text or FINAL in text:
+        raise Fault(f'{what} holds the heading "{THINKING}" or "{FINAL}"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Fault(f"{what} holds half a character (a lone surrogate)") from None
+    return text
+
+
+def _check_answer(text: str) -> None:
+    if not text.strip():
+        raise Fault("it is empty")
+    if REFUSAL.search(text):
+        raise Fault("it refuses to answer")
+
+
+def parse_text(text: str) -> str:
+    """An answer in plain text. Raises Fault when it is empty, a refusal, or would break a training target."""
+    _check_answer(text)
+    return _checked_text(text, "it")
+
+
+def parse_chain(text: str) -> list[Step]:
+    """The steps of a chain of thought, which end with Inner Thinking, Final Conclusion, Verification. Raises Fault."""
+    steps = parse_object(text, {"CoT"})["CoT"]
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise Fault('"CoT" is not a list of objects')
+    chain: list[Step] = []
+    for number, step in enumerate(steps, start=1):
+        if step.get("action") not in ENDING:
+            raise Fault(f'step {number} has the action {json.dumps(step.get("action"))[:60]}, not one of {_listed(ENDING)}')
+        keys = {"action", "content"} | ({"title"} if step["action"] == THINK else set())
+        _check_keys(step, keys, f"step {number} ({step['action']})")
+        chain.append({key: _text(step, key) for key in step})
+    if tuple(step["action"] for step in chain[-3:]) != ENDING:
+        raise Fault(f"its last three actions are not {', '.join(ENDING)}, in this order")
+    return chain
+
+
+def conclusion(chain: list[Step]) -> str:
+    """What a checked chain comes to."""
+    return chain[-2]["content"]
+
+
+def joined(before: list[Step], after: list[Step]) -> list[Step]:
+    """A chain and its continuation. One that begins with a Verification puts it in place of the last, which was mistaken."""
+    return [*(before[:-1] if after[0]["action"] == VERIFY else before), *after]
+
+
+def parse_monologue(text: str) -> str:
+    """Raises Fault."""
+    return _text(parse_object(text, {"NaturalReasoning"}), "NaturalReasoning")
+
+
+def parse_problem(text: str) -> tuple[str, str]:
+    """An open-ended question and its answer. Raises Fault."""
+    found = parse_object(text, {QUESTION_KEY, ANSWER_KEY})
+    return _text(found, QUESTION_KEY), _text(found, ANSWER_KEY)
+
+
+def parse_judgement(text: str) -> str:
+    """One of JUDGEMENTS, which must be the whole answer but for case and outer punctuation. Raises Fault."""
+    _check_answer(text)
+    label = normalise_answer(text).replace("_", " ")
+    if label not in JUDGEMENTS:
+        raise Fault(f"it is not one of {_listed(JUDGEMENTS)} and nothing else")
+    return label
+
+
+def parse_choice(text: str, letters: str) -> str | None:
+    """The letter that an answer begins with ("B", "(B) Aspirin", "B. Aspirin") or says last ("the answer is B"); else None."""
+    letter = rf"[\s*(（\"]*([{letters}])(?![A-Za-z])"
+    alone = re.match(rf"{letter}(?=\s*(?:[*)）.。:：,，\"]|\n|$))", text)
+    said = re.findall(rf"(?i:answer\s+is|answer\s*[:：]|答案是|答案\s*[:：])\s*(?i:option\s+)?{letter}", text)
+    return alone[1] if alone else said[-1] if said else None
+
+
+def parse_truth(text: str) -> bool:
+    """The one whole word True or False. Raises Fault for anything else: it is unparsed."""
+    verdict = parse_verdict(text)
+    if verdict is None:
+        raise Fault("unparsed: it is not the one word True or False")
+    return verdict
+
+
+def _schema(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _step(action: str, *keys: str) -> dict[str, Any]:
+    return _schema(action={"type": "string", "enum": [action]}, **{key: {"type": "string"} for key in keys})
+
+
+STEPS = [_step(THINK, "title", "content"), _step(CONCLUDE, "content"), _step(VERIFY, "content")]
+CHAIN_SCHEMA = _schema(CoT={"type": "array", "items": {"anyOf": STEPS}})
+MONOLOGUE_SCHEMA = _schema(NaturalReasoning={"type": "string"})
+PROBLEM_SCHEMA = _schema(**{QUESTION_KEY: {"type": "string"}, ANSWER_KEY: {"type": "string"}})
