@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from verippo.core.chat import render_messages, render_text
 from verippo.core.journal import Journal, content_key
-from verippo.core.llm import LLM, LLMConfig, LLMError, gather_in_order
+from verippo.core.llm import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_order
 from verippo.core.sampler import Prompt, SamplingParams, draw_seed
 from verippo.core.server import serving
 from verippo.eval.config import EvalConfig
@@ -126,16 +126,21 @@ async def _ask_server(
             num_answered += 1
         except LLMError as error:
             num_failed += 1
-            if num_failed == client.concurrency and not num_answered:
+            if num_failed == min(client.concurrency, len(cases)) and not num_answered:
                 raise ValueError(f"none of the first {num_failed} calls got an answer; the last: {error}") from None
-            answer = Answer(error=" ".join(str(error).split()))
+            answer = Answer(error=str(error))
+        except BudgetSpent as error:
+            raise ValueError(f"stopped after {num_answered} answers: {error}") from None
         done(case, answer)
         return answer
 
     try:
-        return await gather_in_order(cases, work, concurrency=client.concurrency)
+        answers = await gather_in_order(cases, work, concurrency=client.concurrency)
     finally:
         await llm.close()
+    usage = llm.usage
+    print(f"asked {usage.calls} calls, {usage.cached_calls} more were in the journal; {usage.usd:.4f} USD in this run")
+    return answers
 
 
 def prompt_text(tokenizer: Any, conversation: list[dict[str, str]]) -> str:

@@ -44,7 +44,8 @@ def print_table(results: Row) -> None:
         outcomes, length = group["outcomes"], group["length"] or {}
         value, low, high = (_percent(group["accuracy"][key]) for key in ("value", "low", "high"))
         votes = [_percent(group["pass_at_k"][str(group["runs"])]), _percent(group["majority"]["value"])] if several else []
-        counts = [format_number(n) for n in (group["num"], outcomes["no answer"], outcomes["failed"], round(length.get("mean", 0)))]
+        mean = round(length.get("mean", 0))
+        counts = [format_number(n) for n in (group["num"], outcomes["no answer"], outcomes["failed"], mean)]
         rows.append([source, counts[0], value, f"({low} to {high})", _percent(group["scorings"][other]["value"]), *votes,
                      *counts[1:3], _percent(length.get("truncated_rate")), counts[3], _percent(group["format_rate"])])
     print(aligned(rows))
