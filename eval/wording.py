@@ -1,0 +1,114 @@
+"""How answers are worded, in English and Chinese: the patterns that eval/score.py reads outputs by.
+
+Patterns called *_LEFT are searched in the lower-case rest of the sentence before a mention of an option and reach up to it;
+*_RIGHT are matched to what follows it.
+"""
+
+from __future__ import annotations
+
+import re
+
+MARKUP = re.compile(r"[*`$]|__|(?<!\w)_|_(?!\w)|</?(?:b|i|em|strong|u)>|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b")
+LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
+
+LABEL = re.compile(
+    r"(?:\b(?P<prefix>(?:answer )?(?:option|choice|letter)|选项)\s*)?(?P<open>[(\[{<\"'“‘【「《]*)"
+    r"(?<![A-Za-z0-9°/.-])(?<![A-Za-z]['’])(?P<letter>[A-Za-z])(?![A-Za-z0-9°/&+²]|['’][A-Za-z]|[型族组群超]|细胞|淋巴)"
+    r"(?P<close>[)\]}>\"'”’】」》]*)(?:选?项)?",
+    re.IGNORECASE,
+)
+"""A letter by itself, with what may enclose it."""
+MORE = re.compile(
+    r"(?:\s*(?:,?\s*(?:and|or|&|和|或|与|及)|,|、)\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*)+"
+    r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem)\b|都|均|三|两))"
+)
+"""Further letters of a list: "A and C"."""
+FOLLOWS = re.compile(
+    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿]|"
+    r"\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|not|over|must|"
+    r"here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems)\b)"
+)
+"""What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
+SETS_OFF = re.compile(r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due)\b)")
+"""What may come after a letter that stands alone at the start of a line."""
+
+_FILLER = (
+    r"(?:[\s\"'“”‘’(\[{<>=~:,|#-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|likely|probably|clearly|surely|"
+    r"definitely|certainly|therefore|thus|hence|so|indeed|simply|then|best|correct|single|it's|it is|ans|"
+    r"i(?:'d)? (?:believe|think|say)|in fact|actually|again|ultimately|still|that)(?![a-z]))*$"
+)
+LEADS_IN = re.compile(_FILLER)
+_IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
+CLAIM_LEFT = re.compile(
+    r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|conclusion|diagnosis|solution|key|correct|verdict)(?![a-z])"
+    rf"(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
+    r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
+    rf"statement|exception|finding|organism|one|match|fit|letter|response)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
+    r"|\b(?:choos|pick|select|go(?:es|ing)? with|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
+    rf"(?:has|have|got) to b|must b|i (?:think|believe|guess|suspect))(?:e|es|ed|ing|s)?{_FILLER}"
+    rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
+    rf"|(?:\bnot\b[^\n]{{1,60}}?\b(?:but|rather)|不是[^。\n]{{1,30}}?而是){_FILLER}"
+    r"|boxed\s*\{?\s*$|<answer>\s*$"
+    r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|make that|it must be)?\s*$"
+    r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|:)[\s\"'“(\[【「]*$"
+    r"|(?:选项(?:应该|应)?(?:是|为|:)|的是|答案\W*|认为(?:应该|应)?(?:是|选)|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
+)
+"""The mention after this is claimed to be the answer."""
+WEAK_LEFT = re.compile(
+    r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|corresponds? to|consistent with|fits?|"
+    r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|(?:definite|certain|probab|most like|more like)ly|equals|"
+    rf"mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|(?:it|that|this|which|there|ratio)(?:'s| is| must be)|is)|[=∴⇒]|"
+    rf"=>|所以|因此|故|是|为){_FILLER}"
+)
+"""The mention after this is what the sentence comes to; weaker than a claim."""
+
+_VERDICT = (
+    r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|answer|one)|(?:final )?answer|"
+    r"most (?:likely|appropriate|consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
+    r"one that|way to go|what i)\b"
+)
+CLAIM_RIGHT = re.compile(
+    r"[\s.):,-]*(?P<gap>[^.!?\n]{0,80}?)(?:\b(?:is|are|was|(?:would|must|should|has to) be|seems|appears|remains|being|as)\b|"
+    r"[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
+    rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
+    r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|(?:fits|explains|matches)\b[^.\n]{0,40}\bbest|"
+    r"makes the most sense|it is\b)"
+    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能)"
+)
+"""The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
+DENIED_GAP = re.compile(
+    r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非"
+    r"|[(\s][b-z][.)]|\b[b-z] (?:is|are)\b"
+)
+
+DENIED_LEFT = re.compile(
+    r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
+    r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike|except)|n't)(?:\s+[\w'-]+){0,2}[\s(\"'\[]*$"
+    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm|determine)\b"
+    r"|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|previous|first|initial)\s+"
+    r"(?:answer|choice|option|guess)(?: choice)?s?\b"
+    r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
+)
+DENIED_RIGHT = re.compile(
+    r"[\s.):]*(?:\([^)]*\)\s*)?(?:(?:is|are|was|were|would be|can be|could be|should be|has been|seems)\s+(?:\w+ly\s+)?"
+    r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|inconsistent|contraindicated|"
+    r"a distractor|the least)|(?:is|are|was|would|does|can|could)n't\b|does not\b|cannot\b|can not\b|would not\b)"
+    r"|[^。,;\n]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选)"
+)
+SUPPOSED = re.compile(
+    r"\b(?:if|had|were|unless|suppose|assuming|without)\b.*\b(?:would|could|might)\b"
+    r"|\b(?:would|could|might)\b.*\b(?:if|had|were|unless)\b"
+    r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|could|often|commonly)\b"
+    r"|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b|\bfirst (?:thought|instinct|impression)|\bwhether\b"
+)
+"""A sentence that says what would be, or what others think."""
+UNSURE = re.compile(
+    r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|certain|possible|able|enough)|"
+    r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider\w*|differential|possib\w+)\b"
+    r"|无法|不确定|不能确定|不清楚|难以"
+)
+CONCLUDES = re.compile(r"\b(?:therefore|thus|so|hence|conclusion|overall|summary|finally|ultimately)\b|因此|所以|综上|总之|故")
+TURN = re.compile(r";|\b(?:but|however|yet|though|so|therefore|thus)\b|但|然而|所以|因此")
+SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?\n]")
+COMMON_WORDS = {"yes", "no", "maybe", "none", "all", "both", "true", "false", "n/a", "never", "always", "是", "否"}
+"""Options whose words occur in any text: they count only where they stand apart."""
