@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -140,13 +141,12 @@ class LLM:
             raise ValueError("llm.model is not set: give the model's name at the server")
         self.config, self.journal, self.retry_failed = config, journal, retry_failed
         self.usage = Usage()
-        self._key = config.api_key()
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=config.concurrency, max_keepalive_connections=config.concurrency
         )
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
-            api_key=self._key or "none",
+            api_key=config.api_key() or "no-key",
             max_retries=0,
             timeout=config.timeout_seconds,
             http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=config.timeout_seconds),
@@ -281,8 +281,7 @@ class LLM:
         return True
 
     async def _try(self, body: dict[str, Any]) -> Reply | Fault:
-        texts = [body["prompt"]] if "prompt" in body else [message["content"] for message in body["messages"]]
-        most_in = sum(len(text.encode("utf-8", "replace")) + 16 for text in texts)  # a token is a byte at least
+        most_in = len(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))  # a token is a byte at least
         most_out = body.get("max_tokens") or body["max_completion_tokens"]
         worst, expected = self._price(most_in, most_out), most_in // 4 + most_out
         await self._fit_budget(worst)
@@ -332,8 +331,9 @@ class LLM:
             outcome = Fault(f"connection failed: {type(cause).__name__} {cause}".strip(), "passing", recorded=False)
         except UnicodeEncodeError:
             outcome = Fault("the prompt holds half a character (a lone surrogate), which cannot be sent")
-        if isinstance(outcome, Fault) and self._key:
-            outcome = outcome._replace(reason=" ".join(outcome.reason.replace(self._key, "***").split())[:500])
+        if isinstance(outcome, Fault):  # servers quote keys
+            reason = outcome.reason.replace(self._client.api_key, "***")
+            outcome = outcome._replace(reason=" ".join(reason.split())[:500])
         return outcome
 
 
