@@ -1,7 +1,10 @@
-"""The text a verifier reads, cut to its length, and how answers are compared. Pure but for loading a template."""
+"""The text a verifier reads, cut to its length, how its answer is read, and how answers are compared. Pure but for loading a
+template."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +16,11 @@ TEMPLATE = (
     "The answer of the model is"
 )
 """Ours; the classifier's two classes complete it. A verifier trained on another text brings its own template."""
+
+VERDICTS = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
+"""The whole words that an LLM may judge by."""
+AROUND_ANSWER = re.compile(r"\s*<think>.*?</think>|\s*```(?:json|text|plaintext|markdown)?\s", re.DOTALL)
+"""What may stand before an answer and is no part of it: a thought, the begin of a code fence."""
 
 
 class Tiers(NamedTuple):
@@ -68,3 +76,19 @@ def verifier_ids(
 def normalise_answer(text: str) -> str:
     """An answer for comparison: case folded, white space collapsed, outer punctuation removed."""
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]*")
+
+
+def parse_verdict(text: str) -> bool | None:
+    """An LLM's verdict: its whole answer is one of the words in VERDICTS, or {"verdict": one of them or a boolean}. White
+    space, quotes, asterisks, a code fence and a full stop around it do not matter, nor does case. None for anything else:
+    "untrue", "True and false", a sentence that holds the word."""
+    while found := AROUND_ANSWER.match(text):
+        text = text[found.end() :]
+    text = text.strip(" \t\r\n`*_\"'“”‘’「」.。!！,，;；")
+    if not text.startswith("{"):
+        return VERDICTS.get(text.casefold())
+    try:
+        verdict = json.loads(text)["verdict"]
+    except (ValueError, KeyError):
+        return None
+    return verdict if isinstance(verdict, bool) else VERDICTS.get(str(verdict).strip().casefold())

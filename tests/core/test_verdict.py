@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verippo.core.verdict import TEMPLATE, Tiers, check_template, normalise_answer, verifier_ids
+from verippo.core.verdict import TEMPLATE, Tiers, check_template, normalise_answer, parse_verdict, verifier_ids
 
 
 def encode(text):
@@ -78,3 +78,39 @@ def test_the_tiers_are_the_published_ones():
 )  # fmt: skip
 def test_answers_are_compared_without_case_spacing_and_outer_punctuation(text, expected):
     assert normalise_answer(text) == expected
+
+
+@pytest.mark.parametrize("form", [
+    "{}", " {}\n", "{}.", "**{}**", "**{}.**", '"{}"', "“{}”", "`{}`", "```\n{}\n```", "```text\n{}\n```", "{}!", "*{}*\n\n",
+    "<think>true or false?</think>\n{}", '{{"verdict": "{}"}}', '```json\n{{"verdict": "{}"}}\n```', "{}。",
+])  # fmt: skip
+@pytest.mark.parametrize(("word", "verdict"), [
+    ("True", True), ("true", True), ("TRUE", True), ("False", False), ("false", False), ("正确", True), ("错误", False),
+    ("真", True), ("假", False),
+])  # fmt: skip
+def test_a_verdict_is_one_whole_word_in_any_wrapping(form, word, verdict):
+    assert parse_verdict(form.format(word)) is verdict
+
+
+@pytest.mark.parametrize("text", [
+    "untrue", "Untrue.", "not true", "true false", "True or False", "True, because", "Answer: True", "truely", "falsehood", "",
+    " ", "...", "**", "```\n```", "yes", "1", "不正确", "不真", "非真", "正确错误", "True?", "T rue", "true\nfalse", "nottrue",
+    "null", "<think>True</think>", "<think>True", '{"verdict": "untrue"}', '{"verdict": 1}', '{"verdict": null}',
+    '{"verdict": [true]}', '{"answer": true}', '{"verdict": tr', '[true]', '{"verdict": true} or false',
+    "```json\ntrue\nfalse\n```",
+])  # fmt: skip
+def test_anything_else_is_no_verdict(text):
+    assert parse_verdict(text) is None
+
+
+def test_a_verdict_may_be_a_json_boolean():
+    assert parse_verdict('{"verdict": true}') is True
+    assert parse_verdict('```json\n{"verdict": false, "why": "other drug"}\n```') is False
+
+
+@given(st.text(alphabet="untrefalsTF 不正确错误真假.*\"`\n", max_size=12))
+def test_a_verdict_holds_no_other_letters_than_the_word(text):
+    words = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
+    expected = words.get("".join(c for c in text if c.isalpha() or c == " ").strip().lower())
+    verdict = parse_verdict(text)
+    assert verdict is None or verdict is expected
