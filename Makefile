@@ -31,13 +31,16 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/pip install --progress-bar on -e ".[test]"
 	@touch $@
 
-# sglang pins other versions than the trainer needs, so it has an environment of its own (about 3 GB); the stubs in
-# tests/sglang stand in for its CUDA-only packages.
+# sglang pins other versions than the trainer, so it has an environment of its own (3 GB with PyTorch's CPU build); the
+# stubs in tests/sglang stand in for packages that need CUDA.
 SGLANG ?= sglang==0.5.23
 SGLANG_VENV := .sglang
+SGLANG_PYTHON ?= $(PYTHON)
 
 $(SGLANG_VENV)/.installed: tests/sglang/requirements.txt
-	@$(PYTHON) -m venv $(SGLANG_VENV) || { echo "make: python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
+	@$(SGLANG_PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), sys.version' || \
+	  { echo "make: sglang needs Python 3.11 to 3.13; say SGLANG_PYTHON=/path/to/python"; exit 2; }
+	@$(SGLANG_PYTHON) -m venv $(SGLANG_VENV) || { echo "make: python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
 	@echo "installing $(SGLANG) into an environment of its own, $(SGLANG_VENV) (about 3 GB, some minutes) ..."
 	@$(SGLANG_VENV)/bin/pip install --progress-bar on -r tests/sglang/requirements.txt
 	@$(SGLANG_VENV)/bin/pip install --progress-bar on --no-deps "$(SGLANG)"
