@@ -100,6 +100,7 @@ def _server(config: EvalConfig) -> Iterator[LLMConfig]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what ends a batch job must stop the server too
     options = replace(config.server, model=config.model)
     key = {name: getattr(options, name) for name in ("api_key_env", "api_key_file") if getattr(options, name)}
+    print(f"starting a server of {config.model}")
     with serving(options) as server:
         yield replace(config.client, base_url=f"{server.url}/v1", **key)
 

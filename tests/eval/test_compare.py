@@ -1,0 +1,96 @@
+"""`verippo eval compare`: differences worked by hand, and evaluations of different items."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from verippo.eval.ask import Answer, make_cases
+from verippo.eval.config import EvalConfig
+from verippo.eval.questions import Question
+from verippo.eval.results import item_rows
+from verippo.eval.run import summary
+from verippo.launch import cli
+
+OPTIONS = {"A": "alpha", "B": "beta"}
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """An output folder in which the run of each item gave these letters; A is right; "-" stands for a failure."""
+
+    def write(name, letters, *, runs=1, source="demo", start=0, question="Which?", **options):
+        config = EvalConfig(data="d", output="o", model=name, base_url="http://x/v1", runs=runs, **options)
+        questions = [
+            Question(id=f"q{start + n}", source=source, question=question, options=OPTIONS, answer_idx="A", index=n, file="f")
+            for n in range(len(letters))
+        ]
+        cases = make_cases(questions, runs=runs, permutations=0, seed=0)
+        answers = [Answer(error="gone") if x == "-" else Answer(f"The answer is {x}.", "stop", 4) for row in letters for x in row]
+        results = summary(config, item_rows(questions, cases, answers, config.scoring), [])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        return str(tmp_path / name)
+
+    return write
+
+
+def compared(tmp_path, first, second, *options):
+    cli.main(["eval", "compare", first, second, "--output", str(tmp_path / "out"), *options])
+    return json.loads((tmp_path / "out" / "compare.json").read_text())
+
+
+def test_difference_and_mcnemar_are_those_worked_by_hand(evaluated, tmp_path, capsys):
+    first, second = evaluated("first", "AAAAAAAABB"), evaluated("second", "AABBBBBB-B", temperature=0.0)
+    result = compared(tmp_path, first, second)
+    demo = result["sources"]["demo"]
+    assert [cell["value"] for cell in demo["accuracies"]] == [0.8, 0.2]
+    assert demo["difference"]["value"] == pytest.approx(-0.6)
+    # resampled means of ten draws of 0 (4 in 10) and -1 (6 in 10): Binomial(10, 0.6), whose 2.5 and 97.5 % points are 3 and 9
+    assert (demo["difference"]["low"], demo["difference"]["high"]) == (pytest.approx(-0.9), pytest.approx(-0.3))
+    assert (demo["only_first"], demo["only_second"], demo["p_value"]) == (6, 0, pytest.approx(2 / 2**6))
+    assert result["left_out"] == [0, 0]
+    assert result["settings"] == {"model": ["first", "second"], "temperature": [0.5, 0.0]}
+    printed = capsys.readouterr().out
+    assert "left out" not in printed
+    assert re.search(r"^demo +10 +80.0% +20.0% +-60.0 +\(-90.0 to -30.0\) +6 +0 +0.0312$", printed, re.MULTILINE)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count('data-outcome="only first right"') == 6
+    assert page.count('<details class="card item"') == 6
+    assert "first: A; second: B; right: A" in page
+
+
+def test_runs_are_averaged_for_the_difference_and_vote_for_the_test(evaluated, tmp_path):
+    first = evaluated("first", ["AAB", "BBA", "BBB"], runs=3)  # means 2/3, 1/3, 0; votes A, B, B
+    second = evaluated("second", ["AAA", "AAB", "B--"], runs=3)  # means 1, 2/3, 0; votes A, A, B
+    demo = compared(tmp_path, first, second)["sources"]["demo"]
+    assert [cell["value"] for cell in demo["accuracies"]] == pytest.approx([1 / 3, 5 / 9])
+    assert demo["difference"]["value"] == pytest.approx(2 / 9)
+    assert (demo["only_first"], demo["only_second"], demo["p_value"]) == (0, 1, 1.0)
+
+
+def test_only_shared_items_count_and_the_others_are_counted(evaluated, tmp_path, capsys):
+    first, second = evaluated("first", "AAAAB"), evaluated("second", "BAA", start=3)
+    result = compared(tmp_path, first, second)
+    assert (result["shared"], result["left_out"]) == (2, [3, 1])
+    assert [cell["value"] for cell in result["sources"]["demo"]["accuracies"]] == [0.5, 0.5]
+    assert f"left out: 3 items of {first} that the other has not (2 are shared)" in capsys.readouterr().out
+    assert "3 of the first and 1 of the second evaluation are left out" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_items_of_one_id_with_another_text_are_not_the_same(evaluated, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        compared(tmp_path, evaluated("first", "AB"), evaluated("second", "AB", question="Which other?"))
+    assert caught.value.code == 2
+    assert "share no item: evaluate both on the same --data" in capsys.readouterr().err
+
+
+def test_what_is_no_evaluation_is_refused(evaluated, tmp_path, capsys):
+    (tmp_path / "results.json").write_text("[1]")
+    for path, message in (("nowhere", "No such file"), (str(tmp_path), "not the results.json of `verippo eval`")):
+        with pytest.raises(SystemExit) as caught:
+            compared(tmp_path, evaluated(f"first-{len(path)}", "A"), path)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
