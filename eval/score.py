@@ -72,9 +72,11 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
         return _NONE
     texts = _option_texts(tuple(options.items()))
     labels = [(mention, _context(text, mention)) for mention in _labels(text, texts)]
-    for claims in ([m for m, c in labels if _claimed(c)], [m for m, c in labels if _weakly_claimed(c)]):
-        if claims:
-            return _last(claims, "statement", options)
+    if claims := [m for m, c in labels if _claimed(c)]:
+        return _last(claims, "statement", options)
+    labels = [(m, c) for m, c in labels if m.letter is None or m.letter in options]
+    if claims := [m for m, c in labels if _weakly_claimed(c)]:
+        return _last(claims, "statement", options)
     if alone := _alone(text, labels):
         return _last([alone], "letter", options)
     found = _by_text(text, texts, labels)
@@ -115,6 +117,8 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
             continue
         letter, end = match["letter"], match.end()
         enclosed = bool(match["open"] and match["close"]) or bool(match["prefix"])
+        if not enclosed and w.NAMED.search(text, max(0, match.start() - 20), match.start()):
+            continue
         if letter.islower() and not enclosed and not re.match(r"\s*(?:$|\n|[.,:;)](?:\s|$))", text[match.end("letter") :][:4]):
             continue
         if letter.isupper() and (more := w.MORE.match(text, end)):
@@ -125,7 +129,7 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
         gap = _GAP.match(lower, end)
         if words and gap and lower.startswith(words, gap.end()):
             end = gap.end() + len(words)
-        elif not enclosed and not w.FOLLOWS.match(text, end):
+        elif not enclosed and (not w.FOLLOWS.match(text, end) or (letter == "I" and w.PRONOUN.match(text, end))):
             continue
         mentions.append(Mention(match.start(), end, letter.upper()))
     return mentions
@@ -138,7 +142,8 @@ def _context(text: str, mention: Mention) -> Context:
     """A line break directly before the mention does not end what is to its left; nor, of a mention that begins its
     sentence, the stop after it what is to its right: "B. Aspirin is correct"."""
     left = text[max(0, mention.start - _WINDOW) : mention.start].rstrip()
-    left = "" if left.endswith((".", "!", "?", "。")) else w.SENTENCE_END.split(left)[-1].lower()
+    left = "" if left.endswith((".", "!", "?", "。")) else w.SENTENCE_END.split(left)[-1]
+    left = re.sub(r"(?<![A-Za-z])A(?![A-Za-z])", "_", left).lower()  # else an option A would read as an article
     right = text[mention.end : mention.end + _WINDOW]
     skip = 0 if left.strip(" -#>•") else len(right) - len(right.lstrip(".):,- "))
     stop = w.SENTENCE_END.search(right, skip)
@@ -168,6 +173,15 @@ def _denied(context: Context) -> bool:
     )
 
 
+def _unsure(context: Context) -> bool:
+    return context.mark == "?" or bool(w.UNSURE.search(context.left + context.right))
+
+
+def _complete(text: str) -> bool:
+    """Whether the output was not cut within its last sentence."""
+    return text.endswith((".", "!", "。", ")", '"'))
+
+
 def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
     """The letter that is the whole response, begins its first or last line, or closes it in brackets."""
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
@@ -182,11 +196,10 @@ def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
             bare = not text[m.end : line_end].strip(" .:)!")
             if bare or (len({m.letter for m, _ in heads}) == 1 and w.SETS_OFF.match(text, m.end)):
                 return m
-    if labels:
-        m, context = labels[-1]
-        closes = text[m.end - 1] == ")" and not text[m.end :].strip(" .!。")
-        if closes and not _denied(context) and not w.UNSURE.search(context.left) and len({m.letter for m, _ in labels}) == 1:
-            return m
+    spoken = [(m, c) for m, c in labels if m.letter and not _denied(c) and not _unsure(c)]
+    if len({m.letter for m, _ in spoken}) == 1 and _complete(text):
+        m, c = spoken[-1]
+        return m if w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right) else None
     return None
 
 
@@ -207,11 +220,10 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
     heads = [m for m, c in labels if not c.left]
     spoken = [
         m for m, c in found
-        if m not in apart and not _denied(c) and not w.UNSURE.search(c.left + c.right)
+        if m not in apart and not _denied(c) and not _unsure(c)
         and not any(label.start <= m.start < label.end for label in heads)
     ]  # fmt: skip
-    complete = text.endswith((".", "!", "。", ")", '"'))
-    if len({m.letter for m in spoken}) == 1 and complete:
+    if len({m.letter for m in spoken}) == 1 and _complete(text):
         return spoken
     last = [(m, c) for m, c in found if m in spoken[-1:]]
     return [m for m, c in last if w.CONCLUDES.search(c.left)]
@@ -237,7 +249,8 @@ def _joined(a: str, b: str) -> bool:
 
 
 def _common(words: str) -> bool:
-    return words.lower() in w.COMMON_WORDS or len(words) < (2 if words > "一" else 4)
+    short = len(words) < (2 if words > "一" else 4) and not re.search(".[A-Z]", words)
+    return short or words.lower() in w.COMMON_WORDS
 
 
 def extract_original(output: str, options: dict[str, str]) -> tuple[str | None, str | None] | None:
@@ -251,10 +264,10 @@ def extract_original(output: str, options: dict[str, str]) -> tuple[str | None, 
     if not text:
         return None
     plain = _plain(text)
-    found = [(m.start(1), m[1]) for m in re.finditer(r"(?<![A-Za-z0-9])([A-Z])(?=[.,:)\s]|$)", plain) if m[1] in options]
-    found += [(plain.lower().rfind(words), letter) for words, letter in _option_texts(tuple(options.items())) if letter]
-    named = sorted(pair for pair in found if pair[0] >= 0)
-    return (named[0][1], named[-1][1]) if named else (None, None)
+    named = [(m.start(), m[0]) for m in re.finditer(r"(?<![A-Za-z0-9])[A-Z](?=[.,:)\s]|$)", plain) if m[0] in options]
+    words = _text_mentions(plain.lower(), _option_texts(tuple(options.items())))
+    letters = [letter for _, letter in sorted(named + [(m.start, m.letter) for m in words if m.letter])]
+    return (letters[0], letters[-1]) if letters else (None, None)
 
 
 def accuracy(letters: Sequence[str | None], answers: Sequence[str]) -> float:

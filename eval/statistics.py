@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from verippo.core.chat import parse_response
 from verippo.core.report import Interval, wilson_interval
 
 
@@ -159,11 +158,6 @@ def length_statistics(num_tokens: Sequence[int], truncated: Sequence[bool]) -> L
     return LengthStatistics(
         float(np.mean(num_tokens)), float(median), float(p95), max(num_tokens), float(np.mean(truncated))
     )
-
-
-def format_rate(outputs: Sequence[str]) -> float:
-    """Share of outputs in the form of `core.chat.parse_response`: one thinking part and one final response."""
-    return sum(parse_response(output) is not None for output in outputs) / len(outputs)
 
 
 def _matrix(right: Sequence[Sequence[bool]]) -> np.ndarray:

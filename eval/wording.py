@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 
-MARKUP = re.compile(r"[*`$]|__|(?<!\w)_|_(?!\w)|</?(?:b|i|em|strong|u)>|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b")
+MARKUP = re.compile(
+    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u)>|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
+)
 LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
 
 LABEL = re.compile(
@@ -18,6 +20,12 @@ LABEL = re.compile(
     re.IGNORECASE,
 )
 """A letter by itself, with what may enclose it."""
+NAMED = re.compile(
+    r"\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|table|factor|protein|part|section|"
+    r"appendix|coenzyme|immunoglobulin|phase|category|apolipoprotein|complex|scenario|patient|case)\.?\s*$",
+    re.IGNORECASE,
+)
+"""Before a letter that belongs to a name: "vitamin C"."""
 MORE = re.compile(
     r"(?:\s*(?:,?\s*(?:and|or|&|和|或|与|及)|,|、)\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*)+"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem)\b|都|均|三|两))"
@@ -26,9 +34,12 @@ MORE = re.compile(
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿]|"
     r"\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|not|over|must|"
-    r"here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems)\b)"
+    r"here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
+    r"(?!cells|vitamins|waves|lymphocytes|fibers|strains)[a-z]+(?<![uias])s)\b)"
 )
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
+PRONOUN = re.compile(r"\s+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems)\b)[a-z']|['’]")
+"""After an I that stands for the speaker."""
 SETS_OFF = re.compile(r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due)\b)")
 """What may come after a letter that stands alone at the start of a line."""
 
@@ -40,13 +51,14 @@ _FILLER = (
 LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
 CLAIM_LEFT = re.compile(
-    r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|conclusion|diagnosis|solution|key|correct|verdict)(?![a-z])"
+    r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict)(?![a-z])"
     rf"(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
-    rf"statement|exception|finding|organism|one|match|fit|letter|response)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
+    rf"statement|exception|finding|organism|one|match|fit|letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
     r"|\b(?:choos|pick|select|go(?:es|ing)? with|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
     rf"(?:has|have|got) to b|must b|i (?:think|believe|guess|suspect))(?:e|es|ed|ing|s)?{_FILLER}"
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
+    rf"|(?:\b(?:true|correct|are|all)\b[^\n]*\bexcept(?: for)?|\b(?:chang|switch|revis)\w+\b[^\n]{{0,30}}\bto){_FILLER}"
     rf"|(?:\bnot\b[^\n]{{1,60}}?\b(?:but|rather)|不是[^。\n]{{1,30}}?而是){_FILLER}"
     r"|boxed\s*\{?\s*$|<answer>\s*$"
     r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|make that|it must be)?\s*$"
@@ -57,13 +69,14 @@ CLAIM_LEFT = re.compile(
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|corresponds? to|consistent with|fits?|"
     r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|(?:definite|certain|probab|most like|more like)ly|equals|"
-    rf"mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|(?:it|that|this|which|there|ratio)(?:'s| is| must be)|is)|[=∴⇒]|"
+    rf"mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|(?:it|that|this|which|there|ratio)(?:'s| is| must be)|is)|[:=∴⇒→]|"
     rf"=>|所以|因此|故|是|为){_FILLER}"
 )
 """The mention after this is what the sentence comes to; weaker than a claim."""
 
 _VERDICT = (
     r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|answer|one)|(?:final )?answer|"
+    r"exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|odd one|"
     r"most (?:likely|appropriate|consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
     r"one that|way to go|what i)\b"
 )
@@ -73,7 +86,7 @@ CLAIM_RIGHT = re.compile(
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
     r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|(?:fits|explains|matches)\b[^.\n]{0,40}\bbest|"
     r"makes the most sense|it is\b)"
-    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能)"
+    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
 """The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
 DENIED_GAP = re.compile(
@@ -83,7 +96,7 @@ DENIED_GAP = re.compile(
 
 DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
-    r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike|except)|n't)(?:\s+[\w'-]+){0,2}[\s(\"'\[]*$"
+    r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|n't)(?:\s+[\w'-]+){0,2}[\s(\"'\[]*$"
     r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm|determine)\b"
     r"|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|previous|first|initial)\s+"
     r"(?:answer|choice|option|guess)(?: choice)?s?\b"
@@ -106,6 +119,10 @@ UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|certain|possible|able|enough)|"
     r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider\w*|differential|possib\w+)\b"
     r"|无法|不确定|不能确定|不清楚|难以"
+)
+PRAISES = re.compile(
+    r"\b(?:best|correct|right|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|answer|"
+    r"fits|explains)\b"
 )
 CONCLUDES = re.compile(r"\b(?:therefore|thus|so|hence|conclusion|overall|summary|finally|ultimately)\b|因此|所以|综上|总之|故")
 TURN = re.compile(r";|\b(?:but|however|yet|though|so|therefore|thus)\b|但|然而|所以|因此")

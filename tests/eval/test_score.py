@@ -1,0 +1,147 @@
+"""Extraction of answers against outputs labelled by hand, and under changes that leave the answer as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from verippo.eval.score import accuracy, accuracy_original, extract, extract_choice, extract_original, final_response
+
+LABELLED = [json.loads(line) for line in (Path(__file__).parent / "labelled_outputs.jsonl").read_text("utf-8").splitlines()]
+FOUR = {"A": "Amoxicillin", "B": "Ceftriaxone", "C": "Vancomycin", "D": "Metronidazole"}
+CAVITIES = ["ventral", "dorsal", "buccal", "thoracic", "pericardial", "abdominal", "spinal", "pelvic", "pleural", "cranial"]
+TEN = dict(zip("ABCDEFGHIJ", CAVITIES, strict=True))
+# {0} claims; {1} and {2} are spoken of. Every {0} stands where a letter may be emphasised.
+CLAIMS = [
+    "The answer is {0}.", "The correct answer is ({0}).", "Answer: {0}", "{0}", "Option {0} is correct.", "({0})", "{0}.",
+    "The answer is not {1}. The answer is {0}.", "{1} is wrong and {2} is wrong. The best choice is {0}.",
+    "Some might say {1}, but the correct answer is {0}.", "Is the answer {1}? No, the answer is {0}.",
+    "At first I thought the answer was {1}. The answer is {0}, not {2}.", "If he were younger, the answer would be {1}. So {0}.",
+    "\\boxed{{{0}}}", '{{"answer": "{0}"}}', "<answer>{0}</answer>", "I would choose {0}.",
+    "Option {1} can be ruled out. So {0}.",
+    "{0} is the best answer because {1} and {2} do not fit.",
+    "答案是{0}。", "排除{1}和{2}，因此选{0}。", "本题正确答案为{0}，{1}项错误。",
+]  # fmt: skip
+NO_CLAIMS = [
+    "The answer is not {1}.", "{1} is incorrect.", "We can rule out {1}.", "The answer is {1} and {2}.",
+    "Both {1} and {2} are correct.", "If she were pregnant, the answer would be {1}.", "Is it {1}?", "答案不是{1}。",
+    "不能选{1}。",
+]  # fmt: skip
+MARKS = ["**{}**", "*{}*", "__{}__", "_{}_", "`{}`", "<b>{}</b>"]
+LETTERS = st.permutations(list(TEN))
+
+
+def test_the_labelled_set_is_large_varied_and_well_formed():
+    assert len(LABELLED) >= 300
+    assert sum(row["letter"] is None for row in LABELLED) >= 80
+    assert all(row["letter"] is None or row["letter"] in row["options"] for row in LABELLED)
+    assert len({row["kind"] for row in LABELLED}) >= 30
+    assert len({(row["output"], *row["options"].values()) for row in LABELLED}) == len(LABELLED)
+
+
+def test_extraction_agrees_with_a_reader_on_99_of_100_outputs():
+    missed = [row for row in LABELLED if extract_choice(row["output"], row["options"]) != row["letter"]]
+    assert len(missed) <= len(LABELLED) / 100, missed
+
+
+@pytest.mark.parametrize("row", [row for row in LABELLED if row["letter"] is None], ids=lambda row: row["output"][-40:])
+def test_an_output_without_an_answer_gives_none(row):
+    assert extract(row["output"], row["options"]).letter is None
+
+
+@given(row=st.sampled_from(LABELLED), space=st.text(" \n\t\r", max_size=8))
+def test_white_space_at_the_end_changes_nothing(row, space):
+    assert extract(row["output"] + space, row["options"]) == extract(row["output"], row["options"])
+
+
+@given(claim=st.sampled_from(CLAIMS), letters=LETTERS, mark=st.sampled_from(MARKS))
+def test_emphasis_around_the_letter_changes_nothing(claim, letters, mark):
+    if "\\boxed" in claim or '"' in claim:  # code, not Markdown
+        return
+    assert extract_choice(claim.format(mark.format(letters[0]), *letters[1:]), TEN) == letters[0]
+
+
+@given(claim=st.sampled_from(CLAIMS), letters=LETTERS)
+def test_a_claim_is_read_whatever_its_letter(claim, letters):
+    assert extract_choice(claim.format(*letters), TEN) == letters[0]
+
+
+@given(claim=st.sampled_from(NO_CLAIMS), letters=LETTERS)
+def test_what_claims_nothing_is_no_answer_whatever_its_letter(claim, letters):
+    assert extract_choice(claim.format(*letters), TEN) is None
+
+
+@given(claims=st.lists(st.sampled_from(CLAIMS + NO_CLAIMS), min_size=1, max_size=3), letters=LETTERS, order=LETTERS)
+def test_other_letters_for_the_same_options_give_the_same_option(claims, letters, order):
+    """Letters permuted in output and options alike: the answer is permuted, and nothing else changes."""
+    renamed = dict(zip(TEN, order, strict=True))
+    options = {renamed[letter]: text for letter, text in TEN.items()}
+    before = extract("\n".join(claims).format(*letters), TEN)
+    after = extract("\n".join(claims).format(*(renamed[letter] for letter in letters)), options)
+    assert after == before._replace(letter=before.letter and renamed[before.letter])
+
+
+@given(output=st.text(max_size=200), num=st.integers(2, 10))
+def test_any_text_at_all_gives_an_option_or_none(output, num):
+    options = dict(list(TEN.items())[:num])
+    assert extract_choice(output, options) in {*options, None}
+
+
+def test_only_the_final_response_is_read():
+    assert final_response("## Thinking\n\nB\n\n## Final Response\n\nC ## Final Response\n\nD") == "D"
+    assert final_response("<think>B</think>\nC") == "C"
+    assert final_response("## Thinking\n\nThe answer is B") == final_response("<think>The answer is B") == ""
+    assert final_response(" no heading ") == "no heading"
+
+
+def test_of_several_claims_the_last_counts_and_the_conflict_is_told():
+    found = extract("The answer is A. Wait. The answer is C.", FOUR)
+    assert (found.letter, found.rule, found.num_statements, found.conflicting) == ("C", "statement", 2, True)
+    assert not extract("The answer is C. Yes, the answer is C.", FOUR).conflicting
+
+
+@pytest.mark.parametrize(
+    ("output", "rule"),
+    [("The answer is B.", "statement"), ("B", "letter"), ("B. Ceftriaxone", "letter"), ("Ceftriaxone", "text"), ("None", "none")],
+)
+def test_the_rule_that_decided_is_told(output, rule):
+    assert extract(output, FOUR).rule == rule
+
+
+def test_a_claimed_letter_goes_before_the_words_of_another_option():
+    assert extract("Amoxicillin is the best choice. The answer is B.", FOUR).letter == "B"
+
+
+def test_words_that_two_options_share_are_no_answer():
+    options = {"A": "Oculomotor", "B": "Optic", "C": "Oculomotor"}
+    assert extract_choice("The answer is oculomotor.", options) is None
+    assert extract_choice("The answer is optic.", options) == "B"
+    assert extract_choice("C. Oculomotor", options) == "C"
+
+
+def test_an_answer_like_an_option_but_not_it_is_no_answer():
+    assert extract_choice("Ceftriaxon", FOUR) is None
+    assert extract_choice("Cefotaxime", FOUR) is None
+
+
+def test_accuracy_counts_no_answer_as_wrong():
+    assert accuracy(["A", None, "B", "C"], ["A", "A", "B", "D"]) == 0.5
+    with pytest.raises(ValueError, match="as many letters as answers"):
+        accuracy(["A"], ["A", "B"])
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy([], [])
+
+
+def test_the_original_drops_empty_answers_and_lets_the_labels_choose_the_rule():
+    outputs = ["B is wrong, so A.", "", "## Thinking\n\nA\n\n## Final Response\n\nB. Not C, not D.", "No idea"]
+    answers = ["A", "A", "D", "B"]
+    readings = [extract_original(output, FOUR) for output in outputs]
+    assert readings == [("B", "A"), None, ("B", "D"), (None, None)]
+    assert accuracy_original(readings, answers) == (2 / 3, 3)  # by the last option named; by the first it is 0 of 3
+    ours = [extract_choice(output, FOUR) for output in outputs]
+    assert ours == ["A", None, "B", None]
+    assert accuracy(ours, answers) == 1 / 4
