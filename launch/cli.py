@@ -79,6 +79,11 @@ COMMANDS = {
         "verippo.eval.compare:compare",
         positional=("first", "second"),
     ),
+    "bench": Command(
+        "how fast responses are drawn, in this process and from servers",
+        "verippo.launch.bench:BenchConfig",
+        "verippo.launch.bench:bench",
+    ),
     "demo": Command(
         "all of it, small, on CPU: SFT, verifier, PPO, evaluation, report",
         "verippo.launch.demo:DemoConfig",

@@ -1,0 +1,103 @@
+"""`verippo bench`: how fast responses are drawn, in this process and from servers, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from verippo.core import dist
+from verippo.core.local_sampler import LocalSampler
+from verippo.core.metrics import environment
+from verippo.core.model import context_length, load_causal_lm, load_tokenizer, stop_token_ids
+from verippo.core.sampler import Prompt, Sampler, SamplingParams
+from verippo.core.sglang_sampler import SglangConfig, SglangSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Draws responses to the same random prompts in this process and, where there are servers, from them."""
+
+    model: str
+    """Hugging Face folder or hub id; its weights are sent to the servers first"""
+    sampler: SglangConfig = field(default_factory=SglangConfig)
+    """the servers, and how the weights travel there"""
+    prompts: int = 64
+    """responses a run"""
+    prompt_tokens: int = 64
+    """tokens of each prompt"""
+    max_new_tokens: int = 64
+    """tokens at which a response ends that has not stopped"""
+    max_batch: int = 64
+    """rows decoded at once in this process"""
+    repeats: int = 3
+    """runs of each engine after one that does not count; the middle one's speed is the figure"""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """of the model in this process; servers keep their own"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "prompt_tokens", "max_new_tokens", "max_batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
+    """The command `bench`. Raises ValueError for a model or servers that are not there."""
+    model: Any = load_causal_lm(config.model, dtype=config.dtype)
+    stops = stop_token_ids(config.model, load_tokenizer(config.model))
+    facts = environment(1) | {"model": config.model, "parameters": sum(p.numel() for p in model.parameters())}
+    words = random.Random(config.seed)
+    prompts = [
+        Prompt(token_ids=[words.randrange(model.config.vocab_size) for _ in range(config.prompt_tokens)], seed=number)
+        for number in range(config.prompts)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        if config.sampler.urls:
+            servers = SglangSampler(
+                config.sampler, stop_token_ids=stops, vocabulary=model.config.vocab_size, context=context_length(model),
+                folder=Path(folder),
+            )  # fmt: skip
+            try:
+                seconds = _seconds(lambda: servers.update_weights(model.named_parameters(), 1))
+                _print(figure="weights", engine="sglang", sync=config.sampler.sync, seconds=seconds, **facts)
+                _drawing("sglang", servers, prompts, config, facts | {"servers": len(servers.servers)})
+            finally:
+                servers.close()
+    on_device = model.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    local = LocalSampler(on_device, stop_token_ids=stops, max_batch=config.max_batch)
+    _drawing("local", local, prompts, config, facts | {"dtype": config.dtype, "threads": torch.get_num_threads()})
+
+
+def _drawing(engine: str, sampler: Sampler, prompts: list[Prompt], config: BenchConfig, facts: dict[str, Any]) -> None:
+    params = SamplingParams(max_new_tokens=config.max_new_tokens)
+    runs = []
+    for _ in range(config.repeats + 1):
+        start = time.perf_counter()
+        tokens = sum(len(completion.token_ids) for completion in sampler.generate(prompts, params))
+        runs.append((tokens, time.perf_counter() - start))
+    counted = runs[1:]
+    _print(
+        figure="sampler", engine=engine, tokens_per_second=statistics.median(tokens / seconds for tokens, seconds in counted),
+        seconds=[round(seconds, 3) for _, seconds in counted], tokens=[tokens for tokens, _ in counted],
+        prompts=config.prompts, prompt_tokens=config.prompt_tokens, max_new_tokens=config.max_new_tokens, **facts,
+    )  # fmt: skip
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _print(**row: Any) -> None:
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    print(json.dumps(rounded), flush=True)
