@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from verippo.core.chat import DEFAULT_TEMPLATE
 from verippo.core.server import servers
 from verippo.launch import cli
 
@@ -14,8 +16,9 @@ pytestmark = pytest.mark.sglang
 
 @pytest.fixture
 def data(tmp_path):
-    items = [{"question": f"Which is number {n}?", "options": {"A": "one", "B": "two"}, "answer_idx": "AB"[n % 2]} for n in range(6)]
-    long = {"question": "Which? " + "very " * 900, "options": {"A": "one", "B": "two"}, "answer_idx": "A"}  # over the context
+    options = {"A": "one", "B": "two"}
+    items = [{"question": f"Which is number {n}?", "options": options, "answer_idx": "AB"[n % 2]} for n in range(6)]
+    long = {"question": "Which? " + "very " * 900, "options": options, "answer_idx": "A"}  # over the context
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"short": items, "long": [long]}))
     return path
@@ -35,9 +38,8 @@ def check(results):
     assert all(1 <= answer["num_tokens"] <= 8 for item in results["items"][:6] for answer in item["answers"])
 
 
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_a_running_server_answers_every_item_that_fits(sglang_server, data, tmp_path, endpoint, capsys):
-    arguments = ["--model", sglang_server.model_path, "--base_url", f"{sglang_server.url}/v1", "--endpoint", endpoint]
+def test_a_running_server_answers_every_item_that_fits(sglang_server, data, tmp_path, capsys):
+    arguments = ["--model", sglang_server.model_path, "--base_url", f"{sglang_server.url}/v1"]
     results = evaluated(tmp_path / "eval", data, *arguments)
     check(results)
     assert "asked 14 calls, 0 more were in the journal" in capsys.readouterr().out
@@ -49,13 +51,15 @@ def test_greedy_answers_are_those_of_the_local_engine(sglang_server, data, tmp_p
     greedy = ["--model", sglang_server.model_path, "--temperature", "0", "--runs", "1"]
     evaluated(tmp_path / "served", data, *greedy, "--base_url", f"{sglang_server.url}/v1")
     evaluated(tmp_path / "local", data, *greedy, "--engine", "local", "--dtype", "fp32")
-    served, local = ([json.loads(line)["text"] for line in (tmp_path / name / "answers.jsonl").open()] for name in ("served", "local"))
-    assert served == local
-    assert any(local)
+    served, local = ((tmp_path / name / "answers.jsonl").read_text().splitlines() for name in ("served", "local"))
+    assert [json.loads(line)["text"] for line in served] == [json.loads(line)["text"] for line in local]
+    assert any(json.loads(line)["text"] for line in local)
 
 
-def test_a_server_of_its_own_is_started_and_stopped(sglang_options, make_model, data, tmp_path):
+def test_a_server_of_its_own_is_started_templates_the_chat_itself_and_is_stopped(sglang_options, make_model, data, tmp_path):
+    model = shutil.copytree(make_model("llama"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
     fields = sglang_options | {"environment": json.dumps(sglang_options["environment"]), "state": str(tmp_path / "state")}
     arguments = [part for name, value in fields.items() for part in (f"--server.{name}", str(value))]
-    check(evaluated(tmp_path / "eval", data, "--model", str(make_model("llama")), "--engine", "serve", *arguments))
+    check(evaluated(tmp_path / "eval", data, "--model", str(model), "--engine", "serve", "--endpoint", "chat", *arguments))
     assert servers(str(tmp_path / "state")) == []

@@ -21,6 +21,7 @@ import pytest
 from verippo.core.chat import render_messages
 from verippo.core.local_sampler import LocalSampler
 from verippo.core.model import load_tokenizer
+from verippo.core.server import servers
 from verippo.eval.ask import make_cases, messages, prompt_text
 from verippo.eval.config import EvalConfig
 from verippo.eval.questions import Question, load_questions
@@ -312,6 +313,19 @@ def test_a_server_that_answers_nothing_ends_the_run(ask, llm_server):
     server.close()
     with pytest.raises(ValueError, match="none of the first 4 calls got an answer.*connection"):
         ask(server, folder="gone")
+
+
+def test_a_server_of_its_own_is_stopped_when_the_run_fails(fake_sglang, tmp_path, capsys):
+    state, data = tmp_path / "state", write_items(tmp_path / "data.json")  # it refuses every POST
+    fields = {name: str(value) for name, value in fake_sglang.items() if name != "model"} | {"state": str(state), "port": "0"}
+    options = {"data": data, "output": tmp_path / "eval", "model": fake_sglang["model"], "engine": "serve", "endpoint": "chat"}
+    options |= {f"server.{name}": value for name, value in fields.items()}
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["eval", *[part for name, value in options.items() for part in (f"--{name}", str(value))]])
+    assert caught.value.code == 2
+    assert "none of the first 10 calls got an answer" in capsys.readouterr().err
+    assert list(state.glob("*.log"))
+    assert servers(str(state)) == []
 
 
 def test_a_spent_budget_ends_the_run_and_what_is_paid_is_kept(ask, llm_server):
