@@ -8,6 +8,7 @@ from typing import Literal
 
 from verippo.core.data import ANSWER_KEY, QUESTION_KEY
 from verippo.core.engine import Dtype, EngineConfig, Offload
+from verippo.core.llm import LLMConfig
 from verippo.core.metrics import parse_loggers
 from verippo.core.sampler import SamplingParams
 from verippo.core.schedule import ScheduleKind
@@ -32,8 +33,8 @@ class KLConfig:
 class VerifierConfig:
     """Who judges the responses, and what they earn."""
 
-    kind: Literal["classifier", "exact", "function"] = "classifier"
-    """a frozen two-class model, equality with the reference answer, or a function of your own"""
+    kind: Literal["classifier", "exact", "judge", "function"] = "classifier"
+    """a frozen two-class model, equality with the reference answer, the LLM of llm.model, or a function of your own"""
     model: str | None = None
     """classifier: its Hugging Face folder or hub id"""
     threshold: float = 0.4
@@ -97,6 +98,8 @@ class PPOConfig:
     """folder for everything that the run writes"""
 
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    """verifier.kind=judge: who judges; its limits hold for all ranks together"""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     kl: KLConfig = field(default_factory=KLConfig)
@@ -226,6 +229,8 @@ class PPOConfig:
             )
         if self.verifier.kind == "classifier" and not self.verifier.model:
             raise ValueError("verifier.kind=classifier needs verifier.model")
+        if self.verifier.kind == "judge" and not self.llm.model:
+            raise ValueError("verifier.kind=judge needs llm.model, and llm.base_url where it is not OpenAI's")
         if self.verifier.kind == "function" and not self.verifier.function:
             raise ValueError("verifier.kind=function needs verifier.function=module:name")
         if self.eval_data and self.eval_fraction:

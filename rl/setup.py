@@ -36,8 +36,9 @@ from verippo.core.sglang_sampler import SglangSampler
 from verippo.core.verdict import Tiers, load_template
 from verippo.rl.advantages import AdvantageFunction, NoCritic, advantage_function
 from verippo.rl.config import PPOConfig
+from verippo.rl.judge import share_of_limits
 from verippo.rl.rollout import RolloutFunction, RolloutPrompt, prompt_ids, rollout, rollout_prompts
-from verippo.rl.verifier import ClassifierVerifier, ExactMatchVerifier, FunctionVerifier, Verifier
+from verippo.rl.verifier import ClassifierVerifier, ExactMatchVerifier, FunctionVerifier, JudgeVerifier, Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,9 @@ def _verifier(config: PPOConfig) -> Verifier:
     tiers = Tiers(right=options.right, wrong=options.wrong, unparsable=options.unparsable)
     if options.kind == "exact":
         return ExactMatchVerifier(tiers=tiers)
+    if options.kind == "judge":
+        journal = Path(config.output).expanduser() / f"judge-journal-{dist.rank()}.jsonl"
+        return JudgeVerifier(share_of_limits(config.llm, dist.world_size()), journal=journal, tiers=tiers)
     if options.kind == "function":
         assert options.function
         return FunctionVerifier(load_function(options.function, option="verifier.function"))

@@ -14,6 +14,7 @@ from verippo.core.engine import EngineConfig, FrozenEngine
 from verippo.core.model import load_classifier, load_tokenizer
 from verippo.core.packing import PackedBatch, empty_batch, microbatches
 from verippo.core.verdict import TEMPLATE, Tiers, check_template, normalise_answer, verifier_ids
+from verippo.rl.judge import JudgeVerifier as JudgeVerifier
 from verippo.rl.rollout import Rollout
 
 

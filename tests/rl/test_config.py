@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from verippo.core.engine import EngineConfig
+from verippo.core.llm import LLMConfig
 from verippo.core.sampler import SamplingParams
 from verippo.rl.config import KLConfig, PPOConfig, SamplerConfig, VerifierConfig
 
@@ -55,6 +56,7 @@ def config(**changes):
             r"max_prompt_tokens \+ sampling.max_new_tokens = 101, over max_tokens_per_gpu=100: raise it or lower the others",
         ),
         ({"verifier": VerifierConfig()}, "verifier.kind=classifier needs verifier.model"),
+        ({"verifier": VerifierConfig(kind="judge")}, "verifier.kind=judge needs llm.model, and llm.base_url where"),
         ({"verifier": VerifierConfig(kind="function")}, "verifier.kind=function needs verifier.function=module:name"),
         ({"log_to": "jsonl,paper"}, "unknown logger 'paper'"),
         ({"offload": "all", "zero_stage": 2}, "offload=all needs zero_stage=3, got zero_stage=2"),
@@ -74,6 +76,14 @@ def test_settings_that_cannot_work_are_refused_with_what_was_got(changes, messag
         (lambda: VerifierConfig(max_tokens=0), "verifier.max_tokens=0: must be at least 1"),
         (lambda: SamplerConfig(kind="factory"), "sampler.kind=factory needs sampler.factory=module:name"),
         (lambda: SamplerConfig(max_batch=0), "sampler.max_batch=0: must be at least 1"),
+        (lambda: SamplerConfig(kind="sglang"), "sampler.kind=sglang needs sampler.urls=http://host:port,..."),
+        (lambda: SamplerConfig(sleep=True), "sampler.sleep needs sampler.kind=sglang"),
+        (lambda: SamplerConfig(concurrency=0), "sampler.concurrency=0: must be at least 1"),
+        (lambda: SamplerConfig(bucket_mib=0), "sampler.bucket_mib=0: must be at least 1"),
+        (lambda: SamplerConfig(retries=-1), "sampler.retries=-1: must be 0 or more"),
+        (lambda: SamplerConfig(timeout_seconds=0), "sampler.timeout_seconds=0: must be above 0"),
+        (lambda: SamplerConfig(parity_tolerance=0), "sampler.parity_tolerance=0: must be above 0"),
+        (lambda: SamplerConfig(master_port=65536), "sampler.master_port=65536: must be 0"),
         (lambda: SamplingParams(temperature=-1), "sampling.temperature=-1: must be 0 or more"),
         (lambda: SamplingParams(max_new_tokens=0), "sampling.max_new_tokens=0: must be at least 1"),
     ],
@@ -132,7 +142,9 @@ def fields_read(source):
                 yield node.attr
 
 
-@pytest.mark.parametrize("config_class", [PPOConfig, EngineConfig, KLConfig, VerifierConfig, SamplerConfig, SamplingParams])
+@pytest.mark.parametrize(
+    "config_class", [PPOConfig, EngineConfig, KLConfig, VerifierConfig, SamplerConfig, SamplingParams, LLMConfig]
+)
 def test_every_field_is_read_by_some_code(config_class):
     sources = [path for folder in ("rl", "core") for path in (ROOT / folder).glob("*.py")]
     read = {name for path in sources for name in fields_read(path.read_text())}

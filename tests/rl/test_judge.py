@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+
+import pytest
+
+from verippo.core import llm
+from verippo.core.chat import render_response
+from verippo.core.data import ANSWER_KEY, QUESTION_KEY, Problem
+from verippo.core.llm import LLMConfig
+from verippo.core.verdict import Tiers
+from verippo.launch import cli
+from verippo.rl.judge import share_of_limits
+from verippo.rl.rollout import Rollout
+from verippo.rl.verifier import JudgeVerifier
+
+TIERS = Tiers(right=3.0, wrong=2.0, unparsable=1.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(llm, "FIRST_WAIT_SECONDS", 0.01)
+
+
+def answered(text, answer="Pneumonia", index=0):
+    problem = Problem(question="Fever {and} cough?", answer=answer, index=index)
+    return Rollout(problem=problem, prompt_ids=[5], response_ids=[6], sampler_logprobs=[-1.0], text=text)
+
+
+def final(text, **problem):
+    return answered(render_response("Because.", text), **problem)
+
+
+def judge(server, **options):
+    settings = {name: options.pop(name) for name in list(options) if name in LLMConfig.__dataclass_fields__}
+    return JudgeVerifier(LLMConfig(base_url=server.url, model="m", **settings), tiers=TIERS, **options)
+
+
+def first(body):
+    return body["messages"][0]["content"]
+
+
+def test_verdicts_become_scores_and_broken_or_blank_responses_are_not_asked_about(llm_server):
+    server = llm_server(lambda body: "**True**" if "lung infection" in first(body) else "False.")
+    infection = "A lung infection"
+    rollouts = [final(infection), answered("no format"), final("Asthma"), final(""), final(infection, answer="x")]
+    assert judge(server).score(rollouts) == [3.0, 1.0, 2.0, 2.0, 3.0]
+    assert len(server.bodies) == 3
+    assert JudgeVerifier(LLMConfig(base_url=server.url, model="m")).score(rollouts[:3]) == [1.0, 0.0, 0.1]
+
+
+def test_the_judge_reads_question_reference_and_final_response_alone_and_draws_nothing(llm_server):
+    server = llm_server(lambda body: "True")
+    judge(server).score([final("{reference} Asthma")])
+    (body,) = server.bodies
+    parts = ["[Question]\nFever {and} cough?\n", "[Reference answer]\nPneumonia\n", "[Answer to mark]\n{reference} Asthma\n"]
+    assert all(part in first(body) for part in parts)
+    assert "Because." not in first(body)  # the reasoning
+    assert body["temperature"] == 0.0
+
+
+@pytest.mark.parametrize("babble", ["untrue", "True or False?", "The answer agrees: True", "Falsehood"])
+def test_what_is_no_verdict_is_asked_again_with_the_fault_named(llm_server, babble):
+    server = llm_server(lambda body: babble if len(body["messages"]) < 5 else "true")
+    assert judge(server).score([final("Asthma")]) == [3.0]
+    assert [len(body["messages"]) for body in server.bodies] == [1, 3, 5]
+    said, asked = server.bodies[2]["messages"][1:3]
+    assert said == {"role": "assistant", "content": babble}
+    assert f"{babble!r} is not the one word True or False" in asked["content"]
+
+
+def test_without_a_verdict_nothing_is_scored_and_the_problem_is_named(llm_server):
+    server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
+    with pytest.raises(RuntimeError, match="no verdict of m on a response to problem 7 in 2 asks: 'untrue' is not the one word"):
+        judge(server, max_asks=2).score([final("Pneumonia"), final("Asthma", index=7)])
+    cut = llm_server(lambda body: llm_server.module.Answer("Let me think", "length", completion_tokens=9))
+    with pytest.raises(RuntimeError, match=r"it was cut off after 9 tokens \(llm.max_new_tokens\); give another llm.model"):
+        judge(cut).score([final("Asthma")])
+
+
+def test_a_call_that_fails_for_good_ends_the_scoring_and_names_the_problem_and_the_reason(llm_server):
+    server = llm_server(lambda body: llm_server.module.error(500, "out of order"))
+    with pytest.raises(RuntimeError, match="judge: no verdict on a response to problem 3: m at .* HTTP 500: out of order"):
+        judge(server, max_retries=1).score([final("Asthma", index=3)])
+    assert len(server.bodies) == 2
+    with pytest.raises(ValueError, match="judge: 0.0000 USD are spent and the next call may cost"):
+        judge(server, budget_usd=0.001, price_out=1e3).score([final("Asthma")])
+
+
+def test_a_run_that_goes_on_asks_for_no_verdict_again(llm_server, tmp_path):
+    server = llm_server(lambda body: "True" if len(server.bodies) < 3 else llm_server.module.error(400, "enough"))
+    path = tmp_path / "judge-journal-0.jsonl"
+    rollouts = [final("Asthma"), final("Gout")]
+    verifier = judge(server, journal=path)
+    assert verifier.score(rollouts) == [3.0, 3.0]
+    assert verifier.score([*rollouts, rollouts[0]]) == [3.0, 3.0, 3.0]
+    with pytest.raises(RuntimeError, match="enough"):
+        judge(server, journal=path).score([*rollouts, final("Flu")])
+    server.bodies.clear()
+    assert judge(server, journal=path).score([*rollouts, final("Flu")]) == [3.0] * 3  # a failure is asked again
+    assert len(server.bodies) == 1
+
+
+def test_limits_are_shared_among_ranks():
+    given = LLMConfig(concurrency=9, requests_per_minute=100, tokens_per_minute=3, budget_usd=1.0, price_in=1.0)
+    shared = share_of_limits(given, 4)
+    assert (shared.concurrency, shared.requests_per_minute, shared.tokens_per_minute, shared.budget_usd) == (2, 25, 1, 0.25)
+    assert share_of_limits(LLMConfig(), 2) == LLMConfig(concurrency=8)
+    assert share_of_limits(given, 1) == given
+
+
+def test_two_ranks_ask_for_their_own_rollouts_only(llm_server, two_ranks, tmp_path):
+    server = llm_server(lambda body: "True" if any(f"It is {n}." in first(body) for n in (0, 2, 4)) else "False")
+    (tmp_path / "ranks.py").write_text(
+        textwrap.dedent(f"""
+        from types import SimpleNamespace
+        from verippo.core import dist
+        from verippo.core.data import Problem
+        from verippo.core.llm import LLMConfig
+        from verippo.rl import config, setup, train
+        from verippo.rl.rollout import Rollout
+
+        dist.init(timeout_seconds=60)
+        asked = config.PPOConfig(
+            policy="p", data="d", output={str(tmp_path)!r}, steps=1, verifier=config.VerifierConfig(kind="judge"),
+            llm=LLMConfig(base_url={server.url!r}, model="m"),
+        )
+        text = "## Thinking\\n\\nx\\n\\n## Final Response\\n\\nIt is "
+        rollouts = [
+            Rollout(problem=Problem(question="Which?", answer="one", index=n), prompt_ids=[5], response_ids=[6],
+                    sampler_logprobs=[-1.0], text=f"{{text}}{{n}}.")
+            for n in range(6)
+        ]
+        run = SimpleNamespace(verifier=setup._verifier(asked))
+        scores = train._score(run, rollouts).tolist()
+        assert scores == [1.0, 0.1] * 3, scores
+        assert train._score(run, rollouts).tolist() == scores
+        """)
+    )
+    done = two_ranks(str(tmp_path / "ranks.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(server.bodies) == 6
+    assert max(server.calls.values()) == 1
+    journals = [(tmp_path / f"judge-journal-{rank}.jsonl").read_text() for rank in range(2)]
+    assert [text.count("True") + text.count("False") for text in journals] == [3, 3]
+    assert ["True" in text for text in journals] == [True, False]  # rank 0 has the even ones
+
+
+def test_ppo_learns_from_a_judge_and_a_second_run_over_its_verdicts_asks_nothing(llm_server, make_model, tmp_path, monkeypatch):
+    (tmp_path / "answering.py").write_text(
+        textwrap.dedent("""
+        from dataclasses import replace
+        from verippo.core.chat import render_response
+        from verippo.rl.rollout import rollout
+
+        def draw(sampler, prompts, sampling, *, tokenizer):
+            drawn = rollout(sampler, prompts, sampling, tokenizer=tokenizer)
+            return [replace(r, text=render_response("x", f"It is {r.problem.index}.")) for r in drawn]
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{QUESTION_KEY: f"Which {n}?", ANSWER_KEY: f"number {n}"} for n in range(6)]
+    (tmp_path / "problems.json").write_text(json.dumps(rows))
+    server = llm_server(lambda body: "True" if "It is 4." in first(body) else "False")
+    argv = [
+        "ppo", "--policy", str(make_model("llama", seed=61)), "--rollout_function", "answering:draw", "--data",
+        str(tmp_path / "problems.json"), "--verifier.kind", "judge", "--llm.base_url", server.url, "--llm.model", "m",
+        "--steps", "1", "--prompts_per_step", "6", "--epochs", "1", "--sampling.max_new_tokens", "3", "--max_prompt_tokens", "60",
+        "--dtype", "fp32", "--zero_stage", "0", "--gradient_checkpointing", "false", "--log_to", "jsonl",
+    ]  # fmt: skip
+    cli.main([*argv, "--output", str(tmp_path / "first")])
+    (tmp_path / "second").mkdir()
+    shutil.copy(tmp_path / "first" / "judge-journal-0.jsonl", tmp_path / "second")
+    cli.main([*argv, "--output", str(tmp_path / "second")])
+    for output in ("first", "second"):
+        (row,) = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
+        assert row["score_mean"] == pytest.approx((1.0 + 5 * 0.1) / 6)
+    assert len(server.bodies) == 6
