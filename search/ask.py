@@ -14,6 +14,7 @@ from verippo.search.templates import Prompts
 Value = TypeVar("Value")
 Step = dict[str, Any]
 
+CUT_OFF = "it is cut off, as it is too long"
 DRAW_STRIDE = 1 << 16
 THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 """What reasoning models may write before their answer: it is no part of it."""
@@ -59,13 +60,13 @@ class Asker:
             reply = await llm.ask([message], draw=draw * DRAW_STRIDE + number, schema=schema, temperature=temperature)
             call["prompt_tokens"] += reply.prompt_tokens
             call["completion_tokens"] += reply.completion_tokens
+            cut, fault = CUT_OFF if reply.finish_reason == "length" and not judging else "", ""
             try:
                 value = parse(THOUGHT.sub("", reply.text))
-                if reply.finish_reason == "length" and not judging:
-                    raise Fault("it is cut off, as it is too long")
-                return value
             except Fault as error:
-                fault = f"it is cut off, as it is too long ({error})" if reply.finish_reason == "length" else str(error)
-                call["faults"].append(fault)
-                text = f"{prompt}\n\n{self.prompts.render('reask', fault=fault)}"
+                fault = f"{cut} ({error})" if cut else str(error)
+            if not (fault := fault or cut):
+                return value
+            call["faults"].append(fault)
+            text = f"{prompt}\n\n{self.prompts.render('reask', fault=fault)}"
         raise Fault(f"{name}: {fault} ({self.max_asks} asks)")

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from verippo.core.checkpoint import prepare_output
 from verippo.core.journal import Journal, content_key
 from verippo.core.llm import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_order
@@ -30,18 +32,21 @@ def finish_items(
     content: Callable[[Item], list[Any]],
     settings: list[Any],
     prompts: Prompts,
+    resolved: dict[str, Any],
     others: Sequence[LLMConfig] = (),
 ) -> list[Result]:
     """A result for each item, in order: `outcome`, `trajectory` (the Asker's steps) and what `work` returns.
 
     outcome: that of `work`; "failed" with its `reason`; or "unreached" when the budget is spent. Equal content is worked on
-    once. content, settings: what the result depends on, of the item and of the run. others: further models, whose clients
-    `work` gets. Raises ValueError when the journal is in use or not to be gone on with, and when no call gets an answer.
+    once. content, settings: what the result depends on, of the item and of the run. resolved: the configuration as plain
+    values, for config.yaml. others: further models, whose clients `work` gets. Raises ValueError when the journal is in use
+    or not to be gone on with, and when no call gets an answer.
     """
     models = [{"model": llm.model, "temperature": llm.temperature, "most": llm.max_new_tokens} for llm in (config.llm, *others)]
     settings = [*settings, models, config.seed, config.max_asks, config.judge_temperature, prompts.digest]
     by_key = {content_key(settings, content(item)): item for item in items}
     with open_journal(config) as journal:
+        (journal.path.parent / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         results = asyncio.run(_finish(config, by_key, work, prompts=prompts, others=others, journal=journal))
     return [results[content_key(settings, content(item))] for item in items]
 

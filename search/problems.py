@@ -85,7 +85,7 @@ def problems(config: ProblemsConfig, *, resolved: dict[str, Any]) -> Path:
     asked = [number for number, fate in enumerate(fates) if fate is None]
     results = finish_items(
         config, [questions[number] for number in asked], work, content=lambda question: question.content, prompts=prompts,
-        settings=["problems", config.judge], others=config.difficulty.models,
+        resolved=resolved, settings=["problems", config.judge], others=config.difficulty.models,
     )  # fmt: skip
     found = {number: result for number, result in zip(asked, results, strict=True) if result["outcome"] == "done"}
     for number, result in zip(asked, results, strict=True):

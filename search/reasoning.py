@@ -6,11 +6,10 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
+from verippo.core.data import Problem, load_problems, load_rows
 from verippo.core.journal import content_key
 from verippo.core.llm import LLM
 from verippo.search.ask import Asker
@@ -36,34 +35,20 @@ Record = dict[str, Any]
 BACKTRACKING = "backtracking"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A problem and the answer that the search is to find."""
-
-    question: str
-    answer: str
-
-
 def search(config: SearchConfig, *, resolved: dict[str, Any]) -> Path:
     """Writes search.json, its two baselines, given_up.json and the report to the output folder, and returns the folder.
 
     Raises ValueError for rows or templates that cannot be used; ends with status 1 when the budget is spent.
     """
-    rows, prompts = load_rows(config.data, limit=config.limit), Prompts(config.language, config.prompts)
-    problems = [
-        Problem(
-            question=text_field(row, QUESTION_KEY, where=f"data {config.data}: row {number}"),
-            answer=text_field(row, ANSWER_KEY, where=f"data {config.data}: row {number}"),
-        )
-        for number, row in enumerate(rows)
-    ]
+    prompts, rows = Prompts(config.language, config.prompts), load_rows(config.data, limit=config.limit)
+    problems = load_problems(config.data, limit=config.limit)
 
     async def work(problem: Problem, asker: Asker, _: Sequence[LLM]) -> Result:
         return await search_one(problem, asker, config)
 
     results = finish_items(
         config, problems, work, content=lambda problem: [problem.question, problem.answer], prompts=prompts,
-        settings=["search", config.max_depth, config.max_attempts, config.label_guided],
+        resolved=resolved, settings=["search", config.max_depth, config.max_attempts, config.label_guided],
     )  # fmt: skip
     folder = Path(config.output).expanduser()
     records, given_up = [], []

@@ -1,0 +1,275 @@
+"""Faulty answers, failures, budgets and kills: nothing is lost, nothing finished is paid twice."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from verippo.core.data import ANSWER_KEY, QUESTION_KEY
+from verippo.launch import cli
+
+CHAIN = {"CoT": [
+    {"action": "Inner Thinking", "title": "t", "content": "c"}, {"action": "Final Conclusion", "content": "f"},
+    {"action": "Verification", "content": "v"},
+]}  # fmt: skip
+THINK, CONCLUDE, VERIFY = CHAIN["CoT"]
+FAULTS = {
+    "prose": ("chain", "The patient has a cold.", "holds no JSON object"),
+    "refusal": ("chain", "I'm sorry, but I can't help with that.", "refuses to answer"),
+    "cut off": ("chain", json.dumps(CHAIN)[:-30], "breaks off"),
+    "invalid": ("chain", '{"CoT": [,]}', "is not valid"),
+    "two objects": ("chain", json.dumps(CHAIN) * 2, "more than one JSON object"),
+    "wrong key": ("chain", json.dumps({"cot": CHAIN["CoT"]}), 'has the keys "cot", not exactly "CoT"'),
+    "another key": ("chain", json.dumps(CHAIN | {"note": ""}), 'has the keys "CoT", "note", not exactly "CoT"'),
+    "no list": ("chain", '{"CoT": "thinking"}', '"CoT" is not a list of objects'),
+    "order": ("chain", json.dumps({"CoT": [THINK, VERIFY, CONCLUDE]}), "last three actions are not"),
+    "two steps": ("chain", json.dumps({"CoT": [CONCLUDE, VERIFY]}), "last three actions are not"),
+    "action": ("chain", json.dumps({"CoT": [{"action": "Guess", "content": "c"}]}), 'step 1 has the action "Guess"'),
+    "no title": ("chain", json.dumps({"CoT": [CONCLUDE | {"action": "Inner Thinking"}]}), 'step 1 (Inner Thinking) has the keys'),
+    "blank": ("chain", json.dumps({"CoT": [THINK, CONCLUDE | {"content": " "}, VERIFY]}), '"content" is empty'),
+    "not text": ("chain", json.dumps({"CoT": [THINK, CONCLUDE | {"content": 5}, VERIFY]}), '"content" is not text'),
+    "heading": ("monologue", '{"NaturalReasoning": "## Thinking"}', 'holds the heading "## Thinking"'),
+    "monologue": ("monologue", '{"Reasoning": "Hm."}', 'not exactly "NaturalReasoning"'),
+    "half a character": ("monologue", '{"NaturalReasoning": "\\ud800"}', "half a character"),
+    "response": ("response", "As an AI I am unable to provide medical advice.", "refuses to answer"),
+    "response heading": ("response", "## Final Response\n\nA cold.", 'holds the heading'),
+    "untrue": ("verdict", "untrue", "unparsed"),
+    "both": ("verdict", "True or False", "unparsed"),
+    "not a verdict": ("verdict", "It is true", "unparsed"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(doctor, scripted):
+    """Problems 0, 1, 2 with one wrong conclusion each."""
+    rows = [scripted.problem(n) for n in range(3)]
+    answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
+    return doctor(answers, dict.fromkeys(answers, 1))
+
+
+def without_account(records):
+    """The records but for what the calls took."""
+    return [record | {"trajectory": [{**step, "calls": None} for step in record["trajectory"]]} for record in records]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_answer_is_asked_for_again_with_the_fault_named(name, model, llm_server, command, scripted):
+    kind, text, fault = FAULTS[name]
+    rows = [scripted.problem(0)]
+    good = without_account(scripted.load(command("search", rows, llm_server(model), output="good"), "search.json"))
+    model.asked.clear()
+    model.faults = {kind: [text]}
+    server = llm_server(model)
+    records = scripted.load(command("search", rows, server), "search.json")
+    assert without_account(records) == good
+    faults = [fault for step in records[0]["trajectory"] for call in step["calls"] for fault in call["faults"]]
+    assert faults
+    assert [found for found in faults if fault not in found] == []
+    again = [body["messages"][0]["content"] for body in server.bodies if fault in body["messages"][0]["content"]]
+    assert len(again) == len(faults) == len(server.bodies) - 6
+    assert all("An earlier answer to this could not be used: " in text for text in again)
+
+
+@pytest.mark.parametrize("around", ["```json\n{}\n```", "Here is the object:\n{}\nI hope it helps.", "```\n{}```", "\ufeff {}",
+                                    "<think>{{Hm}}. So.</think>\n{}"])  # fmt: skip
+def test_a_fence_and_prose_around_the_object_are_passed_over(around, model, llm_server, command, scripted):
+    class Chatty(type(model)):
+        def __call__(self, body):
+            text = super().__call__(body)
+            return around.format(text) if text.startswith("{") else text
+
+    server = llm_server(Chatty(model.answers, model.plan))
+    assert len(scripted.load(command("search", [scripted.problem(0)], server), "search.json")) == 1
+    assert len(server.bodies) == 6
+
+
+def test_an_answer_cut_at_its_limit_is_a_fault_even_when_it_reads_well(model, llm_server, command, scripted):
+    answer = llm_server.module.Answer
+    cut = {"response": "It is", "chain": '{"C'}
+    model.faults = {kind: [answer(text=text, finish_reason="length")] for kind, text in cut.items()}
+    (record,) = scripted.load(command("search", [scripted.problem(0)], llm_server(model)), "search.json")
+    assert record["Response"] == "It is disease 0."
+    faults = {call["prompt"]: call["faults"] for step in record["trajectory"] for call in step["calls"] if call["faults"]}
+    assert faults["response"] == ["it is cut off, as it is too long"]
+    assert faults["chain"][0].startswith("it is cut off, as it is too long (its JSON breaks off")
+
+
+def test_transport_faults_of_every_kind_lose_nothing(model, llm_server, command, scripted, monkeypatch):
+    monkeypatch.setattr("verippo.core.llm.FIRST_WAIT_SECONDS", 0.01)
+    Answer, error = llm_server.module.Answer, llm_server.module.error
+    rows = [scripted.problem(n) for n in range(3)]
+    good = scripted.load(command("search", rows, llm_server(model), output="good"), "search.json")
+    model.asked.clear()
+    faults = [error(429, retry_after="0"), error(500), Answer(reset=True), Answer(missing_bytes=9), Answer(text="")]
+    model.faults = {
+        "chain": faults, "continue": [error(503), Answer(body=b"\xff\xfe{")], "monologue": [Answer(hang=True)],
+        "response": [Answer(body=b'{"choices": [{"mess')],
+    }  # fmt: skip
+    server = llm_server(model)
+    folder = command("search", rows, server, **{"llm.timeout_seconds": 0.5})
+    assert scripted.load(folder, "search.json") == good
+    assert len(server.bodies) == 3 * (6 + 5 + 2 + 1 + 1)
+
+
+def test_an_item_that_stays_faulty_is_reported_and_asked_again_only_when_told_to(model, llm_server, command, scripted, capsys):
+    rows = [scripted.problem(n) for n in range(3)]
+    good = without_account(scripted.load(command("search", rows, llm_server(model), output="good"), "search.json"))
+    model.asked.clear()
+    scripts = {"What ails patient 1?": ["nonsense"] * 4}
+
+    class Faulty(type(model)):
+        def chain(self, prompt, question):
+            bad = scripts.get(question)
+            return bad.pop() if bad else super().chain(prompt, question)
+
+    server = llm_server(Faulty(model.answers, model.plan))
+    capsys.readouterr()
+    folder = command("search", rows, server)
+    out = capsys.readouterr().out
+    assert without_account(scripted.load(folder, "search.json")) == [good[0], good[2]]
+    line = "1 of 3 items failed; --retry_failed asks again. The first: chain: it holds no JSON object (3 asks)"
+    assert line in out.splitlines()
+    assert "| failed | chain: it holds no JSON object (3 asks) | 1 | What ails patient 1? |" in (folder / "report.md").read_text()
+    assert "it holds no JSON object (3 asks)" in (folder / "journal.jsonl").read_text()
+    assert len(server.bodies) == 6 + 3 + 6
+
+    command("search", rows, server)
+    assert len(server.bodies) == 15  # the failure is known
+    command("search", rows, server, retry_failed="true")
+    assert len(server.bodies) == 15 + 1 + 6  # the fourth ask fails too, the fifth is good
+    records = scripted.load(folder, "search.json")
+    assert without_account(records) == good
+    assert len(records[1]["trajectory"][0]["calls"][0]["faults"]) == 4
+
+
+def test_a_call_refused_for_good_fails_its_item_alone(model, llm_server, command, scripted):
+    model.faults = {"response": [llm_server.module.error(400, "no")] * 2}
+    rows = [scripted.problem(n) for n in range(2)]
+    server = llm_server(model)
+    folder = command("search", rows, server)
+    assert scripted.load(folder, "search.json") == []
+    assert "HTTP 400: no" in (folder / "report.md").read_text()
+    command("search", rows, server)
+    assert len(server.bodies) == 12
+    cli.main(["search", "--data", str(folder.parent / "rows.json"), "--output", str(folder), "--llm.base_url", server.url,
+              "--llm.model", "scripted", "--retry_failed"])  # fmt: skip
+    assert len(server.bodies) == 14
+    cli.main(["search", "--retry_failed", "--data", str(folder.parent / "rows.json"), "--output", str(folder),
+              "--llm.base_url", server.url, "--llm.model", "scripted"])  # fmt: skip
+    assert len(server.bodies) == 16
+    assert len(scripted.load(folder, "search.json")) == 2
+
+
+def test_a_spent_budget_writes_what_is_done_and_ends_with_status_1(model, llm_server, command, scripted, tmp_path):
+    server = llm_server(model)
+    rows = [scripted.problem(n) for n in range(3)]
+    options = {"llm.price_out": 1000, "llm.max_new_tokens": 100, "llm.concurrency": 1}
+    with pytest.raises(SystemExit, match="items were not finished: .*budget_usd=0.25: raise it") as caught:
+        command("search", rows, server, **options, **{"llm.budget_usd": 0.25})
+    assert isinstance(caught.value.code, str)  # the interpreter prints it and ends with status 1
+    done = scripted.load(tmp_path / "out", "search.json")
+    assert 0 < len(done) < 3
+    assert "| unreached |" in (tmp_path / "out" / "report.md").read_text()
+    before = len(server.bodies)
+    command("search", rows, server, **options, **{"llm.budget_usd": 100})
+    assert len(scripted.load(tmp_path / "out", "search.json")) == 3
+    assert len(server.bodies) == 18 > before
+
+
+def test_a_server_that_never_answers_is_named_in_one_line(llm_server, command, scripted, capsys, monkeypatch):
+    monkeypatch.setattr("verippo.core.llm.FIRST_WAIT_SECONDS", 0.001)
+    server = llm_server(lambda body: "")
+    server.close()
+    with pytest.raises(SystemExit) as caught:
+        command("search", [scripted.problem(n) for n in range(40)], server, **{"llm.max_retries": 1})
+    assert caught.value.code == 2
+    assert "none of the first 16 calls got an answer" in capsys.readouterr().err
+
+
+def test_resume_never_refuses_and_a_folder_lends_its_journal(model, llm_server, command, scripted, capsys, tmp_path):
+    rows, server = [scripted.problem(0)], llm_server(model)
+    command("search", rows, server)
+    with pytest.raises(SystemExit):
+        command("search", rows, server, resume="never")
+    assert "holds a journal already" in capsys.readouterr().err
+    other = command("search", rows, server, output="other", resume=tmp_path / "out")
+    assert len(server.bodies) == 6
+    assert (other / "search.json").read_text() == (tmp_path / "out" / "search.json").read_text()
+
+
+def test_other_settings_share_the_calls_that_stay_the_same(model, llm_server, command, scripted):
+    rows, server = [scripted.problem(0)], llm_server(model)
+    model.plan["What ails patient 0?"] = 99
+    command("search", rows, server, max_attempts=1, label_guided="false")
+    assert len(server.bodies) == 1 + 1 + 3 * 2
+    command("search", rows, server, max_attempts=2, label_guided="false")
+    assert len(server.bodies) == 8 + 3  # the second attempt; its conclusions have been judged
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Starts `verippo` with arguments in a process that has everything imported; it can be killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["verippo.search.reasoning", "verippo.launch.cli", "jsonargparse", "pytest"])
+
+    def start(*arguments):
+        process = context.Process(target=cli.main, args=(list(arguments),))
+        process.start()
+        return process
+
+    return start
+
+
+def killed_often(rows, answers, plan, *, llm_server, scripted, forked, tmp_path, doctor, command, num_kills):
+    """Searches in one go and with kills; checks that both end alike and what was asked twice."""
+    script = scripted.unique_tokens(doctor(answers, plan), llm_server.module)
+    whole = command("search", rows, llm_server(script), output="whole", **{"llm.concurrency": 32})
+    server = llm_server(script, delay_seconds=0.005)
+    arguments = ["search", "--data", str(tmp_path / "rows.json"), "--output", str(tmp_path / "out"), "--llm.base_url", server.url,
+                 "--llm.model", "scripted", "--llm.concurrency", "32"]  # fmt: skip
+    total, rng = journaled(whole).total(), random.Random(7)
+    for target in sorted(rng.sample(range(total // 20, total - total // 20), num_kills)):
+        process = forked(*arguments)
+        deadline = time.monotonic() + 60
+        while len(server.bodies) < target and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        process.join(timeout=20)
+        assert process.exitcode == -signal.SIGKILL
+    process = forked(*arguments)
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    for name in ("search.json", "search_simple_cot.json", "search_no_cot.json", "given_up.json", "report.md"):
+        assert (tmp_path / "out" / name).read_text() == (whole / name).read_text()
+    # each answer stands once in the journal, which only grows: no finished call was made again
+    assert journaled(tmp_path / "out") == journaled(whole)
+    assert total <= len(server.bodies) <= total + num_kills * 32
+
+
+def journaled(folder):
+    """How often the journal holds the answer to each request, told by its count of tokens."""
+    entries = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
+    values = [entry["value"] for entry in entries]
+    return Counter(value["completion_tokens"] for value in values if "completion_tokens" in value)
+
+
+def test_kills_change_nothing_and_repeat_no_finished_call(llm_server, scripted, forked, tmp_path, doctor, command):
+    rows = [scripted.problem(n) for n in range(20)]
+    answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
+    plan = {question: (0, 1, 2, 3, 99)[n % 5] for n, question in enumerate(answers)}
+    killed_often(rows, answers, plan, llm_server=llm_server, scripted=scripted, forked=forked, tmp_path=tmp_path,
+                     doctor=doctor, command=command, num_kills=3)  # fmt: skip
+
+
+def test_ten_kills_over_published_items(shared, llm_server, scripted, forked, tmp_path, doctor, command):
+    rows = json.loads((shared / "data" / "medical_demo_198.json").read_text())
+    answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
+    plan = {question: (0, 1, 2, 3, 99)[n % 5] for n, question in enumerate(answers)}
+    killed_often(rows, answers, plan, llm_server=llm_server, scripted=scripted, forked=forked, tmp_path=tmp_path,
+                     doctor=doctor, command=command, num_kills=10)  # fmt: skip
