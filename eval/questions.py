@@ -106,11 +106,11 @@ def _problem(item: Any) -> str | None:
             return f"option {key} is {text!r}, expected text"
     if not isinstance(letter, str) or letter not in options:
         return f"answer_idx {letter!r} is not among the options {', '.join(options)}"
-    answer = item.get("answer")
-    if answer is not None and not isinstance(answer, str):
+    answer = "" if item.get("answer") is None else item["answer"]
+    if not isinstance(answer, str):
         return f"answer is {type(answer).__name__}, expected text"
     others = {name for key in options if key != letter for name in _names(item, key)}
-    if _plain(answer or "") in others - {*_names(item, letter)}:
+    if _plain(answer) in others - {*_names(item, letter)}:
         return f"answer_idx {letter} and answer {answer[:60]!r} name different options"
     return None
 

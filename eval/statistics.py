@@ -80,8 +80,9 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     """
     pairs = Counter(zip(map(bool, first), map(bool, second), strict=True))
     b, c = pairs[True, False], pairs[False, True]
-    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
-    return McNemar(b, c, min(1.0, 2 * tail / 2 ** (b + c)))
+    whole = math.lgamma(b + c + 1) - (b + c - 1) * math.log(2)  # log of 2 (b+c)! / 2^(b+c)
+    tails = math.fsum(math.exp(whole - math.lgamma(i + 1) - math.lgamma(b + c - i + 1)) for i in range(min(b, c) + 1))
+    return McNemar(b, c, min(1.0, tails))
 
 
 def bootstrap_difference(first: Sequence[float], second: Sequence[float], *, seed: int, num_draws: int = 10_000) -> Interval:
@@ -132,9 +133,9 @@ def chi_square_p_value(statistic: float, degrees: int) -> float:
     """
     if degrees < 1 or not statistic >= 0:
         raise ValueError(f"chi_square_p_value needs degrees >= 1 and statistic >= 0, got {degrees} and {statistic}")
-    if statistic == 0:
-        return 1.0
     x, a = statistic / 2, 0.5 if degrees % 2 else 1.0
+    if x == 0:
+        return 1.0
     q = math.erfc(math.sqrt(x)) if degrees % 2 else math.exp(-x)
     while a < degrees / 2:
         q += math.exp(a * math.log(x) - x - math.lgamma(a + 1))

@@ -1,0 +1,150 @@
+"""The evaluation file format, its faults, and options in another order."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from verippo.eval.questions import Question, load_questions, permutation, permuted
+
+GOOD = {"question": "Which drug?", "options": {"A": "Aspirin", "B": "Heparin"}, "answer_idx": "B", "answer": "Heparin"}
+FAULTS = {
+    "is list, expected an object": ["a question"],
+    "its question is missing or empty": GOOD | {"question": "  "},
+    "has no options": {key: GOOD[key] for key in ("question", "answer_idx")},
+    "has no options:": GOOD | {"options": ["Aspirin", "Heparin"]},
+    "has 1 options, expected 2 to 14": GOOD | {"options": {"B": "Heparin"}},
+    "has 15 options, expected 2 to 14": GOOD | {"options": dict.fromkeys(string.ascii_uppercase[:15], "x")},
+    "option 'b': expected a letter from A to Z": GOOD | {"options": {"A": "Aspirin", "b": "Heparin"}},
+    "option A is None, expected text": GOOD | {"options": {"A": None, "B": "Heparin"}},
+    "option A is ' ', expected text": GOOD | {"options": {"A": " ", "B": "Heparin"}},
+    "answer_idx 'C' is not among the options A, B": GOOD | {"answer_idx": "C"},
+    "answer_idx None is not among the options A, B": GOOD | {"answer_idx": None},
+    "answer_idx 1 is not among the options A, B": GOOD | {"answer_idx": 1},
+    "answer is int, expected text": GOOD | {"answer": 3},
+    "answer_idx B and answer 'Aspirin' name different options": GOOD | {"answer": "Aspirin"},
+    "answer_idx B and answer 'A' name different options": GOOD | {"answer": "A"},
+}
+
+
+def write(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def question(num):
+    options = dict(zip(string.ascii_uppercase, (f"option {n}" for n in range(num)), strict=False))
+    return Question(id="q", source="s", question="?", options=options, answer_idx="B", index=0, file="f.json")
+
+
+def test_every_published_file_at_hand_loads_whole(shared):
+    files = sorted((shared / "data").glob("*.json"))
+    questions, bad = load_questions(",".join(map(str, files)))
+    assert len(questions) >= 3457
+    assert not bad
+    assert {len(q.options) for q in questions} == {3, 4, 5, 10}
+    assert all(q.answer_idx in q.options for q in questions)
+    assert len({(q.source, q.id) for q in questions}) == len(questions)
+
+
+def test_sources_are_the_keys_and_a_list_is_named_after_its_file(tmp_path):
+    first = write(tmp_path / "a.json", {"MedQA": [GOOD, GOOD | {"id": 7}], "PubMedQA": [GOOD]})
+    second = write(tmp_path / "b.json", [GOOD])
+    questions, _ = load_questions(f"{first}, {second}")
+    assert [(q.source, q.id, q.index, q.file) for q in questions] == [
+        ("MedQA", "MedQA-0", 0, first), ("MedQA", "7", 1, first), ("PubMedQA", "PubMedQA-0", 0, first), ("b", "b-0", 0, second),
+    ]  # fmt: skip
+    assert questions[0].options == GOOD["options"]
+
+
+def test_json_lines_load_as_a_list(tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
+    assert [q.id for q in load_questions(str(tmp_path / "c.jsonl"))[0]] == ["c-0", "c-1"]
+
+
+def test_limit_takes_the_first_items_of_each_source(tmp_path):
+    path = write(tmp_path / "a.json", {"x": [GOOD] * 3, "y": [GOOD] * 2})
+    assert [q.id for q in load_questions(path, limit=2)[0]] == ["x-0", "x-1", "y-0", "y-1"]
+
+
+def test_a_source_in_two_files_has_no_id_twice(tmp_path):
+    paths = [write(tmp_path / name, {"x": [GOOD, GOOD]}) for name in ("a.json", "b.json")]
+    assert [q.id for q in load_questions(",".join(paths))[0]] == ["x-0", "x-1", "x-2", "x-3"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_malformed_item_is_named_with_its_file_and_place(tmp_path, fault):
+    path = write(tmp_path / "e.json", {"src": [GOOD, FAULTS[fault], GOOD]})
+    with pytest.raises(ValueError, match=re.escape(f"{path}: src item 1: {fault}")) as raised:
+        load_questions(path)
+    assert "1 malformed of 3" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    questions, bad = load_questions(path, skip_bad=True)
+    assert [q.index for q in questions] == [0, 2]
+    assert len(bad) == 1
+    assert bad[0].startswith(f"{path}: src item 1: {fault}")
+
+
+def test_an_id_used_twice_in_a_source_is_malformed_the_second_time(tmp_path):
+    path = write(tmp_path / "e.json", {"x": [GOOD | {"id": "1"}, GOOD | {"id": 1}], "y": [GOOD | {"id": "1"}]})
+    questions, bad = load_questions(path, skip_bad=True)
+    assert [(q.source, q.index) for q in questions] == [("x", 0), ("y", 0)]
+    assert bad == [f"{path}: x item 1: id '1' is used twice"]
+
+
+def test_all_malformed_items_are_counted(tmp_path):
+    path = write(tmp_path / "e.json", {"src": [*FAULTS.values(), GOOD]})
+    with pytest.raises(ValueError, match=f"{len(FAULTS)} malformed of {len(FAULTS) + 1}"):
+        load_questions(path)
+    assert len(load_questions(path, skip_bad=True)[1]) == len(FAULTS)
+
+
+def test_an_answer_that_is_no_option_warns_and_the_letter_counts(tmp_path):
+    path = write(tmp_path / "e.json", {"src": [GOOD, GOOD | {"answer": "unfractionated heparin"}]})
+    with pytest.warns(UserWarning, match=re.escape(f"{path}: src item 1") + r".*1 such items"):
+        questions, bad = load_questions(path)
+    assert (questions[1].answer_idx, bad) == ("B", [])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("answer", [None, "", "heparin ", "B"])
+def test_an_answer_that_agrees_or_is_missing_is_passed_over(tmp_path, answer):
+    assert load_questions(write(tmp_path / "e.json", [GOOD | {"answer": answer}]))[0][0].answer_idx == "B"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "not valid JSON"), ('{"src": {"question": "?"}}', "expected"), ("3", "expected"), ("[]", "holds no questions"),
+     ('{"src": []}', "holds no questions")],
+)  # fmt: skip
+def test_a_file_without_questions_is_refused_by_name(tmp_path, text, says):
+    (tmp_path / "f.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"f\.json.*{says}"):
+        load_questions(str(tmp_path / "f.json"))
+
+
+def test_a_missing_file_and_a_stray_comma_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_questions(str(tmp_path / "absent.json"))
+    with pytest.raises(ValueError, match="stray comma"):
+        load_questions(write(tmp_path / "a.json", [GOOD]) + ",")
+
+
+@given(num=st.integers(2, 14), seed=st.integers())
+def test_a_permuted_question_has_the_same_options_and_the_answer_follows_its_text(num, seed):
+    own = question(num)
+    shown, back = permuted(own, seed), permutation(own, seed)
+    assert list(shown.options) == list(own.options)
+    assert {letter: own.options[back[letter]] for letter in shown.options} == shown.options
+    assert back[shown.answer_idx] == own.answer_idx
+    assert (shown, back) == (permuted(own, seed), permutation(own, seed))
+
+
+def test_the_answer_comes_to_every_place_about_equally_often():
+    places = [permuted(question(4), seed).answer_idx for seed in range(4000)]
+    assert all(900 < places.count(letter) < 1100 for letter in "ABCD")
