@@ -91,8 +91,9 @@ def version_request(version: str) -> Request:
 
 
 def disk_request(folder: str, version: str) -> Request:
-    """Loads the weights of a folder that the server can read."""
-    return Request("/update_weights_from_disk", {"model_path": folder, "weight_version": version})
+    """Loads the weights of a folder that the server can read. As with every update, the caller flushes at the end."""
+    body = {"model_path": folder, "weight_version": version, "flush_cache": False}
+    return Request("/update_weights_from_disk", body)
 
 
 def join_request(*, address: str, port: int, rank_offset: int, world_size: int, backend: str) -> Request:
@@ -119,13 +120,14 @@ def end_request() -> Request:
 def broadcast_request(weights: Sequence[tuple[str, str, Sequence[int]]], version: str) -> Request:
     """Takes part in one broadcast for each (name, dtype such as "float32", shape), in order."""
     names, dtypes, shapes = ([weight[part] for weight in weights] for part in range(3))
-    body = {"names": names, "dtypes": dtypes, "shapes": [list(shape) for shape in shapes]}
-    return Request("/update_weights_from_distributed", {**body, "group_name": GROUP, "weight_version": version})
+    tensors = {"names": names, "dtypes": dtypes, "shapes": [list(shape) for shape in shapes], "group_name": GROUP}
+    return Request("/update_weights_from_distributed", {**tensors, "weight_version": version, "flush_cache": False})
 
 
 def tensor_request(pickled: str, version: str, *, tp: int) -> Request:
     """Takes base64 of pickled (name, tensor) pairs, the same for each of `tp` tensor-parallel ranks."""
-    return Request("/update_weights_from_tensor", {"serialized_named_tensors": [pickled] * tp, "weight_version": version})
+    body = {"serialized_named_tensors": [pickled] * tp, "weight_version": version, "flush_cache": False}
+    return Request("/update_weights_from_tensor", body)
 
 
 def release_request() -> Request:
@@ -150,8 +152,10 @@ def read_completion(answer: Any, params: SamplingParams, *, url: str, stop_token
     check_version(meta, url=url, version=version)
     if reason == "abort":
         raise _broken(url, f"the request was aborted: {meta['finish_reason'].get('message')}")
-    if named != ids or not ids:
-        raise _broken(url, f"{len(named)} log-probs for {len(ids)} tokens" if len(named) != len(ids) else "log-probs of others")
+    if len(named) != len(ids) or not ids:
+        raise _broken(url, f"{len(named)} log-probs for {len(ids)} tokens")
+    if named != ids:
+        raise _broken(url, "its log-probs are of other tokens than its response")
     if not all(math.isfinite(logprob) for logprob in logprobs):
         raise _broken(url, f"a log-prob is not finite: {min(logprobs)}")
     stopped = ids[-1] in stop_token_ids

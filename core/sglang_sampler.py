@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
@@ -101,9 +102,9 @@ class SglangSampler:
         key = os.environ.get(config.api_key_env) if config.api_key_env else None
         if config.api_key_env and not key:
             raise ValueError(f"sampler.api_key_env={config.api_key_env}: that environment variable is not set")
-        urls = [url.strip() for url in config.urls.split(",") if url.strip()]
+        urls = [url.strip().rstrip("/") for url in config.urls.split(",") if url.strip()]
         self.config, self.progress, self.version = config, progress, 0
-        self.servers = [SglangServer(url, api_key=key) for url in urls]
+        self.servers = [SglangServer(url, api_key=key) for url in dict.fromkeys(urls)]
         self.stops, self.vocabulary, self.context = tuple(stop_token_ids), vocabulary, context
         self.load = _Load(self.servers, retries=config.retries)
         for server, info in zip(self.servers, on_each(self.servers, SglangServer.info), strict=True):
@@ -113,7 +114,9 @@ class SglangSampler:
                 self.context = min(info["context_length"], self.context or math.inf)
         if not self.load.alive():
             raise ValueError(f"sampler.urls: {self.load.obituary()}")
-        self.sync = _weight_sync(config, Path(config.sync_folder) if config.sync_folder else folder)
+        if config.sync_folder:  # others may use it too: what we write and remove lies in a folder of our own
+            folder = Path(config.sync_folder) / f"verippo-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+        self.sync = _weight_sync(config, folder)
 
     # --- responses ---
 
@@ -161,10 +164,11 @@ class SglangSampler:
                     self.load.praise(server)
                     return completion
                 except ServerError as error:
-                    enough = (self.config.retries + 1) * len(self.servers)
-                    if error.kind == "refused" or running.stop.is_set() or attempt + 1 >= enough:
+                    if error.kind == "refused" or running.stop.is_set():
                         raise
                     pause = self.load.blame(server, error, started)
+                    if attempt >= (self.config.retries + 1) * len(self.servers):  # others succeed: this one never will
+                        raise
             running.stop.wait(pause)
         raise AssertionError
 
@@ -184,13 +188,14 @@ class SglangSampler:
                 failure = f"weight version {version} was not sent ({self.config.sync}): {error}"
         for _ in tensors:  # what rank 0 did not reach, and all of it on the others
             pass
-        failure, self.load.failures = dist.broadcast((failure, self.load.failures))
+        failure, failures = dist.broadcast((failure, self.load.failures))
+        self.load.start_again(failures)
         if failure:
             raise RuntimeError(failure)
         self.version = version
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]) -> None:
-        self.load.forgive()
+        self.load.start_again({})
         states = on_each(self.servers, lambda server: _make_ready(server, failed, self.config.timeout_seconds))
         for server, state in zip(self.servers, states, strict=True):
             if isinstance(state, ServerError):
@@ -279,15 +284,13 @@ class _Load:
 
     def __init__(self, servers: Sequence[SglangServer], *, retries: int) -> None:
         self.servers, self.retries = servers, retries
-        self.failures: dict[str, str] = {}
-        """why each server that is left out is"""
         self._tokens = dict.fromkeys((server.url for server in servers), 0)
         self._lock = threading.Lock()
-        self.forgive()
+        self.start_again({})
 
-    def forgive(self) -> None:
-        """Every server is in use again."""
-        self.failures = {}
+    def start_again(self, failures: dict[str, str]) -> None:
+        """All servers are in use but these, each with the reason."""
+        self.failures = failures
         self._strikes = dict.fromkeys(self._tokens, 0)
         self._struck_at = dict.fromkeys(self._tokens, 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -54,12 +55,12 @@ def parity_gap(ours: Tensor, batch: PackedBatch, theirs: list[list[float]], *, n
     """The largest difference between the trainer's log-probs [tokens] and a copy's, of each sequence's tokens from the second
     on (nats). Raises RuntimeError when it is over the limit."""
     gaps = [
-        (abs(a - b), number, index, a, b)
+        (math.inf if math.isnan(a - b) else abs(a - b), number, index, a, b)
         for number, (own, copy) in enumerate(zip(ours.split(batch.lengths), theirs, strict=True))
         for index, (a, b) in enumerate(zip(own[1:].tolist(), copy, strict=True), start=1)
     ]
     gap, number, index, a, b = max(gaps)
-    if not gap <= limit:
+    if gap > limit:
         raise RuntimeError(
             f"{name} does not hold the trainer's weights: token {index} of gate sequence {number} has log-prob {b:.6f} there, "
             f"{a:.6f} in the trainer, a gap of {gap:.2g} over sampler.parity_tolerance={limit:g}"

@@ -165,3 +165,40 @@ def test_half_an_environment_is_refused(monkeypatch, environment, missing):
     monkeypatch.setattr(os, "environ", environment)
     with pytest.raises(ValueError, match=f"RANK is set but {missing} is not: start with deepspeed, torchrun or srun"):
         dist.init()
+
+
+JOINING = """
+import sys
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+address, port, world_size, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+store = torch.distributed.TCPStore(address, port, world_size, is_master=False)
+group, _ = c10d._new_process_group_helper(
+    world_size, 1, [], c10d.Backend("gloo"), c10d.PrefixStore(name, store), group_name=name, timeout=c10d.default_pg_timeout
+)
+c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+for shape in ((2, 3), (4,)):
+    tensor = torch.empty(shape)
+    torch.distributed.broadcast(tensor, src=0, group=group)
+    print(tensor.flatten().tolist())
+"""
+
+
+def test_a_process_outside_the_run_joins_an_outer_group_by_address_and_gets_what_is_sent():
+    dist.init()
+    group = dist.OuterGroup(address="127.0.0.1", port=0, world_size=2, name="outer", timeout_seconds=60)
+    place = [group.address, str(group.port), "2", "outer"]
+    with subprocess.Popen([sys.executable, "-c", JOINING, *place], stdout=subprocess.PIPE, text=True) as child:
+        group.join()
+        group.send([torch.arange(6.0).reshape(2, 3), torch.ones(4)])
+        assert child.communicate(timeout=60)[0].splitlines() == ["[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]", "[1.0, 1.0, 1.0, 1.0]"]
+    group.leave()
+    assert dist.world_size() == 1
+
+
+def test_an_outer_group_that_nobody_joins_gives_up_after_its_time_out():
+    dist.init()
+    group = dist.OuterGroup(address="127.0.0.1", port=0, world_size=2, name="lonely", timeout_seconds=1)
+    with pytest.raises(RuntimeError):
+        group.join()
