@@ -72,6 +72,8 @@ class Progress:
 
     def update(self, case: Case, answer: Answer) -> None:
         """Takes in one answer."""
+        if not self.bar.n:
+            self.bar.unpause()  # loading a model or starting a server tells nothing of the answers' pace
         self.right += score_answer(case, answer)["right"]
         if answer.error:
             question = case.question
