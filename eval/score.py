@@ -112,8 +112,10 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
     mentions: list[Mention] = []
     lower, end = text.lower(), 0
     own = {letter: words for words, letter in texts}
+    names = _text_mentions(lower, tuple(pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0])))
     for match in w.LABEL.finditer(text):
-        if match.start("letter") < end:
+        at = match.start("letter")
+        if at < end or any(name.start <= at < name.end for name in names):
             continue
         letter, end = match["letter"], match.end()
         enclosed = bool(match["open"] and match["close"]) or bool(match["prefix"])
@@ -220,10 +222,12 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
     heads = [m for m, c in labels if not c.left]
     spoken = [
         m for m, c in found
-        if m not in apart and not _denied(c) and not _unsure(c)
+        if m not in apart and not _denied(c) and not _unsure(c) and not w.EXAMPLE_LEFT.search(c.left)
         and not any(label.start <= m.start < label.end for label in heads)
     ]  # fmt: skip
-    if len({m.letter for m in spoken}) == 1 and _complete(text):
+    stops = [0, *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)), len(text)]
+    outer_sentence = any(m.start < stops[1] or m.start >= stops[-2] for m in spoken)
+    if len({m.letter for m in spoken}) == 1 and outer_sentence and _complete(text):
         return spoken
     last = [(m, c) for m, c in found if m in spoken[-1:]]
     return [m for m, c in last if w.CONCLUDES.search(c.left)]

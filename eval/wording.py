@@ -26,6 +26,7 @@ NAMED = re.compile(
     re.IGNORECASE,
 )
 """Before a letter that belongs to a name: "vitamin C"."""
+LONE_LETTER = re.compile(r"(?<![a-z0-9])[a-z](?![a-z0-9])")
 MORE = re.compile(
     r"(?:\s*(?:,?\s*(?:and|or|&|和|或|与|及)|,|、)\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*)+"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem)\b|都|均|三|两))"
@@ -68,9 +69,9 @@ CLAIM_LEFT = re.compile(
 """The mention after this is claimed to be the answer."""
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|corresponds? to|consistent with|fits?|"
-    r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|(?:definite|certain|probab|most like|more like)ly|equals|"
-    rf"mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|(?:it|that|this|which|there|ratio)(?:'s| is| must be)|is)|[:=∴⇒→]|"
-    rf"=>|所以|因此|故|是|为){_FILLER}"
+    r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|(?:definite|certain|probab|most like|more like)ly|equals|called|"
+    r"known as|termed|mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|must be|(?:it|that|this|which|there|ratio)'s|is)|"
+    rf"[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
 """The mention after this is what the sentence comes to; weaker than a claim."""
 
@@ -117,9 +118,13 @@ SUPPOSED = re.compile(
 """A sentence that says what would be, or what others think."""
 UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|certain|possible|able|enough)|"
-    r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider\w*|differential|possib\w+)\b"
+    r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+)\b"
     r"|无法|不确定|不能确定|不清楚|难以"
 )
+EXAMPLE_LEFT = re.compile(
+    r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|while|although|in contrast)\b[^;]*$"
+)
+"""The mention after this is named beside the point."""
 PRAISES = re.compile(
     r"\b(?:best|correct|right|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|answer|"
     r"fits|explains)\b"
