@@ -182,12 +182,12 @@ def servers(state: str = STATE) -> list[tuple[Server, str]]:
 def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
     """Starts the process and records it."""
     model, key = _model(config.model), _api_key(config)
-    folder = Path(config.state).expanduser()
+    folder = Path(config.state).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once must not both find the port free
         port = config.port or _free_port(config.host, 0)
-        record = _record(platform.node(), port, config.state)
+        record = folder / f"{platform.node()}-{port}.json"
         if record.exists() and _alive(there := _read(record)):
             raise ValueError(
                 f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): stop it with "
@@ -199,14 +199,14 @@ def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
         if key:
             secrets.append(_secret_file(folder, key))
             command += ["--config", str(secrets[-1])]
-        try:
-            with open(log, "wb", opener=lambda path, flags: os.open(path, flags | os.O_APPEND, 0o600)) as output:
+        with open(log, "wb", opener=lambda path, flags: os.open(path, flags | os.O_APPEND, 0o600)) as output:
+            try:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                     env=_environment(config),
                 )  # fmt: skip
-        except OSError as error:
-            raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
+            except OSError as error:
+                raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
         server = Server(
             node=platform.node(), host=config.host, port=port, model=model, log=str(log), command=command,
             processes=[(process.pid, psutil.Process(process.pid).create_time())],
@@ -276,8 +276,12 @@ def _answers(server: Server, key: str | None) -> bool:
 
 def _command(config: ServerConfig, model: str, port: int) -> list[str]:
     options = ["--model-path", model, "--host", config.host, "--port", str(port)]
-    if config.device == "cpu" or (config.device == "auto" and not _has_gpu()):
-        options += shlex.split(CPU_ARGUMENTS)
+    on_cpu = config.device == "cpu"
+    if config.device == "auto":
+        import torch
+
+        on_cpu = not torch.cuda.is_available()
+    options += shlex.split(CPU_ARGUMENTS) if on_cpu else []
     if config.tp * config.dp > 1:
         options += ["--tp-size", str(config.tp), "--dp-size", str(config.dp)]
     if config.mem_fraction is not None:
@@ -290,12 +294,6 @@ def _environment(config: ServerConfig) -> dict[str, str]:
     return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | config.environment
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _model(model: str) -> str:
     path = Path(model).expanduser()
     if (path / "config.json").exists():
@@ -306,14 +304,17 @@ def _model(model: str) -> str:
 
 
 def _api_key(config: ServerConfig) -> str | None:
-    if config.api_key_file:
-        try:
-            return Path(config.api_key_file).expanduser().read_text().strip()
-        except OSError as error:
-            raise ValueError(f"api_key_file={config.api_key_file}: cannot be read: {error.strerror}") from None
-    if config.api_key_env and not os.environ.get(config.api_key_env):
-        raise ValueError(f"api_key_env={config.api_key_env}: that environment variable is not set")
-    return os.environ[config.api_key_env] if config.api_key_env else None
+    if not (config.api_key_env or config.api_key_file):
+        return None
+    place = f"api_key_file={config.api_key_file}" if config.api_key_file else f"api_key_env={config.api_key_env}"
+    try:
+        path = Path(config.api_key_file or "").expanduser()
+        key = path.read_text().strip() if config.api_key_file else os.environ.get(config.api_key_env or "", "").strip()
+    except OSError as error:
+        raise ValueError(f"{place}: cannot be read: {error.strerror}") from None
+    if not key:
+        raise ValueError(f"{place}: there is no key in it")
+    return key
 
 
 def _secret_file(folder: Path, key: str) -> Path:
@@ -336,7 +337,8 @@ def _blank_out(server: Server, key: str | None) -> None:
 def _last_lines(server: Server, key: str | None) -> str:
     text = Path(server.log).read_text(encoding="utf-8", errors="replace").replace(key or "\0", "***")
     lines = [line.strip() for line in text[-20_000:].splitlines() if line.strip()]
-    return f"{' | '.join(lines[-4:])[-700:] or 'nothing was printed'} (all of it: {server.log})"
+    hint = "; give --python, the interpreter of an environment that has it" if "No module named 'sglang'" in text else ""
+    return f"{' | '.join(lines[-4:])[-700:] or 'nothing was printed'} (all of it: {server.log}){hint}"
 
 
 def _free_port(host: str, port: int) -> int:

@@ -81,6 +81,21 @@ def test_a_server_that_exits_is_reported_with_what_it_said_last(make):
     assert servers(config.state) == []
 
 
+def test_an_interpreter_without_sglang_is_named_with_what_to_do(make):
+    with pytest.raises(ValueError, match=r"No module named 'sglang'.*; give --python, the interpreter of an environment that"):
+        start(make(python=sys.executable))
+
+
+def test_a_relative_folder_of_records_is_found_from_elsewhere(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    server = start(make(state="state"))
+    assert Path(server.log).is_absolute()
+    monkeypatch.chdir("/")
+    assert servers(str(tmp_path / "state")) == [(server, "ready")]
+    monkeypatch.chdir(tmp_path)
+    assert stop(server, state="state")
+
+
 def test_a_server_that_never_answers_is_stopped_after_its_time(make):
     config = make("hangs", start_timeout_seconds=1.0)
     with pytest.raises(ValueError, match=r"did not answer in start_timeout_seconds=1: .*server_args="):
@@ -233,7 +248,8 @@ def test_fields_become_sglangs_arguments(make):
         ({"model": "no-such-folder"}, "model='no-such-folder': no model there"),
         ({"model": "."}, "config.json is missing"),
         ({"python": "/no/python"}, "python=/no/python: cannot be run: No such file"),
-        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env=NO_SUCH_KEY: that environment variable is not set"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env=NO_SUCH_KEY: there is no key in it"),
+        ({"api_key_file": os.devnull}, "api_key_file=/dev/null: there is no key in it"),
         ({"api_key_file": "/no/key"}, "api_key_file=/no/key: cannot be read: No such file"),
         ({"host": "192.0.2.1"}, "host=192.0.2.1 port=[0-9]+: cannot listen there"),
         ({"port": 70000}, "port=70000: must be"),
