@@ -50,7 +50,7 @@ def print_table(results: Row) -> None:
                      *counts[1:3], _percent(length.get("truncated_rate")), counts[3], _percent(group["format_rate"])])
     print(aligned(rows))
     if results["failures"]:
-        print(f"{len(results['failures'])} answers failed for good and count as wrong: --retry_failed true asks again")
+        print(f"{len(results['failures'])} answers failed for good and count as wrong: --retry_failed asks again")
 
 
 def aligned(rows: list[list[str]]) -> str:
