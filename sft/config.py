@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from verippo.core.engine import Dtype, EngineConfig, Offload
+from verippo.core.llm import LLMConfig
 from verippo.core.metrics import parse_loggers
 from verippo.core.schedule import ScheduleKind
 
@@ -131,6 +132,8 @@ class VerifierTrainingConfig(TrainingConfig):
     """right when P(right) is above it (arXiv 2412.18925)"""
     wrong_per_question: int = 1
     """rows of wrong options made from each exam question, beside as many right ones"""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    """with llm.model: judges the rows that have a response but no label"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

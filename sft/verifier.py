@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verippo.core import checkpoint, dist
 from verippo.core.engine import TrainEngine
+from verippo.core.judge import Case, Judge
 from verippo.core.model import check_embedding, load_classifier, load_tokenizer, save_model
 from verippo.core.packing import PackedBatch, empty_batch, share_out
 from verippo.core.report import wilson_interval, write_report
@@ -31,10 +33,15 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         tokenizer, template = load_tokenizer(config.model), load_template(config.template)
+        judge = partial(_judge, config, folder) if config.llm.model else None
 
         def load(sources: str) -> list[LabelledIds]:
             answers, kinds = load_answers(
-                sources, limit=config.limit, seed=config.seed, wrong_per_question=config.wrong_per_question
+                sources,
+                limit=config.limit,
+                seed=config.seed,
+                wrong_per_question=config.wrong_per_question,
+                judge=judge,
             )
             rows, num_cut = tokenise(answers, tokenizer, template=template, max_tokens=config.max_seq_len)
             if dist.is_main():
@@ -59,6 +66,12 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
             if dist.is_main():
                 write_report(folder, title="Verifier training")
         return folder
+
+
+def _judge(config: VerifierTrainingConfig, folder: Path, cases: list[Case]) -> list[bool]:
+    """The LLM's verdicts, the same on every rank; one of them asks."""
+    journal = folder / "judge-journal.jsonl"
+    return dist.broadcast(Judge(config.llm, journal=journal).verdicts(cases, progress="judge") if dist.is_main() else [])
 
 
 def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Task[LabelledIds]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import string
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from verippo.core.chat import parse_response
-from verippo.core.data import ANSWER_KEY, load_rows, text_field
+from verippo.core.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
+from verippo.core.judge import Case
 from verippo.core.verdict import verifier_ids
 
 PHRASES = ("{}", "{}.", "The answer is {}.", "The most likely answer is {}.", "It is {}.", "This points to {}.")
@@ -38,7 +40,12 @@ class LabelledIds:
 
 
 def load_answers(
-    sources: str, *, limit: int | None, seed: int, wrong_per_question: int
+    sources: str,
+    *,
+    limit: int | None,
+    seed: int,
+    wrong_per_question: int,
+    judge: Callable[[list[Case]], list[bool]] | None = None,
 ) -> tuple[list[LabelledAnswer], dict[str, int]]:
     """All labelled answers that the sources' rows hold or give, and how many rows of each kind there were.
 
@@ -47,7 +54,9 @@ def load_answers(
       question, options, answer_idx       exam question: right and wrong options, as bare text and in phrases
       Ground-True Answer, trajectory      search record: each step's `conclusion` with the judge's `verdict` (True/False)
       response, answer, judge             rollout judged by a model: `judge` is true/false
+      response, reference or answer       with a `judge`, which is asked for the label and shown the row's question or prompt
     """
+    unlabelled: dict[int, Case] = {}
     answers: list[LabelledAnswer] = []
     found: list[LabelledAnswer]
     kinds: Counter[str] = Counter()
@@ -67,12 +76,20 @@ def load_answers(
         elif "judge" in row:
             kinds["judged rollout"] += 1
             found = from_judged_rollout(row, where=where)
+        elif judge is not None and "response" in row:
+            kinds["unlabelled"] += 1
+            cases = from_unlabelled(row, where=where, name=f"row {number}")
+            found = [LabelledAnswer(response=case.response, reference=case.reference, label=False) for case in cases]
+            unlabelled |= dict(enumerate(cases, start=len(answers)))
         else:
             raise ValueError(
                 f"{where}: has {', '.join(sorted(row))[:200]}; needs response+reference+label, question+options+answer_idx, "
-                "trajectory, or response+answer+judge"
+                "trajectory, or response+answer+judge; give llm.model to have rows without a label judged"
             )
         answers += [replace(answer, row=number) for answer in found]
+    if judge is not None:
+        for place, label in zip(unlabelled, judge(list(unlabelled.values())), strict=True):
+            answers[place] = replace(answers[place], label=label)
     return answers, dict(kinds)
 
 
@@ -123,6 +140,16 @@ def from_judged_rollout(row: dict[str, Any], *, where: str) -> list[LabelledAnsw
         return []
     reference = text_field(row, "answer", where=where)
     return [LabelledAnswer(response=parsed.final, reference=reference, label=_label(row["judge"], where))]
+
+
+def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[Case]:
+    """A response beside its reference, or a rollout's final response beside its answer, for an LLM to judge."""
+    question = next((str(row[key]) for key in (QUESTION_KEY, "question", "prompt") if key in row), "(not given)")
+    if "reference" in row:
+        response, reference = (text_field(row, key, where=where) for key in ("response", "reference"))
+        return [Case(name, question, reference, response)]
+    rollout = from_judged_rollout(row | {"judge": False}, where=where)
+    return [Case(name, question, answer.reference, answer.response) for answer in rollout]
 
 
 def _label(value: Any, where: str) -> bool:

@@ -6,7 +6,6 @@ import textwrap
 
 import pytest
 
-from verippo.core import llm
 from verippo.core.chat import render_response
 from verippo.core.data import ANSWER_KEY, QUESTION_KEY, Problem
 from verippo.core.llm import LLMConfig
@@ -19,13 +18,8 @@ from verippo.rl.verifier import JudgeVerifier
 TIERS = Tiers(right=3.0, wrong=2.0, unparsable=1.0)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(llm, "FIRST_WAIT_SECONDS", 0.01)
-
-
 def answered(text, answer="Pneumonia", index=0):
-    problem = Problem(question="Fever {and} cough?", answer=answer, index=index)
+    problem = Problem(question="Fever and cough?", answer=answer, index=index)
     return Rollout(problem=problem, prompt_ids=[5], response_ids=[6], sampler_logprobs=[-1.0], text=text)
 
 
@@ -34,8 +28,7 @@ def final(text, **problem):
 
 
 def judge(server, **options):
-    settings = {name: options.pop(name) for name in list(options) if name in LLMConfig.__dataclass_fields__}
-    return JudgeVerifier(LLMConfig(base_url=server.url, model="m", **settings), tiers=TIERS, **options)
+    return JudgeVerifier(LLMConfig(base_url=server.url, model="m"), tiers=TIERS, **options)
 
 
 def first(body):
@@ -51,56 +44,17 @@ def test_verdicts_become_scores_and_broken_or_blank_responses_are_not_asked_abou
     assert JudgeVerifier(LLMConfig(base_url=server.url, model="m")).score(rollouts[:3]) == [1.0, 0.0, 0.1]
 
 
-def test_the_judge_reads_question_reference_and_final_response_alone_and_draws_nothing(llm_server):
+def test_the_judge_reads_the_question_and_the_final_response_without_the_reasoning(llm_server):
     server = llm_server(lambda body: "True")
-    judge(server).score([final("{reference} Asthma")])
-    (body,) = server.bodies
-    parts = ["[Question]\nFever {and} cough?\n", "[Reference answer]\nPneumonia\n", "[Answer to mark]\n{reference} Asthma\n"]
-    assert all(part in first(body) for part in parts)
-    assert "Because." not in first(body)  # the reasoning
-    assert body["temperature"] == 0.0
-
-
-@pytest.mark.parametrize("babble", ["untrue", "True or False?", "The answer agrees: True", "Falsehood"])
-def test_what_is_no_verdict_is_asked_again_with_the_fault_named(llm_server, babble):
-    server = llm_server(lambda body: babble if len(body["messages"]) < 5 else "true")
-    assert judge(server).score([final("Asthma")]) == [3.0]
-    assert [len(body["messages"]) for body in server.bodies] == [1, 3, 5]
-    said, asked = server.bodies[2]["messages"][1:3]
-    assert said == {"role": "assistant", "content": babble}
-    assert f"{babble!r} is not the one word True or False" in asked["content"]
+    judge(server).score([final("Asthma")])
+    assert all(part in first(server.bodies[0]) for part in ("Fever and cough?", "Pneumonia", "Asthma"))
+    assert "Because." not in first(server.bodies[0])
 
 
 def test_without_a_verdict_nothing_is_scored_and_the_problem_is_named(llm_server):
     server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
     with pytest.raises(RuntimeError, match="no verdict of m on a response to problem 7 in 2 asks: 'untrue' is not the one word"):
         judge(server, max_asks=2).score([final("Pneumonia"), final("Asthma", index=7)])
-    cut = llm_server(lambda body: llm_server.module.Answer("Let me think", "length", completion_tokens=9))
-    with pytest.raises(RuntimeError, match=r"it was cut off after 9 tokens \(llm.max_new_tokens\); give another llm.model"):
-        judge(cut).score([final("Asthma")])
-
-
-def test_a_call_that_fails_for_good_ends_the_scoring_and_names_the_problem_and_the_reason(llm_server):
-    server = llm_server(lambda body: llm_server.module.error(500, "out of order"))
-    with pytest.raises(RuntimeError, match="judge: no verdict on a response to problem 3: m at .* HTTP 500: out of order"):
-        judge(server, max_retries=1).score([final("Asthma", index=3)])
-    assert len(server.bodies) == 2
-    with pytest.raises(ValueError, match="judge: 0.0000 USD are spent and the next call may cost"):
-        judge(server, budget_usd=0.001, price_out=1e3).score([final("Asthma")])
-
-
-def test_a_run_that_goes_on_asks_for_no_verdict_again(llm_server, tmp_path):
-    server = llm_server(lambda body: "True" if len(server.bodies) < 3 else llm_server.module.error(400, "enough"))
-    path = tmp_path / "judge-journal-0.jsonl"
-    rollouts = [final("Asthma"), final("Gout")]
-    verifier = judge(server, journal=path)
-    assert verifier.score(rollouts) == [3.0, 3.0]
-    assert verifier.score([*rollouts, rollouts[0]]) == [3.0, 3.0, 3.0]
-    with pytest.raises(RuntimeError, match="enough"):
-        judge(server, journal=path).score([*rollouts, final("Flu")])
-    server.bodies.clear()
-    assert judge(server, journal=path).score([*rollouts, final("Flu")]) == [3.0] * 3  # a failure is asked again
-    assert len(server.bodies) == 1
 
 
 def test_limits_are_shared_among_ranks():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from verippo.core.engine import EngineConfig
+from verippo.core.llm import LLMConfig
 from verippo.rl.verifier import ClassifierVerifier
 from verippo.sft.config import VerifierTrainingConfig
 from verippo.sft.verifier import calibration, train
@@ -51,6 +52,32 @@ def test_every_kind_of_row_is_read_and_counted(tmp_path: Path) -> None:
     assert answers[-1].response == "Heparin"
 
 
+def test_rows_without_a_label_are_judged_by_an_llm_once(
+    llm_server: Any, make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollout = {"prompt": "Which thinner?", "response": "## Thinking\n\nx\n\n## Final Response\n\nUFH", "answer": "Heparin"}
+    rows = [
+        rollout, {"response": "Aspirin", "reference": "Heparin"}, {"response": "Gout", "reference": "Gout", "label": True},
+        rollout | {"response": "no format"}, {"response": "Heparin i.v.", "reference": "Heparin", "question": "q"},
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    server = llm_server(lambda body: "False" if "Aspirin" in body["messages"][0]["content"] else "True")
+    config = VerifierTrainingConfig(
+        model=str(make_model("llama", seed=71)), data=str(tmp_path / "rows.json"), output=str(tmp_path / "out"), max_steps=1,
+        batch_size=4, max_seq_len=128, max_tokens_per_gpu=256, dtype="fp32", zero_stage=0, gradient_checkpointing=False,
+        log_to="jsonl", llm=LLMConfig(base_url=server.url, model="m"),
+    )  # fmt: skip
+    train(config, resolved={})
+    assert "1 labelled rows" in (said := capsys.readouterr().out)
+    assert "4 unlabelled rows" in said
+    assert "4 answers, 3 right" in said
+    asked = [body["messages"][0]["content"] for body in server.bodies]
+    assert len(asked) == 3
+    assert sum("Which thinner?" in text and "UFH" in text for text in asked) == 1
+    train(config, resolved={})
+    assert len(server.bodies) == 3
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -59,6 +86,7 @@ def test_every_kind_of_row_is_read_and_counted(tmp_path: Path) -> None:
         ({**QUESTION, "answer_idx": "E"}, "row 0: answer_idx 'E' is not among"),
         ({**QUESTION, "options": {"B": "x", "C": "x"}}, "row 0: its options are blank or all alike"),
         ({"text": "x"}, "row 0: has text; needs response"),
+        ({"response": "a", "reference": "b"}, "give llm.model to have rows without a label judged"),
     ],
 )
 def test_a_bad_row_is_refused_by_its_number(tmp_path: Path, row: dict[str, Any], said: str) -> None:
