@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from verippo.core.chat import FINAL, THINKING
@@ -210,7 +211,12 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
     found = [(m, _context(text, m)) for m in _text_mentions(text.lower(), texts)]
     apart = {m for m, _ in found if _common(text[m.start : m.end])}
     firm = [(m, c) for m, c in found if m not in apart or w.SETS_OFF.match(text, m.end) or text[m.end] in "}\"'"]
-    if claims := [m for m, c in firm if _claimed(c)] or [m for m, c in firm if w.WEAK_LEFT.search(c.left) and not _denied(c)]:
+    spoken = [(m, c) for m, c in found if not _denied(c) and not w.EXAMPLE_LEFT.search(c.left)]
+    neighbours = [(m, n) for (m, _), (n, _) in pairwise(found) if m.letter != n.letter]
+    listed = {each for m, n in neighbours if w.BETWEEN.fullmatch(text, m.end, n.start) for each in (m, n)}
+    single = [(m, c) for m, c in firm if m not in listed]
+    weak = [m for m, c in single if w.WEAK_LEFT.search(c.left) and not _denied(c)]
+    if claims := [m for m, c in single if _claimed(c)] or weak:
         return claims
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
     for m, _ in found:
@@ -220,17 +226,15 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
         if begins and (m.start < first_end or m.end > last_start) and (leads or not rest.strip(" .!\"'。")):
             return [m]
     heads = [m for m, c in labels if not c.left]
-    spoken = [
-        m for m, c in found
-        if m not in apart and not _denied(c) and not _unsure(c) and not w.EXAMPLE_LEFT.search(c.left)
-        and not any(label.start <= m.start < label.end for label in heads)
+    only = [
+        m for m, c in spoken
+        if m not in apart and not _unsure(c) and not any(label.start <= m.start < label.end for label in heads)
     ]  # fmt: skip
     stops = [0, *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)), len(text)]
-    outer_sentence = any(m.start < stops[1] or m.start >= stops[-2] for m in spoken)
-    if len({m.letter for m in spoken}) == 1 and outer_sentence and _complete(text):
-        return spoken
-    last = [(m, c) for m, c in found if m in spoken[-1:]]
-    return [m for m, c in last if w.CONCLUDES.search(c.left)]
+    outer_sentence = any(m.start < stops[1] or m.start >= stops[-2] for m in only)
+    if len({m.letter for m in only}) == 1 and outer_sentence and _complete(text):
+        return only
+    return [m for m, c in spoken if m in only[-1:] and w.CONCLUDES.search(c.left)]
 
 
 def _text_mentions(lower: str, texts: OptionTexts) -> list[Mention]:

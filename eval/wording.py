@@ -32,6 +32,8 @@ MORE = re.compile(
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem)\b|都|均|三|两))"
 )
 """Further letters of a list: "A and C"."""
+BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?")
+"""Between the options' words of a list: "aspirin, or heparin"."""
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿]|"
     r"\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|not|over|must|"
@@ -57,7 +59,7 @@ CLAIM_LEFT = re.compile(
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
     rf"statement|exception|finding|organism|one|match|fit|letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
     r"|\b(?:choos|pick|select|go(?:es|ing)? with|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
-    rf"(?:has|have|got) to b|must b|i (?:think|believe|guess|suspect))(?:e|es|ed|ing|s)?{_FILLER}"
+    rf"lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|i (?:think|believe|guess|suspect))(?:e|es|ed|ing|s)?{_FILLER}"
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     rf"|(?:\b(?:true|correct|are|all)\b[^\n]*\bexcept(?: for)?|\b(?:chang|switch|revis)\w+\b[^\n]{{0,30}}\bto){_FILLER}"
     rf"|(?:\bnot\b[^\n]{{1,60}}?\b(?:but|rather)|不是[^。\n]{{1,30}}?而是){_FILLER}"
@@ -71,7 +73,7 @@ WEAK_LEFT = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|corresponds? to|consistent with|fits?|"
     r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|(?:definite|certain|probab|most like|more like)ly|equals|called|"
     r"known as|termed|mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|must be|(?:it|that|this|which|there|ratio)'s|is)|"
-    rf"[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
+    rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
 """The mention after this is what the sentence comes to; weaker than a claim."""
 
@@ -106,7 +108,8 @@ DENIED_LEFT = re.compile(
 DENIED_RIGHT = re.compile(
     r"[\s.):]*(?:\([^)]*\)\s*)?(?:(?:is|are|was|were|would be|can be|could be|should be|has been|seems)\s+(?:\w+ly\s+)?"
     r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|inconsistent|contraindicated|"
-    r"a distractor|the least)|(?:is|are|was|would|does|can|could)n't\b|does not\b|cannot\b|can not\b|would not\b)"
+    r"a distractor|the least)|(?:is|are|was|would|does|can|could)n't\b|does not\b|cannot\b|can not\b|would not\b|"
+    r"ha(?:s|ve) no (?:role|place|effect|benefit))"
     r"|[^。,;\n]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选)"
 )
 SUPPOSED = re.compile(
@@ -122,7 +125,8 @@ UNSURE = re.compile(
     r"|无法|不确定|不能确定|不清楚|难以"
 )
 EXAMPLE_LEFT = re.compile(
-    r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|while|although|in contrast)\b[^;]*$"
+    r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
+    r"while|whereas|although|in contrast|unlike)\b[^;]*$"
 )
 """The mention after this is named beside the point."""
 PRAISES = re.compile(
