@@ -340,7 +340,9 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
 
     Any input may be absent or cut off by a crash: its section is left out, and what was skipped is counted on the page.
     """
-    problems, rows, objects = [], {}, {}
+    problems: list[str] = []
+    rows: dict[str, list[Row]] = {}
+    objects: dict[str, Any] = {}
     for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
         rows[name], num_skipped = read_steps(folder / name)
         if num_skipped:
