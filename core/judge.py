@@ -57,7 +57,7 @@ class Judge:
         ValueError when the budget is spent or the key refused: nothing is judged by a guess."""
         llm = self.llm
         judging = gather_in_order(
-            cases, self._verdict, concurrency=llm.config.concurrency, progress=progress, usage=llm.usage
+            cases, self._verdict, concurrency=llm.config.items_at_once, progress=progress, usage=llm.usage
         )
         with Journal(self.journal) if self.journal else contextlib.nullcontext() as llm.journal:
             return self._loop.run_until_complete(judging)

@@ -75,6 +75,11 @@ class LLMConfig:
         if self.budget_usd and not self.price_in + self.price_out:
             raise ValueError("llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)")
 
+    @property
+    def items_at_once(self) -> int:
+        """How many items to work on so that `concurrency` calls are in flight while other answers go to disk."""
+        return self.concurrency + (self.concurrency + 3) // 4
+
     def api_key(self) -> str:
         """The key, from the file or the environment; "" for a server that needs none. Raises ValueError where one is missing."""
         if self.api_key_file:

@@ -136,7 +136,7 @@ async def _ask_server(
         return answer
 
     try:
-        answers = await gather_in_order(cases, work, concurrency=client.concurrency)
+        answers = await gather_in_order(cases, work, concurrency=client.items_at_once)
     finally:
         await llm.close()
     usage = llm.usage

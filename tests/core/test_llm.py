@@ -4,6 +4,8 @@ import asyncio
 import dataclasses
 import email.utils
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -550,3 +552,37 @@ def test_the_bar_shows_items_failures_and_money(capfd):
 def test_replies_go_through_json_unchanged():
     reply = Reply("a", "stop", 1, 2)
     assert Reply(**json.loads(json.dumps(reply._asdict()))) == reply
+
+
+def test_a_program_of_asks_killed_and_started_again_asks_only_for_what_it_never_got(llm_server, tmp_path):
+    server = llm_server(lambda body: f"re: {body['messages'][0]['content']}", delay_seconds=0.02)
+    (tmp_path / "program.py").write_text(f"""
+import asyncio
+from pathlib import Path
+from verippo.core.journal import Journal
+from verippo.core.llm import LLM, LLMConfig, gather_in_order
+
+async def main():
+    with Journal(Path({str(tmp_path)!r}) / "journal.jsonl") as journal:
+        llm = LLM(LLMConfig(base_url={server.url!r}, model="m"), journal=journal)
+
+        async def work(item):
+            first = await llm.ask([{{"role": "user", "content": f"first {{item}}"}}])
+            return (await llm.ask([{{"role": "user", "content": first.text}}])).text
+
+        print(*await gather_in_order(range(40), work, concurrency=4), sep=",")
+
+asyncio.run(main())
+""")
+    command = [sys.executable, str(tmp_path / "program.py")]
+    for num_calls in (15, 40):
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 60
+        while len(server.bodies) < num_calls and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait(timeout=20)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ",".join(f"re: re: first {n}" for n in range(40))
+    assert len(server.calls) == 80
+    assert 80 <= len(server.bodies) <= 80 + 2 * 4  # a kill loses what was in flight
