@@ -32,11 +32,13 @@ class Extraction(NamedTuple):
 
 
 class Mention(NamedTuple):
-    """A place that names an option: text[start:end]. `letter` is None when it names several at once."""
+    """A place that names an option: text[start:end]. `letter` is None when it names several at once; `own_words` tells a
+    letter that the option's words follow: "B. Aspirin", but not "A stroke"."""
 
     start: int
     end: int
     letter: str | None
+    own_words: bool = False
 
 
 class Context(NamedTuple):
@@ -116,10 +118,10 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
     names = _text_mentions(lower, tuple(pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0])))
     for match in w.LABEL.finditer(text):
         at = match.start("letter")
-        if at < end or any(name.start <= at < name.end for name in names):
+        if at < end or any(name.start - 2 * (match["letter"] in "Aa") <= at < name.end for name in names):
             continue
         letter, end = match["letter"], match.end()
-        enclosed = bool(match["open"] and match["close"]) or bool(match["prefix"])
+        enclosed = match["prefix"] or (match["open"] and match["close"])
         if not enclosed and w.NAMED.search(text, max(0, match.start() - 20), match.start()):
             continue
         if letter.islower() and not enclosed and not re.match(r"\s*(?:$|\n|[.,:;)](?:\s|$))", text[match.end("letter") :][:4]):
@@ -130,11 +132,13 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
             continue
         words = own.get(letter.upper())
         gap = _GAP.match(lower, end)
+        own_words, follows = False, w.FOLLOWS.match(text, end) and not (letter == "I" and w.PRONOUN.match(text, end))
         if words and gap and lower.startswith(words, gap.end()):
+            own_words = gap[0].strip() != "" or letter != "A"
             end = gap.end() + len(words)
-        elif not enclosed and (not w.FOLLOWS.match(text, end) or (letter == "I" and w.PRONOUN.match(text, end))):
+        elif not (enclosed or ")" in match["close"] or follows):
             continue
-        mentions.append(Mention(match.start(), end, letter.upper()))
+        mentions.append(Mention(match.start(), end, letter.upper(), own_words))
     return mentions
 
 
@@ -145,7 +149,7 @@ def _context(text: str, mention: Mention) -> Context:
     """A line break directly before the mention does not end what is to its left; nor, of a mention that begins its
     sentence, the stop after it what is to its right: "B. Aspirin is correct"."""
     left = text[max(0, mention.start - _WINDOW) : mention.start].rstrip()
-    left = "" if left.endswith((".", "!", "?", "。")) else w.SENTENCE_END.split(left)[-1]
+    left = w.SENTENCE_END.split(left)[-1]
     left = re.sub(r"(?<![A-Za-z])A(?![A-Za-z])", "_", left).lower()  # else an option A would read as an article
     right = text[mention.end : mention.end + _WINDOW]
     skip = 0 if left.strip(" -#>•") else len(right) - len(right.lstrip(".):,- "))
@@ -197,8 +201,11 @@ def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
         line_end = (text + "\n").index("\n", m.end)
         if (m.start < first_end or m.start >= last_start) and not _denied(context):
             bare = not text[m.end : line_end].strip(" .:)!")
-            if bare or (len({m.letter for m, _ in heads}) == 1 and w.SETS_OFF.match(text, m.end)):
+            set_off = w.SETS_OFF.match(text, m.end) or text[m.end - 1] == ")" or m.own_words
+            if bare or (m.letter and set_off and len({m.letter for m, _ in heads}) == 1):
                 return m
+    if len({m.letter for m, _ in labels}) == 1 and not labels[-1][1].left and not text[labels[-1][0].end :].strip(" ."):
+        return labels[-1][0]
     spoken = [(m, c) for m, c in labels if m.letter and not _denied(c) and not _unsure(c)]
     if len({m.letter for m, _ in spoken}) == 1 and _complete(text):
         m, c = spoken[-1]
@@ -219,20 +226,20 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
     if claims := [m for m, c in single if _claimed(c)] or weak:
         return claims
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
-    for m, _ in found:
-        begins = not text[text.rfind("\n", 0, m.start) + 1 : m.start].strip(" -#>\"'")
+    for m in (m for m, _ in found if m not in listed):
+        begins = w.LEADS_IN.fullmatch(text[text.rfind("\n", 0, m.start) + 1 : m.start].lower())
         rest = text[m.end : (text + "\n").index("\n", m.end)]
         leads = m.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", rest)
         if begins and (m.start < first_end or m.end > last_start) and (leads or not rest.strip(" .!\"'。")):
             return [m]
-    heads = [m for m, c in labels if not c.left]
+    heads = [m for m, c in labels if not c.left and m.own_words]
     only = [
         m for m, c in spoken
         if m not in apart and not _unsure(c) and not any(label.start <= m.start < label.end for label in heads)
     ]  # fmt: skip
     stops = [0, *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)), len(text)]
     outer_sentence = any(m.start < stops[1] or m.start >= stops[-2] for m in only)
-    if len({m.letter for m in only}) == 1 and outer_sentence and _complete(text):
+    if len({m.letter for m in only}) == 1 and not listed.intersection(only) and outer_sentence and _complete(text):
         return only
     return [m for m, c in spoken if m in only[-1:] and w.CONCLUDES.search(c.left)]
 

@@ -43,13 +43,14 @@ FOLLOWS = re.compile(
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(r"\s+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems)\b)[a-z']|['’]")
 """After an I that stands for the speaker."""
-SETS_OFF = re.compile(r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due)\b)")
+SETS_OFF = re.compile(r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due|for sure|obviously)\b)")
 """What may come after a letter that stands alone at the start of a line."""
 
 _FILLER = (
-    r"(?:[\s\"'“”‘’(\[{<>=~:,|#-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|likely|probably|clearly|surely|"
+    r"(?:[\s\"'“”‘’(\[{<>=~:,|#–—-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|likely|probably|clearly|surely|"
     r"definitely|certainly|therefore|thus|hence|so|indeed|simply|then|best|correct|single|it's|it is|ans|"
-    r"i(?:'d)? (?:believe|think|say)|in fact|actually|again|ultimately|still|that)(?![a-z]))*$"
+    r"i(?:'d)? (?:believe|think|say)|in fact|actually|again|ultimately|overall|still|that|"
+    r"in (?:conclusion|summary|short))(?![a-z]))*$"
 )
 LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
@@ -63,10 +64,11 @@ CLAIM_LEFT = re.compile(
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     rf"|(?:\b(?:true|correct|are|all)\b[^\n]*\bexcept(?: for)?|\b(?:chang|switch|revis)\w+\b[^\n]{{0,30}}\bto){_FILLER}"
     rf"|(?:\bnot\b[^\n]{{1,60}}?\b(?:but|rather)|不是[^。\n]{{1,30}}?而是){_FILLER}"
-    r"|boxed\s*\{?\s*$|<answer>\s*$"
+    r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
+    rf"|(?<!not )\bonly{_FILLER}"
     r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|make that|it must be)?\s*$"
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|:)[\s\"'“(\[【「]*$"
-    r"|(?:选项(?:应该|应)?(?:是|为|:)|的是|答案\W*|认为(?:应该|应)?(?:是|选)|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
+    r"|(?:选项(?:应该|应)?(?:是|为|:)|的是|答案?\W*|认为(?:应该|应)?(?:是|选)|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
 """The mention after this is claimed to be the answer."""
 WEAK_LEFT = re.compile(
@@ -79,7 +81,8 @@ WEAK_LEFT = re.compile(
 
 _VERDICT = (
     r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|answer|one)|(?:final )?answer|"
-    r"exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|odd one|"
+    r"exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|odd one|left(?=\s*[.,!]|$)|"
+    r"\w+ of choice(?! (?:for|in|when|if)\b)|"
     r"most (?:likely|appropriate|consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
     r"one that|way to go|what i)\b"
 )
@@ -88,7 +91,7 @@ CLAIM_RIGHT = re.compile(
     r"[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
     r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|(?:fits|explains|matches)\b[^.\n]{0,40}\bbest|"
-    r"makes the most sense|it is\b)"
+    r"makes the most sense|it is\b|does$)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
 """The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
@@ -99,7 +102,8 @@ DENIED_GAP = re.compile(
 
 DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
-    r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|n't)(?:\s+[\w'-]+){0,2}[\s(\"'\[]*$"
+    r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
+    r"|(?:\b(?:not|never|neither)|n't)\b[^,;]*\b(?:or|nor)(?:\s+\w+){0,2}\s*$"
     r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm|determine)\b"
     r"|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|previous|first|initial)\s+"
     r"(?:answer|choice|option|guess)(?: choice)?s?\b"
@@ -109,8 +113,8 @@ DENIED_RIGHT = re.compile(
     r"[\s.):]*(?:\([^)]*\)\s*)?(?:(?:is|are|was|were|would be|can be|could be|should be|has been|seems)\s+(?:\w+ly\s+)?"
     r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|inconsistent|contraindicated|"
     r"a distractor|the least)|(?:is|are|was|would|does|can|could)n't\b|does not\b|cannot\b|can not\b|would not\b|"
-    r"ha(?:s|ve) no (?:role|place|effect|benefit))"
-    r"|[^。,;\n]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选)"
+    r"ha(?:s|ve) no (?:role|place|effect|benefit)|or (?:maybe|perhaps) not)"
+    r"|[^。,;\n]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选|鉴别)"
 )
 SUPPOSED = re.compile(
     r"\b(?:if|had|were|unless|suppose|assuming|without)\b.*\b(?:would|could|might)\b"
@@ -135,6 +139,6 @@ PRAISES = re.compile(
 )
 CONCLUDES = re.compile(r"\b(?:therefore|thus|so|hence|conclusion|overall|summary|finally|ultimately)\b|因此|所以|综上|总之|故")
 TURN = re.compile(r";|\b(?:but|however|yet|though|so|therefore|thus)\b|但|然而|所以|因此")
-SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?\n]")
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 COMMON_WORDS = {"yes", "no", "maybe", "none", "all", "both", "true", "false", "n/a", "never", "always", "是", "否"}
 """Options whose words occur in any text: they count only where they stand apart."""
