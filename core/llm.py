@@ -78,7 +78,7 @@ class LLMConfig:
     @property
     def items_at_once(self) -> int:
         """How many items to work on so that `concurrency` calls are in flight while other answers go to disk."""
-        return self.concurrency + (self.concurrency + 3) // 4
+        return self.concurrency * 5 // 4
 
     def api_key(self) -> str:
         """The key, from the file or the environment; "" for a server that needs none. Raises ValueError where one is missing."""
