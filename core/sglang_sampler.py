@@ -67,8 +67,8 @@ class SglangConfig:
     bucket_mib: int = 512
     """weights are gathered and sent in portions of this size (MiB), or of one tensor where that is larger"""
     parity_tolerance: float | None = None
-    """sglang: nats that a server's log-prob of a fixed token may differ from the trainer's after a weight update; default:
-    1e-4 with dtype fp32, 0.25 with bf16"""
+    """sglang: nats that a server's log-prob of a fixed token may differ from the trainer's after a weight update; the servers
+    run in the trainer's dtype. Default: 1e-4 with fp32, 0.25 with bf16"""
     sleep: bool = False
     """sglang: the servers give their GPU memory back while the trainer trains (start them with --enable-memory-saver)"""
 

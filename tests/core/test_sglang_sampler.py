@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import pickle
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -216,6 +217,14 @@ def test_a_prompt_that_the_server_would_refuse_or_die_of_is_never_sent(serve, co
     with pytest.raises(ValueError, match=message):
         connect(server).generate([*prompts(3), Prompt(token_ids=prompt)], GREEDY)
     assert server.prompts() == []
+
+
+def test_the_progress_bar_counts_responses_and_says_tokens_a_second(serve, connect, capsys):
+    server = serve(on_generate(lambda body: time.sleep(0.12)))
+    sampler = connect(server, concurrency=1)
+    sampler.progress = True
+    sampler.generate(prompts(3, 4, 5), GREEDY)
+    assert re.search(r"rollout: .* 2/3 .*response/s, 1\d tokens/s", capsys.readouterr().err)
 
 
 # --- faults ---
