@@ -74,6 +74,8 @@ class LLMConfig:
                 raise ValueError(f"llm.{name}={getattr(self, name)}: must be above 0")
         if self.budget_usd and not self.price_in + self.price_out:
             raise ValueError("llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)")
+        if not self.api_key_env.isidentifier():
+            raise ValueError("llm.api_key_env: give the name of the variable that holds the key, not the key")
 
     @property
     def items_at_once(self) -> int:
@@ -84,12 +86,15 @@ class LLMConfig:
         """The key, from the file or the environment; "" for a server that needs none. Raises ValueError where one is missing."""
         if self.api_key_file:
             try:
-                return Path(self.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+                key = Path(self.api_key_file).expanduser().read_text(encoding="utf-8").strip()
             except OSError as error:
                 raise ValueError(f"llm.api_key_file={self.api_key_file}: {error.strerror}") from None
-        key = os.environ.get(self.api_key_env, "").strip()
+        else:
+            key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.base_url is None:
             raise ValueError(f"no API key: set {self.api_key_env}, or give llm.api_key_file, or llm.base_url of your own server")
+        if not (key.isascii() and key.isprintable()) or " " in key:  # it would be quoted by the error of whoever sends it
+            raise ValueError(f"the API key in {self.api_key_file or self.api_key_env} holds a blank or an odd character")
         return key
 
 

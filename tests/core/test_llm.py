@@ -459,6 +459,16 @@ def test_a_key_comes_from_the_environment_or_a_file(llm_server, tmp_path, monkey
         LLM(LLMConfig(model="m", api_key_file=str(tmp_path / "nokey")))
 
 
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk one", "sk-é", "sk\x00"])
+def test_a_key_that_no_header_takes_is_refused_without_being_shown(tmp_path, key):
+    (tmp_path / "key").write_text(key)
+    with pytest.raises(ValueError, match="the API key in .*key holds a blank or an odd character") as caught:
+        LLM(LLMConfig(model="m", api_key_file=str(tmp_path / "key")))
+    assert "sk" not in str(caught.value).replace(str(tmp_path), "")
+    with pytest.raises(ValueError, match="^llm.api_key_env: give the name of the variable that holds the key, not the key$"):
+        LLMConfig(api_key_env="sk-0123")
+
+
 # --- settings ---
 
 
@@ -477,6 +487,10 @@ def test_a_key_comes_from_the_environment_or_a_file(llm_server, tmp_path, monkey
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         LLMConfig(**changes)
+
+
+def test_more_items_than_calls_are_worked_on_where_calls_are_many():
+    assert [LLMConfig(concurrency=n).items_at_once for n in (1, 3, 16, 64)] == [1, 3, 20, 80]
 
 
 def test_a_client_without_a_model_is_refused():
