@@ -35,10 +35,10 @@ class JudgeVerifier:
         """One score a rollout, in order. Raises as Judge.verdicts, naming the problem."""
         finals = [rollout.final for rollout in rollouts]
         asked = [number for number, final in enumerate(finals) if final]
+        problems = [rollouts[number].problem for number in asked]
         cases = [
             Case(f"a response to problem {problem.index}", problem.question, problem.answer, finals[number] or "")
-            for number in asked
-            for problem in [rollouts[number].problem]
+            for number, problem in zip(asked, problems, strict=True)
         ]
         right = {number for number, verdict in zip(asked, self.judge.verdicts(cases), strict=True) if verdict}
         return [
@@ -50,13 +50,11 @@ class JudgeVerifier:
 def share_of_limits(config: LLMConfig, num_ranks: int) -> LLMConfig:
     """The settings of one of several ranks that ask at once: the limits, which hold for all together, divided."""
 
-    def part(limit: int | None) -> int | None:
-        return None if limit is None else max(1, limit // num_ranks)
-
+    requests, tokens, budget = config.requests_per_minute, config.tokens_per_minute, config.budget_usd
     return replace(
         config,
         concurrency=max(1, config.concurrency // num_ranks),
-        requests_per_minute=part(config.requests_per_minute),
-        tokens_per_minute=part(config.tokens_per_minute),
-        budget_usd=None if config.budget_usd is None else config.budget_usd / num_ranks,
+        requests_per_minute=requests and max(1, requests // num_ranks),
+        tokens_per_minute=tokens and max(1, tokens // num_ranks),
+        budget_usd=budget and budget / num_ranks,
     )
