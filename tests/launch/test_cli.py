@@ -369,7 +369,7 @@ def test_another_run_is_not_overwritten_when_told_never_to_resume(capsys, given,
 
 def documented_fields(config, prefix=""):
     """(option, docstring) of every field, nested ones with a dot, from the source text."""
-    source = inspect.getsource(config)
+    source = "".join(inspect.getsource(part) for part in config.__mro__[:-1])  # fields may be inherited
     nested = {f.name: f.default_factory for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.default_factory)}
     for field in dataclasses.fields(config):
         if field.name in nested:
