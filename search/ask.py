@@ -60,13 +60,14 @@ class Asker:
             reply = await llm.ask([message], draw=draw * DRAW_STRIDE + number, schema=schema, temperature=temperature)
             call["prompt_tokens"] += reply.prompt_tokens
             call["completion_tokens"] += reply.completion_tokens
-            cut, fault = CUT_OFF if reply.finish_reason == "length" and not judging else "", ""
+            cut = reply.finish_reason == "length"
             try:
                 value = parse(THOUGHT.sub("", reply.text))
+                if not cut or schema or judging:  # a whole JSON object or verdict may have its trailing prose cut off
+                    return value
+                fault = CUT_OFF
             except Fault as error:
-                fault = f"{cut} ({error})" if cut else str(error)
-            if not (fault := fault or cut):
-                return value
+                fault = f"{CUT_OFF} ({error})" if cut else str(error)
             call["faults"].append(fault)
             text = f"{prompt}\n\n{self.prompts.render('reask', fault=fault)}"
         raise Fault(f"{name}: {fault} ({self.max_asks} asks)")

@@ -69,7 +69,6 @@ async def _finish(
     journal: Journal,
 ) -> dict[str, Result]:  # fmt: skip
     llms = [LLM(each, journal=journal, retry_failed=config.retry_failed) for each in (config.llm, *others)]
-    usage = llms[0].usage
 
     async def finish(key: str) -> Result:
         known = journal.get(key)
@@ -84,8 +83,9 @@ async def _finish(
             asker.close_step(outcome)
             result = {"outcome": outcome, "reason": str(error), "trajectory": asker.steps}
             if isinstance(error, LLMError):  # the journal holds the call as failed, or says nothing as no server was reached
-                if usage.failures >= config.llm.concurrency and not usage.completion_tokens + usage.cached_calls:
-                    raise ValueError(f"none of the first {usage.failures} calls got an answer; the last: {error}") from None
+                for usage in [llm.usage for llm in llms]:
+                    if usage.failures >= config.llm.concurrency and not usage.completion_tokens + usage.cached_calls:
+                        raise ValueError(f"none of the first {usage.failures} calls got an answer; the last: {error}") from None
                 await journal.record_error(key, str(error))
             if not isinstance(error, Fault):
                 return result
@@ -94,7 +94,8 @@ async def _finish(
         return result
 
     try:
-        results = await gather_in_order(list(by_key), finish, concurrency=config.llm.concurrency, progress="items", usage=usage)
+        usage, at_once = llms[0].usage, config.llm.concurrency
+        results = await gather_in_order(list(by_key), finish, concurrency=at_once, progress="items", usage=usage)
     finally:
         for llm in llms:
             await llm.close()

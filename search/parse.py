@@ -126,7 +126,7 @@ def conclusion(chain: list[Step]) -> str:
 
 
 def joined(before: list[Step], after: list[Step]) -> list[Step]:
-    """A chain and its continuation. One that begins with a Verification puts it in place of the last, which was mistaken."""
+    """A chain, or none, and what carries it on. A Verification at its start takes the place of the last, which was mistaken."""
     return [*(before[:-1] if after[0]["action"] == VERIFY else before), *after]
 
 

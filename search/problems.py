@@ -20,7 +20,7 @@ from verippo.search.config import ProblemsConfig
 from verippo.search.decontaminate import normalise, overlaps
 from verippo.search.items import Result, finish_items, write_json
 from verippo.search.parse import PROBLEM_SCHEMA, parse_choice, parse_judgement, parse_problem
-from verippo.search.report import Table, end, funnel_table, reasons_table, tokens_table, write_report
+from verippo.search.report import NUM_EXAMPLES, Table, end, funnel_table, reasons_table, tokens_table, write_report
 from verippo.search.templates import Prompts
 
 Row = dict[str, Any]
@@ -143,13 +143,13 @@ def first_filters(
     seen: set[tuple[str, ...]] = set()
     for question, shares in zip(questions, contaminated([q.question for q in questions], evaluation), strict=True):
         same = (normalise(question.question), *sorted(map(normalise, question.options.values())))
-        asked = re.split(r"(?<=[.?!。？！])\s*", question.question.strip())
+        asked = [part for part in re.split(r"(?<=[.?!。？！])\s*", question.question.strip()) if part][-1]
         fate = None
         if same in seen:
             fate = Fate("duplicates", "dropped", "the same question with the same options came before")
         elif len(question.question) < config.min_length:
             fate = Fate("length", "dropped", f"shorter than {config.min_length} characters")
-        elif config.unique and ASKS_FOR_FALSE.search(" ".join(filter(None, asked[-2:]))):
+        elif config.unique and ASKS_FOR_FALSE.search(asked):
             fate = Fate("one right option", "dropped", "asks for what is false")
         elif config.unique and STANDS_FOR_SEVERAL.search(question.answer):
             fate = Fate("one right option", "dropped", "its right option stands for several")
@@ -216,8 +216,8 @@ def write_problems(
     halves = [[row for n, row in enumerate(records) if (n in chosen) == wanted] for wanted in (True, False)]
     sizes: list[tuple[Any, ...]] = [("search", len(halves[0])), ("RL, converted", len(halves[1]))]
     taken = {normalise(row["question"]) for row in records}
-    for kind, pool in pools.items():
-        wanted = round(getattr(config.mix, f"{kind}_ratio") * (len(records) - len(halves[0]))) if pool else 0
+    for kind, pool in ((kind, pool) for kind, pool in pools.items() if pool):
+        wanted = round(getattr(config.mix, f"{kind}_ratio") * (len(records) - len(halves[0])))
         shares = contaminated([row[QUESTION_KEY] for row in pool], evaluation)
         free = [row for row, bad in zip(pool, shares, strict=True)
                 if not bad and normalise(row.get("question", "")) not in taken]  # fmt: skip
@@ -226,4 +226,5 @@ def write_problems(
         sizes.append((f"RL, {kind} (wanted {wanted}, {len(free)} of {len(pool)} could be drawn)", len(drawn)))
     for name, part in (("problems", records), ("problems_search", halves[0]), ("problems_rl", halves[1])):
         write_json(folder / f"{name}.json", part)
-    return [Table("Halves", ("part", "problems"), sizes)]
+    examples = [(row["question"], row[QUESTION_KEY], row[ANSWER_KEY]) for row in records[:NUM_EXAMPLES]]
+    return [Table("Halves", ("part", "problems"), sizes), Table("Examples", ("exam question", "problem", "answer"), examples)]

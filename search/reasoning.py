@@ -29,7 +29,7 @@ from verippo.search.parse import (
     parse_truth,
 )
 from verippo.search.report import Table, end, reasons_table, tokens_table, write_report
-from verippo.search.templates import Prompts
+from verippo.search.templates import STRATEGY, Prompts
 
 Record = dict[str, Any]
 BACKTRACKING = "backtracking"
@@ -77,18 +77,18 @@ async def search_one(problem: Problem, asker: Asker, config: SearchConfig) -> Re
     """
     question, draws = problem.question, content_key(problem.question, problem.answer)
 
-    async def extend(strategy: str, chain: list[Step], *, attempt: int, depth: int) -> tuple[list[Step], bool]:
-        """The chain with what the strategy adds, and the verdict on its conclusion."""
-        name = {"initial": "chain", "label_guided": "label"}.get(strategy, f"strategy-{strategy}")
+    async def extend(prompt: str, chain: list[Step], *, attempt: int, depth: int) -> tuple[list[Step], bool]:
+        """The chain with what the prompt adds, and the verdict on its conclusion."""
         values = {"question": question} | ({"chain": shown(chain)} if chain else {})
-        values |= {"answer": problem.answer} if strategy == "label_guided" else {}
-        new = await asker.ask(name, values, parse_chain, draw=attempt, schema=CHAIN_SCHEMA)
+        values |= {"answer": problem.answer} if prompt == "label" else {}
+        new = await asker.ask(prompt, values, parse_chain, draw=attempt, schema=CHAIN_SCHEMA)
         values = {"question": question, "conclusion": conclusion(new), "answer": problem.answer}
         right = await asker.ask("verdict", values, parse_truth, judging=True)
+        strategy = {"chain": "initial", "label": "label_guided"}.get(prompt, prompt.removeprefix(STRATEGY))
         asker.close_step(strategy, attempt=attempt, depth=depth, chain=new, conclusion=conclusion(new), verdict=right)
-        return joined(chain, new) if chain else new, right
+        return joined(chain, new), right
 
-    initial, right = await extend("initial", [], attempt=0, depth=0)
+    initial, right = await extend("chain", [], attempt=0, depth=0)
     chain = initial
     for attempt in range(1, config.max_attempts + 1):
         for depth in range(1, config.max_depth + 1):
@@ -96,9 +96,9 @@ async def search_one(problem: Problem, asker: Asker, config: SearchConfig) -> Re
                 rng = random.Random(f"{config.seed}/{draws}/{attempt}/{depth}")
                 names = [name for name in asker.prompts.strategies if depth > 1 or name != BACKTRACKING]
                 before = chain if depth > 1 else initial
-                chain, right = await extend(rng.choice(names), before, attempt=attempt, depth=depth)
+                chain, right = await extend(STRATEGY + rng.choice(names), before, attempt=attempt, depth=depth)
     if not right and config.label_guided:
-        chain, right = await extend("label_guided", chain, attempt=config.max_attempts + 1, depth=1)
+        chain, right = await extend("label", chain, attempt=config.max_attempts + 1, depth=1)
     if not right:
         return {"outcome": "given up"}
     values = {"question": question, "chain": shown(chain)}

@@ -13,6 +13,7 @@ from verippo.core.page import write_page
 Result = dict[str, Any]
 NUM_EXAMPLES = 2
 EXAMPLE_LENGTH = 160
+MAX_REASONS = 40
 
 
 class Table(NamedTuple):
@@ -56,7 +57,9 @@ def reasons_table(title: str, cases: Iterable[tuple[str, str, str]]) -> Table:
     for what, why, question in cases:
         found[what, why[:EXAMPLE_LENGTH]].append(" ".join(question.split())[:EXAMPLE_LENGTH])
     ordered = sorted(found.items(), key=lambda case: -len(case[1]))
-    rows = [(*key, len(questions), " / ".join(questions[:NUM_EXAMPLES])) for key, questions in ordered]
+    rows = [(*key, len(questions), " / ".join(questions[:NUM_EXAMPLES])) for key, questions in ordered[:MAX_REASONS]]
+    rest = ordered[MAX_REASONS:]
+    rows += [("others", f"{len(rest)} more reasons: see journal.jsonl", sum(len(case[1]) for case in rest), "")] if rest else []
     return Table(title, ("what", "why", "items", "examples"), rows)
 
 

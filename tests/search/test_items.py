@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -58,35 +59,52 @@ def without_account(records):
     return [record | {"trajectory": [{**step, "calls": None} for step in record["trajectory"]]} for record in records]
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_answer_is_asked_for_again_with_the_fault_named(name, model, llm_server, command, scripted):
-    kind, text, fault = FAULTS[name]
-    rows = [scripted.problem(0)]
+def test_a_faulty_answer_is_asked_for_again_with_the_fault_named(doctor, llm_server, command, scripted, tmp_path):
+    """Each of FAULTS at once, in a problem of its own, with one wrong conclusion."""
+    rows = [scripted.problem(n) for n in range(len(FAULTS))]
+    answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
+    model = doctor(answers, dict.fromkeys(answers, 1))
     good = without_account(scripted.load(command("search", rows, llm_server(model), output="good"), "search.json"))
-    model.asked.clear()
-    model.faults = {kind: [text]}
-    server = llm_server(model)
+    cases = dict(zip(answers, FAULTS.values(), strict=True))
+    answered = set()
+
+    def script(body):
+        prompt = body["messages"][0]["content"]
+        question = next(q for q, answer in answers.items() if q in prompt or f"<reference>\n{answer}\n" in prompt)
+        kind, text, _ = cases[question]
+        if kind != scripted.kind_of(prompt, scripted.OPENINGS) or question in answered:
+            return model(body)
+        answered.add(question)
+        return text
+
+    server = llm_server(script)
     records = scripted.load(command("search", rows, server), "search.json")
     assert without_account(records) == good
-    faults = [fault for step in records[0]["trajectory"] for call in step["calls"] for fault in call["faults"]]
-    assert faults
-    assert [found for found in faults if fault not in found] == []
-    again = [body["messages"][0]["content"] for body in server.bodies if fault in body["messages"][0]["content"]]
-    assert len(again) == len(faults) == len(server.bodies) - 6
-    assert all("An earlier answer to this could not be used: " in text for text in again)
+    assert len(server.bodies) == len(rows) * (6 + 1)
+    for record, (kind, _, fault) in zip(records, FAULTS.values(), strict=True):
+        ((found,),) = [call["faults"] for step in record["trajectory"] for call in step["calls"] if call["faults"]]
+        assert fault in found
+        again = [body["messages"][0]["content"] for body in server.bodies if f"could not be used: {found}." in str(body)]
+        assert any(kind == scripted.kind_of(text, scripted.OPENINGS) for text in again)
+    assert "| unparsed | 3 |" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("around", ["```json\n{}\n```", "Here is the object:\n{}\nI hope it helps.", "```\n{}```", "\ufeff {}",
-                                    "<think>{{Hm}}. So.</think>\n{}"])  # fmt: skip
-def test_a_fence_and_prose_around_the_object_are_passed_over(around, model, llm_server, command, scripted):
-    class Chatty(type(model)):
-        def __call__(self, body):
-            text = super().__call__(body)
-            return around.format(text) if text.startswith("{") else text
+def test_a_fence_and_prose_around_the_object_are_passed_over(doctor, llm_server, command, scripted):
+    around = [
+        "```json\n{}\n```", "Here it is:\n{}\nI hope it helps.", "```\n{}```", "\ufeff {}", "<think>{{Hm}}. So.</think>\n{}",
+    ]
+    rows = [scripted.problem(n) for n in range(len(around))]
+    answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
+    model = doctor(answers, dict.fromkeys(answers, 1))
 
-    server = llm_server(Chatty(model.answers, model.plan))
-    assert len(scripted.load(command("search", [scripted.problem(0)], server), "search.json")) == 1
-    assert len(server.bodies) == 6
+    def script(body):
+        text = model(body)
+        number = re.search(r"patient (\d)", body["messages"][0]["content"])
+        return around[int(number[1])].format(text) if text.startswith("{") else text
+
+    server = llm_server(script)
+    assert len(scripted.load(command("search", rows, server), "search.json")) == len(around)
+    assert len(server.bodies) == 6 * len(around)
 
 
 def test_an_answer_cut_at_its_limit_is_a_fault_even_when_it_reads_well(model, llm_server, command, scripted):

@@ -63,7 +63,7 @@ def test_the_funnel_worked_by_hand(llm_server, command, scripted, tmp_path):
     rows = [
         exam(0, id="zero"),
         exam(0, options=("Heparin", "Aspirin", "Insulin", "Digoxin"), letter="A"),  # a duplicate: same options
-        {**exam(1), "question": "Case 1: short?"},
+        {**exam(1), "question": "Case 1: <b>short</b> | ?"},
         exam(2, text="Case 2: all of the following drugs were given to this patient, except for one that was not. NOT"),
         exam(3, options=("Aspirin", "All of the above", "Insulin", "Digoxin")),
         exam(4, text=f"Case 4: {SHARED.upper()}  "),
@@ -99,8 +99,11 @@ def test_the_funnel_worked_by_hand(llm_server, command, scripted, tmp_path):
     for line in ("| judgement: dropped | too simple | 1 | Case 7: a patient", "| judgement: dropped | ambiguous answer | 1 |",
                  "| judgement: failed | judge: it is not one of",
                  "| rewriting: failed | rewrite: it holds no JSON object (3 asks) | 1 |",
-                 "| length: dropped | shorter than 100 characters | 1 | Case 1: short? |"):  # fmt: skip
+                 "| length: dropped | shorter than 100 characters | 1 | Case 1: <b>short</b> \\| ? |"):  # fmt: skip
         assert line in report
+    page = (folder / "report.html").read_text()
+    assert "<h2>Funnel</h2>" in page
+    assert "Case 1: &lt;b&gt;short&lt;/b&gt; | ?" in page
     assert [problem.answer for problem in load_problems(str(folder / "problems.json"))] == ["Heparin", "Heparin"]
     # 10 questions reach the first small model, which knows all; then 10 the second
     assert examiner.log == {
