@@ -152,12 +152,12 @@ def stop(server: Server, *, state: str = STATE, timeout_seconds: float = 60.0) -
     """
     if server.node != platform.node():
         raise ValueError(f"the server {server.url} runs on {server.node}: stop it there")
-    ours = _alive(server)
+    ours = running(server)
     for process in [p for p in ours if p.pid == server.pid] or ours:  # the server's own process ends its children
         with suppress(psutil.Error):
             process.terminate()  # psutil compares the start time again before it signals
     psutil.wait_procs(ours, timeout=timeout_seconds)
-    for process in {*ours, *_alive(server)}:
+    for process in {*ours, *running(server)}:
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(ours, timeout=10)
@@ -172,11 +172,36 @@ def servers(state: str = STATE) -> list[tuple[Server, str]]:
     for server in map(_read, sorted(Path(state).expanduser().glob("*.json"))):
         if server.node != platform.node():
             found.append((server, "elsewhere"))
-        elif not _alive(server):
+        elif not running(server):
             found.append((server, "gone"))
         else:
             found.append((server, "ready" if _answers(server, None) else "not answering"))
     return found
+
+
+def running(server: Server) -> list[psutil.Process]:
+    """What runs of the server, its own process first: all of its session; when its own process is gone, and the session's
+    number may be another's by now, those that were recorded."""
+
+    def of_session(process: psutil.Process) -> bool:
+        with suppress(OSError):
+            return os.getsid(process.pid) == server.pid
+        return False
+
+    recorded = []
+    for pid, started in server.processes:
+        with suppress(psutil.Error):
+            if abs((process := psutil.Process(pid)).create_time() - started) < 2:
+                recorded.append(process)
+    found = {process.pid: process for process in recorded}
+    if server.pid in found:
+        found |= {process.pid: process for process in psutil.process_iter() if of_session(process)}
+    alive = []
+    for process in found.values():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
 
 
 def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
@@ -188,7 +213,7 @@ def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once must not both find the port free
         port = config.port or _free_port(config.host, 0)
         record = folder / f"{platform.node()}-{port}.json"
-        if record.exists() and _alive(there := _read(record)):
+        if record.exists() and running(there := _read(record)):
             raise ValueError(
                 f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): stop it with "
                 "`verippo serve stop`, or take another --port"
@@ -221,7 +246,7 @@ def _wait(server: Server, config: ServerConfig) -> Server:
     deadline = time.monotonic() + config.start_timeout_seconds
     try:
         while not _answers(server, key):
-            if server.pid not in [process.pid for process in _alive(server)]:
+            if server.pid not in [process.pid for process in running(server)]:
                 raise ValueError(f"the server on port {server.port} exited while starting: {_last_lines(server, key)}")
             if time.monotonic() > deadline:
                 limit = f"start_timeout_seconds={config.start_timeout_seconds:g}"
@@ -229,34 +254,9 @@ def _wait(server: Server, config: ServerConfig) -> Server:
             time.sleep(0.5)
     finally:
         _blank_out(server, key)
-    ready = replace(server, processes=[(process.pid, process.create_time()) for process in _alive(server)])
+    ready = replace(server, processes=[(process.pid, process.create_time()) for process in running(server)])
     _write(_record(server.node, server.port, config.state), ready)
     return ready
-
-
-def _alive(server: Server) -> list[psutil.Process]:
-    """What runs of the server, its own process first: all of its session; when its own process is gone, and the session's
-    number may be another's by now, those that were recorded."""
-
-    def of_session(process: psutil.Process) -> bool:
-        with suppress(OSError):
-            return os.getsid(process.pid) == server.pid
-        return False
-
-    recorded = []
-    for pid, started in server.processes:
-        with suppress(psutil.Error):
-            if abs((process := psutil.Process(pid)).create_time() - started) < 2:
-                recorded.append(process)
-    found = {process.pid: process for process in recorded}
-    if server.pid in found:
-        found |= {process.pid: process for process in psutil.process_iter() if of_session(process)}
-    alive = []
-    for process in found.values():
-        with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
 
 
 def _answers(server: Server, key: str | None) -> bool:

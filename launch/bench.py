@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -55,6 +56,7 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
     model: Any = load_causal_lm(config.model, dtype=config.dtype)
     stops = stop_token_ids(config.model, load_tokenizer(config.model))
     facts = environment(1) | {"model": config.model, "parameters": sum(p.numel() for p in model.parameters())}
+    facts["load"] = os.getloadavg()[0]  # of other programs too: a busy machine's figure is worth little
     words = random.Random(config.seed)
     prompts = [
         Prompt(token_ids=[words.randrange(model.config.vocab_size) for _ in range(config.prompt_tokens)], seed=number)
@@ -67,9 +69,11 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
                 folder=Path(folder),
             )  # fmt: skip
             try:
+                info = servers.servers[0].info()
                 seconds = _seconds(lambda: servers.update_weights(model.named_parameters(), 1))
                 _print(figure="weights", engine="sglang", sync=config.sampler.sync, seconds=seconds, **facts)
-                _drawing("sglang", servers, prompts, config, facts | {"servers": len(servers.servers)})
+                theirs = {"sglang": info.get("version"), "device": info.get("device"), "servers": len(servers.servers)}
+                _drawing("sglang", servers, prompts, config, facts | theirs)
             finally:
                 servers.close()
     on_device = model.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)

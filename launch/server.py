@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from verippo.core.server import STATE, Server, ServerConfig, servers, start_all
+from verippo.core.server import STATE, Server, ServerConfig, running, servers, start_all
 from verippo.core.server import stop as stop_server
 
 
@@ -19,6 +21,9 @@ class ServeConfig(ServerConfig):
     """servers, on the ports `port`, `port` + 1, ..."""
     gpus: str = ""
     """numbers of the GPUs to use, 4,5,6,7: tp x dp of them for each server; default: the first ones that are visible"""
+    foreground: bool = False
+    """stays until it is interrupted or terminated, then stops them: for Slurm, containers and systemd, which end what a
+    command leaves behind"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,10 +77,27 @@ def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
     if config.host == "0.0.0.0" and not (config.api_key_env or config.api_key_file):
         print("warning: whoever reaches this machine can replace the model's weights: give --api_key_file", file=sys.stderr)
     print(f"starting {config.num} of {config.model}; logs are in {config.state}", flush=True)
+    if config.foreground:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     started = start_all(config.each())
     for server in started:
         print(f"{server.url}  ready  pid {server.pid}  {server.model}  {server.log}")
-    print(f"--sampler.urls {','.join(server.url for server in started)}")
+    print(f"--sampler.urls {','.join(server.url for server in started)}", flush=True)
+    if config.foreground:
+        _stay(config, started)
+
+
+def _stay(config: ServeConfig, started: list[Server]) -> None:
+    """Waits for a signal, or until a server ends by itself, which is a failure."""
+    try:
+        while True:
+            for server in started:
+                if server.pid not in [process.pid for process in running(server)]:
+                    sys.exit(f"verippo: {server.url} ended by itself: {server.log}")
+            time.sleep(1)
+    finally:
+        for server in started:
+            stop_server(server, state=config.state, timeout_seconds=config.stop_timeout_seconds)
 
 
 def status(config: ServedConfig, *, resolved: dict[str, Any]) -> None:

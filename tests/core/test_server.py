@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -125,6 +126,19 @@ def test_a_second_start_on_the_port_is_refused_and_the_first_goes_on(make):
     with pytest.raises(ValueError, match=rf"port {server.port}: a server of ours runs there already \(pid {server.pid}, "):
         start(make(port=server.port))
     assert listens(server)
+
+
+def test_of_two_starts_at_once_on_a_port_one_succeeds(make):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        config = make(port=probe.getsockname()[1])
+    with ThreadPoolExecutor(2) as pool:
+        results = [future.exception() or future.result() for future in [pool.submit(start, config) for _ in range(2)]]
+    refused = [result for result in results if isinstance(result, ValueError)]
+    assert len(refused) == 1
+    assert "a server of ours runs there already" in str(refused[0])
+    (server,) = [result for result in results if result not in refused]
+    assert servers(config.state) == [(server, "ready")]
 
 
 def test_a_port_that_another_program_holds_is_refused(make):

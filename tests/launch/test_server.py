@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
+from verippo.core.server import running, servers
 from verippo.launch import cli
 from verippo.launch.server import ServeConfig
 
@@ -67,6 +73,51 @@ def test_a_server_that_exits_gives_one_line_and_status_two(serve):
     assert code == 2
     assert err.count("\n") == 1
     assert "RuntimeError: out of memory" in err
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_in_the_foreground_it_stays_until_a_signal_and_then_stops_the_servers(fake_sglang, tmp_path, sent, status):
+    with foreground(fake_sglang, tmp_path) as process:
+        server = started_by(process, tmp_path)
+        assert process.poll() is None
+        process.send_signal(sent)
+        assert process.wait(20) == status
+        assert not running(server)
+        assert servers(str(tmp_path)) == []
+
+
+def test_in_the_foreground_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path):
+    with foreground(fake_sglang, tmp_path, "--environment", '{"FAKE": "hangs"}') as process:
+        assert next(line for line in iter(process.stdout.readline, "") if line.startswith("starting"))
+        while not (listed := servers(str(tmp_path))):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 0
+        assert not running(listed[0][0])
+
+
+def test_in_the_foreground_a_server_that_ends_by_itself_ends_the_command(fake_sglang, tmp_path):
+    with foreground(fake_sglang, tmp_path) as process:
+        server = started_by(process, tmp_path)
+        os.kill(server.pid, signal.SIGKILL)
+        assert process.wait(20) == 1
+        assert process.stderr.read() == f"verippo: {server.url} ended by itself: {server.log}\n"
+        assert not running(server)
+
+
+def foreground(fake_sglang, state, *more):
+    options = [part for name, value in fake_sglang.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "verippo.launch.cli", "serve", "start", *options, "--port", "0", "--foreground", "true"]
+    command += ["--state", str(state), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def started_by(process, state):
+    """The server that the command started, once it says so."""
+    lines = iter(process.stdout.readline, "")
+    assert next(line for line in lines if line.startswith("--sampler.urls"))
+    ((server, _),) = servers(str(state))
+    return server
 
 
 def test_listening_to_all_without_a_key_is_warned_of(serve):
