@@ -74,7 +74,9 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
     if not text:
         return _NONE
     texts = _option_texts(tuple(options.items()))
-    labels = [(mention, _context(text, mention)) for mention in _labels(text, texts)]
+    mentions = _labels(text, texts)
+    quoted = _quoted(text, mentions, options)
+    labels = [(m, _context(text, m)) for m in mentions if m not in quoted]
     if claims := [m for m, c in labels if _claimed(c)]:
         return _last(claims, "statement", options)
     labels = [(m, c) for m, c in labels if m.letter is None or m.letter in options]
@@ -82,7 +84,7 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
         return _last(claims, "statement", options)
     if alone := _alone(text, labels):
         return _last([alone], "letter", options)
-    found = _by_text(text, texts, labels)
+    found = _by_text(text, texts, labels, quoted)
     return _last(found, "text", options) if found else _NONE
 
 
@@ -105,7 +107,7 @@ def _option_texts(items: tuple[tuple[str, str], ...]) -> OptionTexts:
     """(lower-case text, letter) of each option, the longest first; the letter is None when options share the text."""
     texts: dict[str, str | None] = {}
     for letter, text in items:
-        key = re.sub(r"^(?:the|an?) ", "", " ".join(_plain(text).lower().split()).rstrip(" .。;,"))
+        key = w.ARTICLE.sub("", " ".join(_plain(text).lower().split()).strip(" .。;,\"'“”"))
         texts[key] = None if key in texts else letter
     return tuple(sorted(((text, letter) for text, letter in texts.items() if text), key=lambda pair: -len(pair[0])))
 
@@ -118,31 +120,44 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
     names = _text_mentions(lower, tuple(pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0])))
     for match in w.LABEL.finditer(text):
         at = match.start("letter")
-        if at < end or any(name.start - 2 * (match["letter"] in "Aa") <= at < name.end for name in names):
+        if at < end or any(name.start <= at < name.end for name in names):
             continue
         letter, end = match["letter"], match.end()
         enclosed = match["prefix"] or (match["open"] and match["close"])
         if not enclosed and w.NAMED.search(text, max(0, match.start() - 20), match.start()):
             continue
-        if letter.islower() and not enclosed and not re.match(r"\s*(?:$|\n|[.,:;)](?:\s|$))", text[match.end("letter") :][:4]):
+        if letter.islower() and not enclosed and not w.LOWER_CASE.match(text, at):
             continue
         if letter.isupper() and (more := w.MORE.match(text, end)):
             end = more.end()
             mentions.append(Mention(match.start(), end, None))
             continue
-        words = own.get(letter.upper())
-        gap = _GAP.match(lower, end)
+        words, gap = own.get(letter.upper()), w.GAP.match(lower, end)
         own_words, follows = False, w.FOLLOWS.match(text, end) and not (letter == "I" and w.PRONOUN.match(text, end))
-        if words and gap and lower.startswith(words, gap.end()):
-            own_words = gap[0].strip() != "" or letter != "A"
-            end = gap.end() + len(words)
+        if words and gap and (starts := [at for at in (gap.end(1), gap.end()) if lower.startswith(words, at)]):
+            own_words = gap[1].strip() != "" or letter != "A"
+            end = starts[0] + len(words)
         elif not (enclosed or ")" in match["close"] or follows):
             continue
         mentions.append(Mention(match.start(), end, letter.upper(), own_words))
     return mentions
 
 
-_GAP = re.compile(r"[\s.):,\-–—\"'(=\]]*(?:(?:the|an?) )?")
+def _quoted(text: str, mentions: list[Mention], options: dict[str, str]) -> set[Mention]:
+    """The labels of a list of the options that the output repeats: "A. Aspirin", "B. Heparin", ... to the last or for three
+    at least, in order and with nothing said of any."""
+    order, runs = list(options), [mentions[:1]]
+    for m, n in pairwise(mentions):
+        bare = m.own_words and n.own_words and not text[m.end : n.start].strip(" \n\t.;,:•->|\"'[]{}(")
+        successive = m.letter in order and n.letter in order and order.index(n.letter) == order.index(m.letter) + 1
+        if bare and successive:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return {
+        m for run in runs for m in run
+        if len(run) >= min(3, len(options)) and not re.match(r"\s*[–—-]?\s*[a-z]", text[run[-1].end :][:6])
+    }  # fmt: skip
 
 
 def _context(text: str, mention: Mention) -> Context:
@@ -200,9 +215,10 @@ def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
     for m, context in heads:
         line_end = (text + "\n").index("\n", m.end)
         if (m.start < first_end or m.start >= last_start) and not _denied(context):
-            bare = not text[m.end : line_end].strip(" .:)!")
+            bare = not m.own_words and not text[m.end : line_end].strip(" .:)!")
             set_off = w.SETS_OFF.match(text, m.end) or text[m.end - 1] == ")" or m.own_words
-            if bare or (m.letter and set_off and len({m.letter for m, _ in heads}) == 1):
+            others = {n.letter for n, _ in heads if n != m}
+            if bare or (m.letter and set_off and (others <= {m.letter} or (m.start >= last_start and m.letter in others))):
                 return m
     if len({m.letter for m, _ in labels}) == 1 and not labels[-1][1].left and not text[labels[-1][0].end :].strip(" ."):
         return labels[-1][0]
@@ -213,11 +229,14 @@ def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
     return None
 
 
-def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]]) -> list[Mention]:
+def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]], quoted: set[Mention]) -> list[Mention]:
     """The mentions of an option's words that decide: claimed; weakly claimed; standing alone; the only ones not denied."""
-    found = [(m, _context(text, m)) for m in _text_mentions(text.lower(), texts)]
+    found = [
+        (m, _context(text, m)) for m in _text_mentions(text.lower(), texts)
+        if not any(label.start <= m.start < label.end for label in quoted)
+    ]  # fmt: skip
     apart = {m for m, _ in found if _common(text[m.start : m.end])}
-    firm = [(m, c) for m, c in found if m not in apart or w.SETS_OFF.match(text, m.end) or text[m.end] in "}\"'"]
+    firm = [(m, c) for m, c in found if m not in apart or w.STANDS_APART.match(c.right)]
     spoken = [(m, c) for m, c in found if not _denied(c) and not w.EXAMPLE_LEFT.search(c.left)]
     neighbours = [(m, n) for (m, _), (n, _) in pairwise(found) if m.letter != n.letter]
     listed = {each for m, n in neighbours if w.BETWEEN.fullmatch(text, m.end, n.start) for each in (m, n)}

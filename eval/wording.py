@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 MARKUP = re.compile(
-    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u)>|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
+    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|\w+\|>|\\[()\[\],;]|\\(?=%)|\\(?:quad|"
+    r"boldsymbol)\b"
 )
 LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
 
@@ -26,25 +27,42 @@ NAMED = re.compile(
     re.IGNORECASE,
 )
 """Before a letter that belongs to a name: "vitamin C"."""
-LONE_LETTER = re.compile(r"(?<![a-z0-9])[a-z](?![a-z0-9])")
+LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
+ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
+"""At the start of an option's words; not the A of "A and B"."""
 MORE = re.compile(
     r"(?:\s*(?:,?\s*(?:and|or|&|和|或|与|及)|,|、)\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*)+"
-    r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem)\b|都|均|三|两))"
+    r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|might|can)\b|[\"'\]}]|都|均|三|两))"
 )
 """Further letters of a list: "A and C"."""
 BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?")
 """Between the options' words of a list: "aspirin, or heparin"."""
+GAP = re.compile(r"([\s.):,\-–—\"'(=\]]*)((?:the|an?) )?")
+"""Between a letter and its option's own words."""
+LOWER_CASE = re.compile(
+    r"[b-z]\s*(?:$|\n|[.,:;)](?:\s|$))|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S]))a\s*(?:$|\n)"
+)
+"""A small letter that stands for an option; an "a" where the output was cut is an article."""
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿]|"
-    r"\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|not|over|must|"
+    r"\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|instead|not|"
+    r"over|must|"
     r"here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
     r"(?!cells|vitamins|waves|lymphocytes|fibers|strains)[a-z]+(?<![uias])s)\b)"
 )
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
-PRONOUN = re.compile(r"\s+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems)\b)[a-z']|['’]")
+PRONOUN = re.compile(
+    r"\s+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|"
+    r"instead|makes|it|(?:would|must) be (?:the|correct|right))\b)[a-z']|['’]"
+)
 """After an I that stands for the speaker."""
-SETS_OFF = re.compile(r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due|for sure|obviously)\b)")
+SETS_OFF = re.compile(
+    r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due|for sure|obviously|rather than|"
+    r"instead of|(?:and )?not)\b)"
+)
 """What may come after a letter that stands alone at the start of a line."""
+STANDS_APART = re.compile(SETS_OFF.pattern + r"|[}\"']|\s(?:is|would be|seems) (?:the|correct|right)\b")
+"""What may come after an option's words that are common ones, as "no"."""
 
 _FILLER = (
     r"(?:[\s\"'“”‘’(\[{<>=~:,|#–—-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|likely|probably|clearly|surely|"
@@ -55,7 +73,8 @@ _FILLER = (
 LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
 CLAIM_LEFT = re.compile(
-    r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict)(?![a-z])"
+    r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict|"
+    r"final|result|prediction)(?![a-z])"
     rf"(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
     rf"statement|exception|finding|organism|one|match|fit|letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
@@ -82,7 +101,7 @@ WEAK_LEFT = re.compile(
 _VERDICT = (
     r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|answer|one)|(?:final )?answer|"
     r"exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|odd one|left(?=\s*[.,!]|$)|"
-    r"\w+ of choice(?! (?:for|in|when|if)\b)|"
+    r"(?:a )?better|more (?:likely|appropriate|consistent|plausible|suitable|probable)|\w+ of choice(?! (?:for|in|when|if)\b)|"
     r"most (?:likely|appropriate|consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
     r"one that|way to go|what i)\b"
 )
@@ -104,8 +123,10 @@ DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
     r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
     r"|(?:\b(?:not|never|neither)|n't)\b[^,;]*\b(?:or|nor)(?:\s+\w+){0,2}\s*$"
-    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm|determine)\b"
-    r"|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|previous|first|initial)\s+"
+    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm|"
+    r"determine)\b"
+    r"|\bdoubt\b|\bnone of\b|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|previous|"
+    r"first|initial)\s+"
     r"(?:answer|choice|option|guess)(?: choice)?s?\b"
     r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
 )
@@ -114,19 +135,22 @@ DENIED_RIGHT = re.compile(
     r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|inconsistent|contraindicated|"
     r"a distractor|the least)|(?:is|are|was|would|does|can|could)n't\b|does not\b|cannot\b|can not\b|would not\b|"
     r"ha(?:s|ve) no (?:role|place|effect|benefit)|or (?:maybe|perhaps) not)"
-    r"|[^。,;\n]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选|鉴别)"
+    r"|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选|鉴别)"
 )
 SUPPOSED = re.compile(
     r"\b(?:if|had|were|unless|suppose|assuming|without)\b.*\b(?:would|could|might)\b"
     r"|\b(?:would|could|might)\b.*\b(?:if|had|were|unless)\b"
     r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|could|often|commonly)\b"
-    r"|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b|\bfirst (?:thought|instinct|impression)|\bwhether\b"
+    r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|believe)\b"
+    r"|如果|假如|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b|"
+    r"\bfirst (?:thought|instinct|impression)|\bwhether\b"
 )
 """A sentence that says what would be, or what others think."""
 UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|certain|possible|able|enough)|"
-    r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+)\b"
-    r"|无法|不确定|不能确定|不清楚|难以"
+    r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|"
+    r"look\w* at|see)\b"
+    r"|请看|先看|无法|不确定|不能确定|不清楚|难以"
 )
 EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
@@ -138,7 +162,10 @@ PRAISES = re.compile(
     r"fits|explains)\b"
 )
 CONCLUDES = re.compile(r"\b(?:therefore|thus|so|hence|conclusion|overall|summary|finally|ultimately)\b|因此|所以|综上|总之|故")
-TURN = re.compile(r";|\b(?:but|however|yet|though|so|therefore|thus)\b|但|然而|所以|因此")
+TURN = re.compile(
+    r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|therefore|"
+    r"thus)\b|但|然而|所以|因此"
+)
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 COMMON_WORDS = {"yes", "no", "maybe", "none", "all", "both", "true", "false", "n/a", "never", "always", "是", "否"}
 """Options whose words occur in any text: they count only where they stand apart."""
