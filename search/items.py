@@ -94,7 +94,7 @@ async def _finish(
         return result
 
     try:
-        usage, at_once = llms[0].usage, config.llm.concurrency
+        usage, at_once = llms[0].usage, config.llm.items_at_once
         results = await gather_in_order(list(by_key), finish, concurrency=at_once, progress="items", usage=usage)
     finally:
         for llm in llms:
