@@ -52,7 +52,7 @@ FOLLOWS = re.compile(
 )
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(
-    r"\s+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|"
+    r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|"
     r"instead|makes|it|(?:would|must) be (?:the|correct|right))\b)[a-z']|['’]"
 )
 """After an I that stands for the speaker."""

@@ -15,22 +15,11 @@ LABELLED = [json.loads(line) for line in (Path(__file__).parent / "labelled_outp
 FOUR = {"A": "Amoxicillin", "B": "Ceftriaxone", "C": "Vancomycin", "D": "Metronidazole"}
 CAVITIES = ["ventral", "dorsal", "buccal", "thoracic", "pericardial", "abdominal", "spinal", "pelvic", "pleural", "cranial"]
 TEN = dict(zip("ABCDEFGHIJ", CAVITIES, strict=True))
-# {0} claims; {1} and {2} are spoken of. Every {0} stands where a letter may be emphasised.
-CLAIMS = [
-    "The answer is {0}.", "The correct answer is ({0}).", "Answer: {0}", "{0}", "Option {0} is correct.", "({0})", "{0}.",
-    "The answer is not {1}. The answer is {0}.", "{1} is wrong and {2} is wrong. The best choice is {0}.",
-    "Some might say {1}, but the correct answer is {0}.", "Is the answer {1}? No, the answer is {0}.",
-    "At first I thought the answer was {1}. The answer is {0}, not {2}.", "If he were younger, the answer would be {1}. So {0}.",
-    "\\boxed{{{0}}}", '{{"answer": "{0}"}}', "<answer>{0}</answer>", "I would choose {0}.",
-    "Option {1} can be ruled out. So {0}.",
-    "{0} is the best answer because {1} and {2} do not fit.",
-    "答案是{0}。", "排除{1}和{2}，因此选{0}。", "本题正确答案为{0}，{1}项错误。",
-]  # fmt: skip
-NO_CLAIMS = [
-    "The answer is not {1}.", "{1} is incorrect.", "We can rule out {1}.", "The answer is {1} and {2}.",
-    "Both {1} and {2} are correct.", "If she were pregnant, the answer would be {1}.", "Is it {1}?", "答案不是{1}。",
-    "不能选{1}。",
-]  # fmt: skip
+# outputs with places for letters: {0} is claimed, the others are spoken of; ⏎ is a line break
+CLAIMS, NO_CLAIMS = (
+    [line.replace("⏎", "\n") for line in (Path(__file__).parent / name).read_text("utf-8").splitlines()]
+    for name in ("claims.txt", "no_claims.txt")
+)
 MARKS = ["**{}**", "*{}*", "__{}__", "_{}_", "`{}`", "<b>{}</b>"]
 LETTERS = st.permutations(list(TEN))
 
@@ -60,7 +49,7 @@ def test_white_space_at_the_end_changes_nothing(row, space):
 
 @given(claim=st.sampled_from(CLAIMS), letters=LETTERS, mark=st.sampled_from(MARKS))
 def test_emphasis_around_the_letter_changes_nothing(claim, letters, mark):
-    if "\\boxed" in claim or '"' in claim:  # code, not Markdown
+    if any(code in claim for code in ("\\", '"', "{{", "<")):  # not Markdown
         return
     assert extract_choice(claim.format(mark.format(letters[0]), *letters[1:]), TEN) == letters[0]
 
