@@ -1,12 +1,12 @@
 """Which option an output chooses, and how often that is right. Pure.
 
-The rules were fixed before any label was seen, and apply in this order to the final response alone:
+Only the final response and the options are read, never the right answer. Four rules, in this order:
   1. statement   a letter is claimed: "the answer is B", "B is correct", boxed, JSON, "答案是B"; of several claims the last
-  2. letter      a letter stands alone: the whole response, or its first or last line, or "(B)." at its end
-  3. text        an option's own words are claimed, stand alone, or are the only option's words that are not denied
+  2. letter      a letter stands alone: the whole response, its first or last line, or the only letter not denied
+  3. text        an option's own words are claimed, stand alone, or are the only option's words not denied
   4. none        anything else. It counts as wrong; nothing is guessed by likeness
-A claim that is denied, asked, hypothetical or somebody else's is none; two letters at once ("A and C") or a letter that
-no option has are a claim without an answer. The wordings are in eval/wording.py.
+A claim that is denied, asked, hypothetical or somebody else's is none, and so is a list of the options; two letters at once
+("A and C"), or a letter that no option has, are a claim without an answer. The wordings are in eval/wording.py.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _last(claims: list[Mention], rule: str, options: dict[str, str]) -> Extracti
 def _plain(text: str) -> str:
     """Width forms folded (Ｂ is B), emphasis and LaTeX's text commands removed."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = unicodedata.normalize("NFKC", text).replace("İ", "I")  # the one letter that is longer in lower case
     while "\\" in text and (shorter := w.LATEX.sub(r"\1", text)) != text:
         text = shorter
     return w.MARKUP.sub("", text).strip()
@@ -205,7 +205,7 @@ def _complete(text: str) -> bool:
 
 
 def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
-    """The letter that is the whole response, begins its first or last line, or closes it in brackets."""
+    """The letter that is the whole response, begins its first or last line, is its last word, or is the only one spoken for."""
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
     heads = []
     for m, context in labels:
@@ -266,12 +266,14 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
 def _text_mentions(lower: str, texts: OptionTexts) -> list[Mention]:
     """Where options' words occur as whole words; inside a longer option's words a shorter option is not mentioned."""
     mentions: list[Mention] = []
+    taken = bytearray(len(lower))
     for words, letter in texts:
         at = lower.find(words)
         while at >= 0:
             end = at + len(words)
             whole = not (_joined(lower[at - 1 : at], lower[at]) or _joined(lower[end - 1], lower[end : end + 1]))
-            if whole and not any(m.start < end and at < m.end for m in mentions):
+            if whole and not any(taken[at:end]):
+                taken[at:end] = bytes([1]) * len(words)
                 mentions.append(Mention(at, end, letter))
             at = lower.find(words, end)
     return sorted(mentions)

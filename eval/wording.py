@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 
 MARKUP = re.compile(
-    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|\w+\|>|\\[()\[\],;]|\\(?=%)|\\(?:quad|"
-    r"boldsymbol)\b"
+    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|\w+\|>"
+    r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
+"""Emphasis, end tokens and LaTeX's spacing."""
 LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
 
 LABEL = re.compile(
-    r"(?:\b(?P<prefix>(?:answer )?(?:option|choice|letter)|选项)\s*)?(?P<open>[(\[{<\"'“‘【「《]*)"
+    r"(?:\b(?P<prefix>(?:answer )?(?:option|choice|letter)|选项)\s*)?(?P<open>[(\[{<\"'“‘【「《]{0,4})"
     r"(?<![A-Za-z0-9°/.-])(?<![A-Za-z]['’])(?P<letter>[A-Za-z])(?![A-Za-z0-9°/&+²]|['’][A-Za-z]|[型族组群超]|细胞|淋巴)"
     r"(?P<close>[)\]}>\"'”’】」》]*)(?:选?项)?",
     re.IGNORECASE,
@@ -31,7 +32,7 @@ LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
 """At the start of an option's words; not the A of "A and B"."""
 MORE = re.compile(
-    r"(?:\s*(?:,?\s*(?:and|or|&|和|或|与|及)|,|、)\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*)+"
+    r"(?:(?:(?:\s*,)?\s*(?:and|or|&|和|或|与|及)|\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|might|can)\b|[\"'\]}]|都|均|三|两))"
 )
 """Further letters of a list: "A and C"."""
@@ -44,21 +45,20 @@ LOWER_CASE = re.compile(
 )
 """A small letter that stands for an option; an "a" where the output was cut is an article."""
 FOLLOWS = re.compile(
-    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿]|"
-    r"\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|instead|not|"
-    r"over|must|"
-    r"here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
+    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|"
+    r"(?:\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|instead|not|"
+    r"over|must|here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
     r"(?!cells|vitamins|waves|lymphocytes|fibers|strains)[a-z]+(?<![uias])s)\b)"
 )
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(
-    r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|"
-    r"instead|makes|it|(?:would|must) be (?:the|correct|right))\b)[a-z']|['’]"
+    r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|instead|makes|it|"
+    r"(?:would|must) be (?:the|correct|right))\b)[a-z']|['’]"
 )
 """After an I that stands for the speaker."""
 SETS_OFF = re.compile(
-    r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due|for sure|obviously|rather than|"
-    r"instead of|(?:and )?not)\b)"
+    r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|"
+    r"\s(?:because|since|as|due|for sure|obviously|rather than|instead of|(?:and )?not)\b)"
 )
 """What may come after a letter that stands alone at the start of a line."""
 STANDS_APART = re.compile(SETS_OFF.pattern + r"|[}\"']|\s(?:is|would be|seems) (?:the|correct|right)\b")
@@ -74,8 +74,7 @@ LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
 CLAIM_LEFT = re.compile(
     r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict|"
-    r"final|result|prediction)(?![a-z])"
-    rf"(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
+    rf"final|result|prediction)(?![a-z])(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
     rf"statement|exception|finding|organism|one|match|fit|letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
     r"|\b(?:choos|pick|select|go(?:es|ing)? with|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
@@ -123,11 +122,9 @@ DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
     r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
     r"|(?:\b(?:not|never|neither)|n't)\b[^,;]*\b(?:or|nor)(?:\s+\w+){0,2}\s*$"
-    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm|"
-    r"determine)\b"
-    r"|\bdoubt\b|\bnone of\b|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|previous|"
-    r"first|initial)\s+"
-    r"(?:answer|choice|option|guess)(?: choice)?s?\b"
+    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm)\b"
+    r"|\bdoubt\b|\bnone of\b|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|"
+    r"previous|first|initial)\s+(?:answer|choice|option|guess)(?: choice)?s?\b"
     r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
 )
 DENIED_RIGHT = re.compile(
@@ -142,8 +139,8 @@ SUPPOSED = re.compile(
     r"|\b(?:would|could|might)\b.*\b(?:if|had|were|unless)\b"
     r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|could|often|commonly)\b"
     r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|believe)\b"
-    r"|如果|假如|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b|"
-    r"\bfirst (?:thought|instinct|impression)|\bwhether\b"
+    r"|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b"
+    r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|如果|假如"
 )
 """A sentence that says what would be, or what others think."""
 UNSURE = re.compile(
@@ -158,14 +155,15 @@ EXAMPLE_LEFT = re.compile(
 )
 """The mention after this is named beside the point."""
 PRAISES = re.compile(
-    r"\b(?:best|correct|right|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|answer|"
-    r"fits|explains)\b"
+    r"\b(?:best|correct|right|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|fits|explains)\b"
 )
+"""Words of a sentence that makes the only letter in it an answer."""
 CONCLUDES = re.compile(r"\b(?:therefore|thus|so|hence|conclusion|overall|summary|finally|ultimately)\b|因此|所以|综上|总之|故")
 TURN = re.compile(
-    r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|therefore|"
-    r"thus)\b|但|然而|所以|因此"
+    r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|therefore|thus)\b"
+    r"|但|然而|所以|因此"
 )
+"""What is denied or supposed before this does not bear on what comes after."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 COMMON_WORDS = {"yes", "no", "maybe", "none", "all", "both", "true", "false", "n/a", "never", "always", "是", "否"}
 """Options whose words occur in any text: they count only where they stand apart."""

@@ -117,6 +117,18 @@ def test_an_answer_like_an_option_but_not_it_is_no_answer():
     assert extract_choice("Cefotaxime", FOUR) is None
 
 
+def test_a_repeated_list_of_the_options_is_no_answer_and_one_after_it_is():
+    listed = "The correct answer is one of:\nA. Amoxicillin\nB. Ceftriaxone\nC. Vancomycin\nD. Metronidazole"
+    assert extract_choice(listed, FOUR) is None
+    assert extract_choice(listed + "\n\nB. Ceftriaxone", FOUR) == "B"
+    assert extract_choice(listed.replace("one of", "B") + "\n\nAnswer: C", FOUR) == "C"
+
+
+def test_a_letter_that_is_longer_in_lower_case_shifts_nothing():
+    assert extract_choice("İİİİİ (B) Ceftriaxone", FOUR) == "B"
+    assert extract_choice("İİİİİ: ceftriaxone", FOUR) == "B"
+
+
 def test_accuracy_counts_no_answer_as_wrong():
     assert accuracy(["A", None, "B", "C"], ["A", "A", "B", "D"]) == 0.5
     with pytest.raises(ValueError, match="as many letters as answers"):
