@@ -220,17 +220,21 @@ class SglangServer:
         raise AssertionError
 
     def _exchange(self, request: Request, timeout_seconds: float) -> tuple[int, bytes]:
-        connection = self._make(self.host, self.port, timeout=timeout_seconds)
+        connection = self._make(self.host, self.port, timeout=min(timeout_seconds, PROBE_SECONDS))  # to connect
         with self._lock:
             self._open.add(connection)
         try:
+            connection.connect()
+            _keep_alive(connection.sock)
+            connection.sock.settimeout(timeout_seconds)
             body = None if request.body is None else json.dumps(request.body)
             connection.request("GET" if body is None else "POST", request.path, body, self._headers)
             response = connection.getresponse()
             return response.status, response.read()
-        except TimeoutError:
-            raise ServerError(self.url, f"no answer to {request.path} within {timeout_seconds:g} s", kind="timeout") from None
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) and connection.sock is not None and error.errno is None:
+                how = f"no answer to {request.path} within {timeout_seconds:g} s"
+                raise ServerError(self.url, how, kind="timeout") from None
             how = f"{request.path} failed: {type(error).__name__}: {error}"
             raise ServerError(self.url, how, kind="unreachable") from None
         finally:
@@ -290,6 +294,14 @@ class SglangServer:
                         connection.sock.shutdown(socket.SHUT_RDWR)
 
 
+def _keep_alive(sock: socket.socket) -> None:
+    """A machine that is gone without a word is noticed within two minutes, however long an answer may take."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
+        for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def _message(text: str) -> str:
     """What an error's body says, in one line."""
     try:
@@ -325,3 +337,15 @@ def ask_all(servers: Sequence[SglangServer], work: Callable[[SglangServer], T]) 
             raise result
         results.append(result)
     return results
+
+
+def ask_living(servers: Sequence[SglangServer], work: Callable[[SglangServer], T]) -> tuple[dict[str, T], list[ServerError]]:
+    """What `work` gives for each server, by address, and the failures of those that gave nothing. A refusal is raised: what
+    one server refuses is at fault itself."""
+    results = on_each(servers, work)
+    failures = [result for result in results if isinstance(result, ServerError)]
+    for failure in failures:
+        if failure.kind == "refused":
+            raise failure
+    given = zip(servers, results, strict=True)
+    return {server.url: result for server, result in given if not isinstance(result, ServerError)}, failures

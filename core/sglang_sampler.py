@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from verippo.core.sglang_client import (
     PROBE_SECONDS,
     ServerError,
     SglangServer,
-    ask_all,
+    ask_living,
     flush_request,
     generate_request,
     on_each,
@@ -39,6 +39,8 @@ from verippo.core.sglang_client import (
     version_request,
 )
 from verippo.core.weight_sync import DiskSync, DistributedSync, TensorSync, WeightSync
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class SglangConfig:
     """weights are gathered and sent in portions of this size (MiB), or of one tensor where that is larger"""
     parity_tolerance: float | None = None
     """sglang: nats that a server's log-prob of a fixed token may differ from the trainer's after a weight update; the servers
-    run in the trainer's dtype. Default: 1e-4 with fp32, 0.25 with bf16"""
+    run in the trainer's dtype. Default: 1e-4 with fp32, 0.5 with bf16"""
     sleep: bool = False
     """sglang: the servers give their GPU memory back while the trainer trains (start them with --enable-memory-saver)"""
 
@@ -107,9 +109,9 @@ class SglangSampler:
         self.servers = [SglangServer(url, api_key=key) for url in dict.fromkeys(urls)]
         self.stops, self.vocabulary, self.context = tuple(stop_token_ids), vocabulary, context
         self.load = _Load(self.servers, retries=config.retries)
-        for server, info in zip(self.servers, on_each(self.servers, SglangServer.info), strict=True):
+        for info in on_each(self.servers, SglangServer.info):
             if isinstance(info, ServerError):
-                self.load.leave_out(server, info)
+                self.load.leave_out(info)
             elif info.get("context_length"):
                 self.context = min(info["context_length"], self.context or math.inf)
         if not self.load.alive():
@@ -196,19 +198,24 @@ class SglangSampler:
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]) -> None:
         self.load.start_again({})
-        states = on_each(self.servers, lambda server: _make_ready(server, failed, self.config.timeout_seconds))
-        for server, state in zip(self.servers, states, strict=True):
-            if isinstance(state, ServerError):
-                self.load.leave_out(server, state)
-        if not (servers := self.load.alive()):
+        self._ask_living(lambda server: _make_ready(server, failed, self.config.timeout_seconds))
+        for failure in self.sync.push(self.load.alive(), tensors, str(version)):
+            self.load.leave_out(failure)
+        self._ask_living(lambda server: self._settle(server, str(version)))
+
+    def _ask_living(self, work: Callable[[SglangServer], T]) -> dict[str, T]:
+        """What `work` gives for each server in use, by address; one that fails is left out, as long as another is left."""
+        given, failures = ask_living(self.load.alive(), work)
+        for failure in failures:
+            self.load.leave_out(failure)
+        if not given:
             raise RuntimeError(self.load.obituary())
-        self.sync.push(servers, tensors, str(version))
-        ask_all(servers, lambda server: self._settle(server, str(version)))
+        return given
 
     def _settle(self, server: SglangServer, version: str) -> None:
         server.ask(flush_request(self.config.timeout_seconds), timeout_seconds=self.config.timeout_seconds + PROBE_SECONDS)
         if (held := server.version()) != version:
-            raise ServerError(server.url, f"holds weight version {held} after the update to {version}", kind="broken")
+            raise RuntimeError(f"{server.url}: holds weight version {held} after the update to {version}")
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
         """Address -> for each sequence, the server's log-probs of its tokens from the second on (temperature 1, nats).
@@ -219,9 +226,7 @@ class SglangSampler:
         failure = None
         if dist.is_main():
             try:
-                servers = self.load.alive()
-                scores = ask_all(servers, lambda server: self._score(server, sequences))
-                found = {server.url: scored for server, scored in zip(servers, scores, strict=True)}
+                found = self._ask_living(lambda server: self._score(server, sequences))
             except RuntimeError as error:
                 failure = str(error)
         failure, found = dist.broadcast((failure, found))
@@ -243,8 +248,8 @@ class SglangSampler:
         failure = None
         if dist.is_main():
             try:
-                ask_all(self.load.alive(), self._release)
-            except ServerError as error:
+                self._ask_living(self._release)
+            except RuntimeError as error:
                 failure = str(error)
         if failure := dist.broadcast(failure):
             raise RuntimeError(failure)
@@ -300,8 +305,8 @@ class _Load:
     def obituary(self) -> str:
         return f"no sglang server is left: {'; '.join(self.failures.values())}"
 
-    def leave_out(self, server: SglangServer, error: ServerError) -> None:
-        self.failures[server.url] = str(error)
+    def leave_out(self, error: ServerError) -> None:
+        self.failures[error.url] = str(error)
         tqdm.write(f"verippo: left out: {error}", file=sys.stderr)
 
     @contextmanager
@@ -329,7 +334,7 @@ class _Load:
                 self._strikes[server.url] += 1
                 self._struck_at[server.url] = time.monotonic()
             if server.url not in self.failures and (error.kind == "timeout" or self._strikes[server.url] > self.retries):
-                self.leave_out(server, error)
+                self.leave_out(error)
             strikes = [self._strikes[server.url] for server in self.alive()]
         fewest = min(strikes, default=0)
         return min(0.5 * 2**fewest, 8.0) if fewest else 0.0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +30,7 @@ from verippo.core.sglang_client import (
     ServerError,
     SglangServer,
     ask_all,
+    ask_living,
     begin_request,
     broadcast_request,
     disk_request,
@@ -40,14 +41,18 @@ from verippo.core.sglang_client import (
     tensor_request,
 )
 
+T = TypeVar("T")
 Bucket = list[tuple[str, Tensor]]
 
 
 class WeightSync(Protocol):
     """One way of sending weights."""
 
-    def push(self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Every server holds the tensors afterwards, under this version. Raises ServerError for the first that fails."""
+    def push(
+        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> list[ServerError]:
+        """Every server holds the tensors afterwards, under this version, but those whose failures are returned. Raises
+        ServerError when one refuses them, or when its failure leaves the others without."""
         ...
 
     def close(self, servers: Sequence[SglangServer]) -> None: ...
@@ -74,7 +79,9 @@ class DiskSync:
     def __init__(self, folder: Path, *, bucket_bytes: int, timeout_seconds: float) -> None:
         self.folder, self.bucket_bytes, self.timeout_seconds = folder.expanduser().resolve(), bucket_bytes, timeout_seconds
 
-    def push(self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def push(
+        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> list[ServerError]:
         target = self.folder / f"weights-{version}"
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
         target.mkdir(parents=True)
@@ -85,10 +92,11 @@ class DiskSync:
             places |= {name: file for name, _ in bucket}
         (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
         request = disk_request(str(target), version)
-        ask_all(servers, lambda server: server.ask(request, timeout_seconds=self.timeout_seconds, retries=2))
+        _, failures = ask_living(servers, lambda server: server.ask(request, timeout_seconds=self.timeout_seconds, retries=2))
         for old in self.folder.glob("weights-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
+        return failures
 
     def close(self, servers: Sequence[SglangServer]) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -102,16 +110,19 @@ class DistributedSync:
         self.group: dist.OuterGroup | None = None
         self.members: list[str] = []
 
-    def push(self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def push(
+        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> list[ServerError]:
         if self.group is None or self.members != [server.url for server in servers]:
             self.close(servers)
             self.group, self.members = self._joined(servers), [server.url for server in servers]
-        begin_update(servers, self.timeout_seconds)
+        ask_all(servers, functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
             request = broadcast_request([(name, _dtype(tensor), tensor.shape) for name, tensor in bucket], version)
             send = functools.partial(self.group.send, [tensor for _, tensor in bucket])
             self._together(servers, [request] * len(servers), send)
-        end_update(servers, self.timeout_seconds)
+        ask_all(servers, functools.partial(end_update, timeout_seconds=self.timeout_seconds))
+        return []
 
     def _joined(self, servers: Sequence[SglangServer]) -> dist.OuterGroup:
         sizes = ask_all(servers, _tensor_parallel)
@@ -167,15 +178,27 @@ class TensorSync:
     def __init__(self, *, bucket_bytes: int, timeout_seconds: float) -> None:
         self.bucket_bytes, self.timeout_seconds = bucket_bytes, timeout_seconds
 
-    def push(self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        sizes = dict(zip((server.url for server in servers), ask_all(servers, _tensor_parallel), strict=True))
-        begin_update(servers, self.timeout_seconds)
+    def push(
+        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> list[ServerError]:
+        living, failures = list(servers), []
+
+        def each(work: Callable[[SglangServer], T]) -> dict[str, T]:
+            answers, failed = ask_living(living, work)
+            failures.extend(failed)
+            living[:] = [server for server in living if server.url in answers]
+            return answers
+
+        sizes = each(_tensor_parallel)
+        each(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
             pickled = base64.b64encode(pickle_tensors(bucket)).decode()
-            ask_all(servers, lambda server: server.ask(
-                tensor_request(pickled, version, tp=sizes[server.url]), timeout_seconds=self.timeout_seconds  # noqa: B023
-            ))  # fmt: skip
-        end_update(servers, self.timeout_seconds)
+            each(functools.partial(self._hand_over, pickled=pickled, version=version, sizes=sizes))
+        each(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
+        return failures
+
+    def _hand_over(self, server: SglangServer, *, pickled: str, version: str, sizes: dict[str, int]) -> None:
+        server.ask(tensor_request(pickled, version, tp=sizes[server.url]), timeout_seconds=self.timeout_seconds)
 
     def close(self, servers: Sequence[SglangServer]) -> None:
         pass
@@ -203,35 +226,27 @@ def _handle(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
     return rebuild, (*arguments[:device], uuid, *arguments[device + 1 :])
 
 
-def begin_update(servers: Sequence[SglangServer], timeout_seconds: float) -> None:
+def begin_update(server: SglangServer, *, timeout_seconds: float) -> None:
     """Opens a weight update where the server knows such a thing (0.5.21 on). One that a killed run left open is closed first."""
-
-    def begin(server: SglangServer) -> None:
-        for attempt in (1, 2):
-            try:
-                server.ask(begin_request(), timeout_seconds=timeout_seconds)
-                return
-            except ServerError as error:
-                if error.status == 404:
-                    return
-                if error.status != 400 or attempt == 2:
-                    raise
-                server.ask(end_request(), timeout_seconds=timeout_seconds)
-
-    ask_all(servers, begin)
-
-
-def end_update(servers: Sequence[SglangServer], timeout_seconds: float) -> None:
-    """Closes it."""
-
-    def end(server: SglangServer) -> None:
+    for attempt in (1, 2):
         try:
-            server.ask(end_request(), timeout_seconds=timeout_seconds)
+            server.ask(begin_request(), timeout_seconds=timeout_seconds)
+            return
         except ServerError as error:
-            if error.status != 404:
+            if error.status == 404:
+                return
+            if error.status != 400 or attempt == 2:
                 raise
+            server.ask(end_request(), timeout_seconds=timeout_seconds)
 
-    ask_all(servers, end)
+
+def end_update(server: SglangServer, *, timeout_seconds: float) -> None:
+    """Closes it."""
+    try:
+        server.ask(end_request(), timeout_seconds=timeout_seconds)
+    except ServerError as error:
+        if error.status != 404:
+            raise
 
 
 def _fulfil(promise: Future[None], work: Callable[[], None]) -> None:

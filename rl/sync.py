@@ -15,8 +15,8 @@ from verippo.rl.config import PPOConfig
 from verippo.rl.experience import compute
 from verippo.rl.setup import Run
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}
-"""nats: two correct implementations differ by rounding alone"""
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
+"""nats: two correct implementations differ by rounding alone; with bf16 a small model's differed by up to 0.2"""
 NUM_SEQUENCES = 4
 MAX_TOKENS = 128
 

@@ -527,6 +527,25 @@ def test_a_server_left_out_is_taken_back_by_the_update_that_finds_it_well(serve,
     assert (first.version, second.version) == ("2", "2")
 
 
+@pytest.mark.parametrize("sync", ["disk", "tensor"])
+def test_a_server_that_fails_during_an_update_is_left_out_and_the_others_get_all_of_it(serve, connect, sync):
+    bad, good = serve(lambda path, body: (500, b"lost") if "update_weights" in path else None), serve()
+    sampler = connect(bad, good, sync=sync, bucket_mib=1, push=False)
+    sampler.update_weights(WEIGHTS.items(), 4)
+    assert (bad.version, good.version) == ("default", "4")
+    assert good.paths()[-2:] == ["/flush_cache?timeout=10", "/model_info"]
+    assert "500: lost" in sampler.load.failures[bad.url]
+    assert [c.token_ids[0] for c in sampler.generate(prompts(3, 4), GREEDY)] == [10, 11]
+    with pytest.raises(RuntimeError, match=f"not sent .*: no sglang server is left: {bad.url}: .* with 500: lost"):
+        connect(bad, sync=sync)
+
+
+def test_what_one_server_refuses_of_an_update_is_not_passed_over(serve, connect):
+    blind = serve(lambda path, body: (400, b'{"message": "no such folder"}') if "from_disk" in path else None)
+    with pytest.raises(RuntimeError, match=f"{blind.url}: answered /update_weights_from_disk with 400: no such folder"):
+        connect(serve(), blind)
+
+
 def test_log_probs_of_fixed_sequences_are_asked_of_every_server(serve, connect):
     first, second = serve(), serve()
     sampler = connect(first, second)
