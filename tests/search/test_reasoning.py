@@ -60,6 +60,7 @@ def test_a_right_first_conclusion_takes_four_calls(searched):
     assert [step["action"] for step in first["chain"]] == ["Inner Thinking", "Final Conclusion", "Verification"]
     calls = [call for step in record["trajectory"] for call in step["calls"]]
     assert [call["prompt"] for call in calls] == ["chain", "verdict", "monologue", "response"]
+    assert [body["temperature"] for body in server.bodies] == [1.0, 0.0, 1.0, 1.0]  # verdicts are not drawn
     by_hash = {content_key(body["messages"][0]["content"]): body for body in server.bodies}
     assert [call["hash"] for call in calls] == list(by_hash)
     assert [call["prompt_tokens"] for call in calls] == [len(b["messages"][0]["content"].split()) for b in by_hash.values()]
@@ -123,8 +124,10 @@ def test_draws_depend_on_the_seed_and_on_the_problem_not_on_its_place(searched, 
     plan = [3] * 24
     records = searched(plan)[0]
     again = searched(plan, output="again", seed=1)[0]
-    strategies = [[step["strategy"] for step in record["trajectory"]] for record in records]
-    assert strategies != [[step["strategy"] for step in record["trajectory"]] for record in again]
+    strategies = [[step["strategy"] for step in record["trajectory"][1:-2]] for record in records]
+    assert strategies == [[drawn(r[QUESTION_KEY], r[ANSWER_KEY], 1, depth) for depth in (1, 2, 3)] for r in records]
+    assert "backtracking" not in {row[0] for row in strategies}
+    assert strategies != [[step["strategy"] for step in record["trajectory"][1:-2]] for record in again]
     counts = Counter(name for row in strategies for name in row)
     assert all(counts[name] > 6 for name in ALL)
     rows = [scripted.problem(n) for n in reversed(range(8))]
