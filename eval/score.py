@@ -215,17 +215,17 @@ def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
     for m, context in heads:
         line_end = (text + "\n").index("\n", m.end)
         if (m.start < first_end or m.start >= last_start) and not _denied(context):
-            bare = not m.own_words and not text[m.end : line_end].strip(" .:)!")
+            bare = not m.own_words and not text[m.end : line_end].strip(" .,、。:)!")
             set_off = w.SETS_OFF.match(text, m.end) or text[m.end - 1] == ")" or m.own_words
             others = {n.letter for n, _ in heads if n != m}
             if bare or (m.letter and set_off and (others <= {m.letter} or (m.start >= last_start and m.letter in others))):
                 return m
-    if len({m.letter for m, _ in labels}) == 1 and not labels[-1][1].left and not text[labels[-1][0].end :].strip(" ."):
-        return labels[-1][0]
     spoken = [(m, c) for m, c in labels if m.letter and not _denied(c) and not _unsure(c)]
-    if len({m.letter for m, _ in spoken}) == 1 and _complete(text):
+    if len({m.letter for m, _ in spoken}) == 1:
         m, c = spoken[-1]
-        return m if w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right) else None
+        is_last_word = not c.left and not text[m.end :].strip(" .,、。")
+        if is_last_word or (_complete(text) and (w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right))):
+            return m
     return None
 
 

@@ -125,8 +125,8 @@ def test_a_repeated_list_of_the_options_is_no_answer_and_one_after_it_is():
 
 
 def test_a_letter_that_is_longer_in_lower_case_shifts_nothing():
-    assert extract_choice("İİİİİ (B) Ceftriaxone", FOUR) == "B"
-    assert extract_choice("İİİİİ: ceftriaxone", FOUR) == "B"
+    assert extract_choice("İİİİİİİİİİİİ. The answer is (B) Ceftriaxone", FOUR) == "B"
+    assert extract_choice("İİİİİİİİİİİİ. The answer is ceftriaxone", FOUR) == "B"
 
 
 def test_accuracy_counts_no_answer_as_wrong():
