@@ -109,7 +109,7 @@ CLAIM_RIGHT = re.compile(
     r"[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
     r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|(?:fits|explains|matches)\b[^.\n]{0,40}\bbest|"
-    r"makes the most sense|it is\b|does$)"
+    r"makes the most sense|(?:most|more) (?:likely|probable|plausible)\b|it is\b|does$)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
 """The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
