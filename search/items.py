@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import yaml
 
-from verippo.core.checkpoint import prepare_output
 from verippo.core.journal import Journal, content_key
 from verippo.core.llm import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_order
 from verippo.search.ask import Asker
@@ -53,7 +52,11 @@ def finish_items(
 
 def open_journal(config: AskingConfig) -> Journal:
     """The journal in the output folder: gone on with, new, or a copy of another run's."""
-    path = prepare_output(config.output, resume="auto") / "journal.jsonl"
+    path = Path(config.output).expanduser() / "journal.jsonl"
+    try:  # not checkpoint.prepare_output, which would bring torch along: two seconds of every start
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {config.output}: cannot write there: {error.strerror}") from None
     if config.resume == "never" and path.exists():
         raise ValueError(f"output {config.output}: holds a journal already: choose another folder, or --resume auto")
     if config.resume not in ("auto", "never") and not path.exists():
