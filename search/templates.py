@@ -48,7 +48,7 @@ class Prompts:
                 self.render(name, **{key: {"A": ""} if key == "options" else "" for key in VARIABLES[kind].split()})
         except TemplateSyntaxError as error:
             raise ValueError(f"prompts {error.filename or error.name}, line {error.lineno}: {error.message}") from None
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, RecursionError) as error:
             raise ValueError(f"prompts {own / name}.jinja: {error}") from None
 
     def render(self, name: str, **values: Any) -> str:

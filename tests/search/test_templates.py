@@ -70,6 +70,7 @@ def test_a_folder_overrides_by_name_and_adds_strategies(tmp_path, llm_server, co
      ("chain.jinja", "{{ problem }}", "chain.jinja: 'problem' is undefined"),
      ("chain.jinja", "one\n{% if %}", "line 2: Expected an expression"),
      ("strategy-x.jinja", '{% extends "_none.jinja" %}', "strategy-x.jinja: .*_none.jinja"),
+     ("chain.jinja", '{% extends "chain.jinja" %}', "chain.jinja: maximum recursion depth"),
      ("chain.txt", "x", "holds no [*].jinja")],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_used_is_refused_before_any_call(name, text, complaint, tmp_path):
