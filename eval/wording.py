@@ -47,7 +47,7 @@ LOWER_CASE = re.compile(
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|"
     r"(?:\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|instead|not|"
-    r"over|must|here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
+    r"over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
     r"(?!cells|vitamins|waves|lymphocytes|fibers|strains)[a-z]+(?<![uias])s)\b)"
 )
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
