@@ -9,6 +9,7 @@ import pickle
 import re
 import threading
 import time
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -491,6 +492,31 @@ def test_weights_come_in_portions_of_a_size_that_outlive_their_source():
     portions = list(buckets(source(), 40))
     assert [[name for name, _ in portion] for portion in portions] == [["a", "b"], ["c"], ["d"], ["e"]]
     assert [tensor[0].item() for portion in portions for _, tensor in portion] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
+def test_no_more_than_a_portion_of_the_weights_is_held_at_a_time(serve, connect, sync):
+    sampler = connect(serve(), sync=sync, push=False)
+    sampler.sync.bucket_bytes = 40
+    sampler.sync._joined = lambda servers: SimpleNamespace(send=lambda tensors: None, leave=lambda: None)
+    copies, held = [], []
+
+    class Watched(torch.Tensor):
+        """A tensor whose copies are counted while they live."""
+
+        def clone(self, **options):
+            copy = super().clone(**options).as_subclass(torch.Tensor)
+            copies.append(weakref.ref(copy))
+            return copy
+
+    def tensors():
+        for number in range(12):  # 16 bytes each: two to a portion
+            held.append(sum(copy() is not None for copy in copies))
+            yield f"w{number}", torch.full((4,), float(number)).as_subclass(Watched)
+
+    sampler.update_weights(tensors(), 1)
+    assert len(held) == 12
+    assert 2 <= max(held) <= 4  # the portion that was sent, and the one being filled
 
 
 def test_a_failed_update_says_why_once_every_tensor_was_taken(serve, connect):
