@@ -31,16 +31,14 @@ class Question:
     file: str
 
 
-def load_questions(
-    sources: str, *, limit: int | None = None, skip_bad: bool = False
-) -> tuple[list[Question], list[str]]:
-    """The questions of the comma-separated files, in order, and one line for each malformed item that was left out.
+def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Question], list[str]]:
+    """The questions of the comma-separated files, in order, and one line for each malformed item, which is left out.
 
     A .json file holds {"source": [items]}, or a list, whose source is the file's name; JSONL, Parquet, folders of `datasets`
     and hub ids are read as lists. An item has `question`, `options` (letter -> text), `answer_idx`, and perhaps `answer` and
     `id`. `answer_idx` decides: an `answer` that is another option's text makes the item malformed, one that is none of the
     options gives a warning. `limit` takes the first items of each source in each file.
-    Raises ValueError for what cannot be read, and for malformed items unless `skip_bad`: the first, and how many there are.
+    Raises ValueError for what cannot be read, and when no question is left.
     """
     questions: list[Question] = []
     bad: list[str] = []
@@ -64,8 +62,6 @@ def load_questions(
                 fields = {key: item[key] for key in ("question", "options", "answer_idx")}
                 questions.append(Question(id=own, source=source, index=index, file=file, **fields))
             num_before[source] += len(items)
-    if bad and not skip_bad:
-        raise ValueError(f"{bad[0]} ({len(bad)} malformed of {len(bad) + len(questions)}: mend them or give skip_bad)")
     if not questions:
         raise ValueError(f"data {sources!r} holds no questions" + (f"; malformed: {bad[0]}" if bad else ""))
     if unlike:

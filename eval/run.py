@@ -26,9 +26,12 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
     folder = prepare_output(config.output, resume="auto")
     if config.resume == "never" and (folder / "journal.jsonl").exists():
         raise ValueError(f"output {folder}: holds an evaluation already: choose another, or --resume auto to go on with it")
-    questions, malformed = load_questions(config.data, limit=config.limit, skip_bad=config.skip_bad)
+    questions, malformed = load_questions(config.data, limit=config.limit)
     for line in malformed:
-        print(f"skipped: {line}", file=sys.stderr)
+        print(f"{'skipped' if config.skip_bad else 'malformed'}: {line}", file=sys.stderr)
+    if malformed and not config.skip_bad:
+        total = len(malformed) + len(questions)
+        raise ValueError(f"{config.data}: {len(malformed)} malformed of {total} items: mend them, or give --skip_bad true")
     cases = make_cases(questions, runs=config.runs, permutations=config.permutations, seed=config.seed)
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     started = time.monotonic()

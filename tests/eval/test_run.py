@@ -260,8 +260,10 @@ def test_malformed_items_are_refused_or_named_and_counted(ask, mixed, tmp_path, 
     good = json.loads(write_items(tmp_path / "good.json", 3).read_text())["demo"]
     path = tmp_path / "bad.json"
     path.write_text(json.dumps({"demo": [good[0], {**good[1], "answer_idx": "Z"}, {**good[2], "options": {}}]}))
-    with pytest.raises(ValueError, match=r"bad.json: demo item 1: .*Z.*2 malformed"):
+    with pytest.raises(ValueError, match=r"bad.json: 2 malformed of 3 items"):
         ask(mixed, data=str(path))
+    named = capsys.readouterr().err
+    assert re.search(r"malformed: .*bad.json: demo item 1: .*Z.*\nmalformed: .*bad.json: demo item 2: ", named)
     results = ask(mixed, data=str(path), skip_bad=True)
     assert results["all"]["num"] == 1
     lines = capsys.readouterr().err
