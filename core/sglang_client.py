@@ -91,9 +91,8 @@ def version_request(version: str) -> Request:
 
 
 def disk_request(folder: str, version: str) -> Request:
-    """Loads the weights of a folder that the server can read. As with every update, the caller flushes at the end."""
-    body = {"model_path": folder, "weight_version": version, "flush_cache": False}
-    return Request("/update_weights_from_disk", body)
+    """Loads the weights of a folder that the server can read."""
+    return Request("/update_weights_from_disk", {"model_path": folder, "weight_version": version})
 
 
 def join_request(*, address: str, port: int, rank_offset: int, world_size: int, backend: str) -> Request:
@@ -118,7 +117,7 @@ def end_request() -> Request:
 
 
 def broadcast_request(weights: Sequence[tuple[str, str, Sequence[int]]], version: str) -> Request:
-    """Takes part in one broadcast for each (name, dtype such as "float32", shape), in order."""
+    """Takes part in one broadcast for each (name, dtype such as "float32", shape), in order. The caller flushes at the end."""
     names, dtypes, shapes = ([weight[part] for weight in weights] for part in range(3))
     tensors = {"names": names, "dtypes": dtypes, "shapes": [list(shape) for shape in shapes], "group_name": GROUP}
     return Request("/update_weights_from_distributed", {**tensors, "weight_version": version, "flush_cache": False})
