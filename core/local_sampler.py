@@ -55,7 +55,7 @@ class LocalSampler:
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """One completion a prompt, in order. Raises ValueError for an empty prompt, an id outside the vocabulary, or a
         prompt that with `max_new_tokens` exceeds the model's context."""
-        vocabulary, context = self.model.config.vocab_size, context_length(self.model)
+        vocabulary, context = self.model.config.vocab_size, context_length(self.model.config)
         check_prompts(prompts, params, vocabulary=vocabulary, context=context)
         if not prompts:
             return []

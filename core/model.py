@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -279,15 +280,23 @@ def check_same_vocabulary(first: str, second: str) -> None:
         )
 
 
-def check_embedding(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def load_config(path: str) -> PretrainedConfig:
+    """The model's configuration alone. Raises ValueError when it cannot be loaded."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def check_embedding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Raises ValueError when the tokenizer knows ids that the model has no embedding for."""
-    if len(tokenizer) > hf.config.vocab_size:
-        raise ValueError(f"model {path}: has {hf.config.vocab_size} embeddings, the tokenizer {len(tokenizer)} tokens")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"model {path}: has {config.vocab_size} embeddings, the tokenizer {len(tokenizer)} tokens")
 
 
-def context_length(hf: PreTrainedModel) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """The most positions the model was made for, where its configuration says so."""
-    return getattr(hf.config, "max_position_embeddings", None)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def save_model(folder: Path, hf: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:

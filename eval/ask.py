@@ -163,11 +163,11 @@ def _ask_local(
 
     tokenizer: Any = load_tokenizer(config.model)
     hf: Any = load_causal_lm(config.model, dtype=config.dtype)
-    check_embedding(hf, tokenizer, config.model)
+    check_embedding(hf.config, tokenizer, config.model)
     stops = stop_token_ids(config.model, tokenizer)
     sampler = LocalSampler(hf.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch)
     params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    room = (context_length(hf) or 1 << 60) - config.max_new_tokens
+    room = (context_length(hf.config) or 1 << 60) - config.max_new_tokens
     answers: list[Answer] = []
 
     for start in range(0, len(cases), 4 * config.max_batch):  # what a kill may lose

@@ -65,7 +65,7 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if config.sampler.urls:
             servers = SglangSampler(
-                config.sampler, stop_token_ids=stops, vocabulary=model.config.vocab_size, context=context_length(model),
+                config.sampler, stop_token_ids=stops, vocabulary=model.config.vocab_size, context=context_length(model.config),
                 folder=Path(folder),
             )  # fmt: skip
             try:

@@ -24,6 +24,7 @@ from verippo.core.model import (
     check_same_vocabulary,
     context_length,
     load_causal_lm,
+    load_config,
     load_critic,
     load_policy,
     load_tokenizer,
@@ -89,7 +90,7 @@ def set_up(config: PPOConfig) -> Run:
     critic: TrainEngine | NoCritic = NoCritic()
     if config.advantage == "gae":
         module = load_critic(critic_path, dtype=config.dtype)
-        check_embedding(module.hf, tokenizer, critic_path)
+        check_embedding(module.hf.config, tokenizer, critic_path)
         critic = TrainEngine(module, engine)
     return Run(
         policy=TrainEngine(load_policy(config.policy, dtype=config.dtype), engine),
@@ -203,17 +204,18 @@ def open_log(
 
 
 def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
-    check_embedding(hf, tokenizer, config.policy)
-    _check_context(config, context_length(hf))
+    model = load_config(config.policy)
+    check_embedding(model, tokenizer, config.policy)
+    _check_context(config, context_length(model))
     stops = stop_token_ids(config.policy, tokenizer)
     if config.sampler.kind == "factory":
         assert config.sampler.factory
         return load_function(config.sampler.factory, option="sampler.factory")(config.policy, stops)
     if config.sampler.kind == "sglang":
         return SglangSampler(
-            config.sampler, stop_token_ids=stops, vocabulary=hf.config.vocab_size, context=context_length(hf),
+            config.sampler, stop_token_ids=stops, vocabulary=model.vocab_size, context=context_length(model),
             folder=Path(config.output) / "sync", progress=dist.is_main(),
         )  # fmt: skip
+    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
     on_device = hf.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     return LocalSampler(on_device, stop_token_ids=stops, max_batch=config.sampler.max_batch, progress=dist.is_main())

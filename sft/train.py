@@ -41,7 +41,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
 
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
         policy = load_policy(config.model, dtype=config.dtype)
-        check_embedding(policy.hf, tokenizer, config.model)
+        check_embedding(policy.hf.config, tokenizer, config.model)
         engine = TrainEngine(policy, config.engine)
         try:
             fit(config, _task(config, tokenizer), engine, rows, eval_rows, folder, resolved=resolved)

@@ -53,7 +53,7 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
 
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: len(row.token_ids), lambda row: row.row)
         module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
-        check_embedding(module.hf, tokenizer, config.model)
+        check_embedding(module.hf.config, tokenizer, config.model)
         engine = TrainEngine(module, config.engine)
         task = _task(config, tokenizer)
         try:

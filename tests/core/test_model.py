@@ -16,8 +16,8 @@ from transformers import (
 from verippo.core.model import (
     check_same_vocabulary,
     context_length,
-    load_causal_lm,
     load_classifier,
+    load_config,
     load_critic,
     load_policy,
     load_tokenizer,
@@ -300,7 +300,7 @@ def test_stop_ids_are_the_tokenizers_and_those_of_the_generation_config(make_mod
 
 
 def test_the_context_length_is_the_configurations(make_model):
-    assert context_length(load_causal_lm(make_model("llama", max_position_embeddings=77), dtype="fp32")) == 77
+    assert context_length(load_config(make_model("llama", max_position_embeddings=77))) == 77
 
 
 @pytest.mark.parametrize(("kind", "tied"), FAMILIES)
