@@ -189,6 +189,7 @@ def fail_together(*, poll_seconds: float = 1.0) -> Iterator[None]:
         raise
     finally:
         done.set()
+        watcher.join(timeout=30)  # python ends daemon threads inside a C++ call by aborting the process
 
 
 def _watch(store: td.Store, done: threading.Event, poll_seconds: float) -> None:

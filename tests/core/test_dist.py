@@ -12,7 +12,7 @@ from verippo.core import dist
 
 SIZES = [5, 38]  # tokens of each rank: uneven
 COLLECTIVES = """
-import json, sys
+import json, sys, threading
 import torch
 from verippo.core import dist
 
@@ -43,6 +43,7 @@ with dist.fail_together():
     dist.barrier()
     with open(f"{sys.argv[1]}/found-{rank}.json", "w") as file:
         json.dump(found, file)
+assert not [thread for thread in threading.enumerate() if thread.daemon], "a daemon thread at exit may abort the process"
 """
 FAILING = """
 import sys, time
