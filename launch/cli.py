@@ -53,6 +53,17 @@ COMMANDS = {
         "verippo.rl.config:PPOConfig",
         "verippo.rl.train:train",
     ),
+    "eval": Command(
+        "multiple-choice accuracy of a model, with a report",
+        "verippo.eval.config:EvalConfig",
+        "verippo.eval.run:evaluate",
+    ),
+    "eval compare": Command(
+        "two evaluations of the same items, item by item: eval compare A B",
+        "verippo.eval.config:CompareConfig",
+        "verippo.eval.compare:compare",
+        positional=("first", "second"),
+    ),
     "serve start": Command(
         "starts sglang servers and waits until they answer",
         "verippo.launch.server:ServeConfig",
@@ -67,17 +78,6 @@ COMMANDS = {
         "stops them, children and all",
         "verippo.launch.server:ServedConfig",
         "verippo.launch.server:stop",
-    ),
-    "eval": Command(
-        "multiple-choice accuracy of a model, with a report",
-        "verippo.eval.config:EvalConfig",
-        "verippo.eval.run:evaluate",
-    ),
-    "eval compare": Command(
-        "two evaluations of the same items, item by item: eval compare A B",
-        "verippo.eval.config:CompareConfig",
-        "verippo.eval.compare:compare",
-        positional=("first", "second"),
     ),
     "bench": Command(
         "how fast responses are drawn, in this process and from servers",

@@ -25,7 +25,10 @@ def test_every_shipped_file_is_read_by_its_command() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(classes)
     for name, config_class in classes.items():
         read(name, config_class)
-    assert {"sft", "verifier", "ppo", "demo"} <= set(COMMANDS)
+    assert list(COMMANDS) == [
+        "problems", "search", "sft", "verifier", "ppo", "eval", "eval compare", "serve start", "serve status", "serve stop",
+        "bench", "demo",
+    ]  # fmt: skip
 
 
 def test_ppo_8b_holds_the_papers_numbers() -> None:
