@@ -157,7 +157,7 @@ def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[An
 def _spelled_out(config_class: type, arguments: list[str]) -> list[str]:
     """A yes-or-no option without a value means true: --retry_failed."""
     switches = {f"--{field.name}" for field in dataclasses.fields(config_class) if isinstance(field.default, bool)}
-    pairs = zip(arguments, [*arguments[1:], "--"], strict=True)
+    pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
     return [part for name, after in pairs for part in ([name, "true"] if name in switches and after[:2] == "--" else [name])]
 
 

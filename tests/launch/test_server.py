@@ -13,7 +13,7 @@ import pytest
 
 from verippo.core.server import running, servers
 from verippo.launch import cli
-from verippo.launch.server import ServeConfig
+from verippo.launch.server import ServeConfig, ServedConfig
 
 
 @pytest.fixture
@@ -124,6 +124,10 @@ def test_listening_to_all_without_a_key_is_warned_of(serve):
     code, out, err = serve("start", "--port", "0", "--host", "0.0.0.0")
     assert code == 0
     assert err.startswith("warning: whoever reaches this machine can replace the model's weights")
+
+
+def test_a_command_needs_no_options():
+    assert cli.parse(ServedConfig, [], program="verippo serve status")[0] == ServedConfig()
 
 
 def test_a_port_without_a_server_is_named(serve):
