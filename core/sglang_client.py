@@ -14,14 +14,12 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from verippo.core.sampler import Completion, SamplingParams
 
-T = TypeVar("T")
 GROUP = "verippo"
 """name of the process group that weights are broadcast in"""
 ASLEEP = "asleep"
@@ -101,19 +99,16 @@ def join_request(*, address: str, port: int, rank_offset: int, world_size: int, 
     return Request("/init_weights_update_group", {**place, "group_name": GROUP, "backend": backend})
 
 
-def leave_request() -> Request:
-    """Leaves that group."""
-    return Request("/destroy_weights_update_group", {"group_name": GROUP})
-
-
-def begin_request() -> Request:
-    """Opens a weight update (0.5.21 on)."""
-    return Request("/begin_weight_update", {"selector": "all"})
-
-
-def end_request() -> Request:
-    """Closes it."""
-    return Request("/end_weight_update", {})
+LEAVE = Request("/destroy_weights_update_group", {"group_name": GROUP})
+"""leaves that group"""
+BEGIN = Request("/begin_weight_update", {"selector": "all"})
+"""opens a weight update (0.5.21 on)"""
+END = Request("/end_weight_update", {})
+"""closes it"""
+RELEASE = Request("/release_memory_occupation", {})
+"""gives the GPU's memory back; on a server that is not idle this is fatal: flush first"""
+RESUME = Request("/resume_memory_occupation", {})
+"""takes it again, its content lost; on a server that is not asleep this is fatal"""
 
 
 def broadcast_request(weights: Sequence[tuple[str, str, Sequence[int]]], version: str) -> Request:
@@ -127,16 +122,6 @@ def tensor_request(pickled: str, version: str, *, tp: int) -> Request:
     """Takes base64 of pickled (name, tensor) pairs, the same for each of `tp` tensor-parallel ranks."""
     body = {"serialized_named_tensors": [pickled] * tp, "weight_version": version, "flush_cache": False}
     return Request("/update_weights_from_tensor", body)
-
-
-def release_request() -> Request:
-    """Gives the GPU's memory back. On a server that is not idle this is fatal: flush first."""
-    return Request("/release_memory_occupation", {})
-
-
-def resume_request() -> Request:
-    """Takes it again, its content lost. On a server that is not asleep this is fatal."""
-    return Request("/resume_memory_occupation", {})
 
 
 def read_completion(answer: Any, params: SamplingParams, *, url: str, stop_token_ids: Sequence[int], version: int) -> Completion:
@@ -194,14 +179,18 @@ class SglangServer:
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         """Raises ValueError for a malformed address."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise ValueError(f"sampler.urls: {url!r}: {error}") from None
+        if parts.scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query:
             raise ValueError(f"sampler.urls: {url!r} is not an address such as http://host:30000")
-        self.url = f"{parts.scheme}://{parts.netloc}"
-        self.host, self.port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        self.url, self.host, self.port = f"{parts.scheme}://{parts.netloc}", host, port
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._open: set[http.client.HTTPConnection] = set()
+        self._num_cuts = 0
         self._lock = threading.Lock()
 
     def ask(self, request: Request, *, timeout_seconds: float, retries: int = 0) -> Any:
@@ -209,11 +198,12 @@ class SglangServer:
 
         retries: how often a request that may be repeated is sent again to a server that cannot be reached.
         """
+        cuts = self._num_cuts
         for attempt in itertools.count():
             try:
                 return self._read(request.path, *self._exchange(request, timeout_seconds))
             except ServerError as error:
-                if error.kind != "unreachable" or attempt >= retries:
+                if error.kind != "unreachable" or attempt >= retries or self._num_cuts > cuts:
                     raise
                 time.sleep(0.5 * 2**attempt)
         raise AssertionError
@@ -287,6 +277,7 @@ class SglangServer:
     def cut(self) -> None:
         """Ends every request in flight from our side: each raises."""
         with self._lock:
+            self._num_cuts += 1
             for connection in self._open:
                 if connection.sock is not None:
                     with contextlib.suppress(OSError):
@@ -311,40 +302,3 @@ def _message(text: str) -> str:
         if isinstance(body, dict) and key in body:
             body = body[key]
     return " ".join(str(body).split())[:300] or "(nothing)"
-
-
-def on_each(servers: Sequence[SglangServer], work: Callable[[SglangServer], T]) -> list[T | ServerError]:
-    """What `work` gives for each server, all at once; a ServerError is returned in its server's place."""
-
-    def attempt(server: SglangServer) -> T | ServerError:
-        try:
-            return work(server)
-        except ServerError as error:
-            return error
-
-    if not servers:
-        return []
-    with ThreadPoolExecutor(len(servers)) as pool:
-        return list(pool.map(attempt, servers))
-
-
-def ask_all(servers: Sequence[SglangServer], work: Callable[[SglangServer], T]) -> list[T]:
-    """As `on_each`, but the first failure is raised when all have answered."""
-    results = []
-    for result in on_each(servers, work):
-        if isinstance(result, ServerError):
-            raise result
-        results.append(result)
-    return results
-
-
-def ask_living(servers: Sequence[SglangServer], work: Callable[[SglangServer], T]) -> tuple[dict[str, T], list[ServerError]]:
-    """What `work` gives for each server, by address, and the failures of those that gave nothing. A refusal is raised: what
-    one server refuses is at fault itself."""
-    results = on_each(servers, work)
-    failures = [result for result in results if isinstance(result, ServerError)]
-    for failure in failures:
-        if failure.kind == "refused":
-            raise failure
-    given = zip(servers, results, strict=True)
-    return {server.url: result for server, result in given if not isinstance(result, ServerError)}, failures

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 import threading
 import time
 import uuid
@@ -25,19 +24,18 @@ from verippo.core.sampler import Completion, Prompt, SamplingParams, check_promp
 from verippo.core.sglang_client import (
     ASLEEP,
     PROBE_SECONDS,
+    RELEASE,
+    RESUME,
     ServerError,
     SglangServer,
-    ask_living,
     flush_request,
     generate_request,
-    on_each,
     read_completion,
     read_scores,
-    release_request,
-    resume_request,
     score_request,
     version_request,
 )
+from verippo.core.sglang_fleet import Fleet, on_each
 from verippo.core.weight_sync import DiskSync, DistributedSync, TensorSync, WeightSync
 
 T = TypeVar("T")
@@ -101,21 +99,22 @@ class SglangSampler:
     ) -> None:  # fmt: skip
         """vocabulary and context: the model's, in tokens. folder: for sync=disk, unless the configuration names one.
         Raises ValueError when no server answers."""
-        key = os.environ.get(config.api_key_env) if config.api_key_env else None
+        key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else None
         if config.api_key_env and not key:
             raise ValueError(f"sampler.api_key_env={config.api_key_env}: that environment variable is not set")
         urls = [url.strip().rstrip("/") for url in config.urls.split(",") if url.strip()]
+        if not urls:
+            raise ValueError(f"sampler.urls={config.urls!r}: there is no address in it")
         self.config, self.progress, self.version = config, progress, 0
-        self.servers = [SglangServer(url, api_key=key) for url in dict.fromkeys(urls)]
+        self.fleet = Fleet([SglangServer(url, api_key=key) for url in dict.fromkeys(urls)], retries=config.retries)
         self.stops, self.vocabulary, self.context = tuple(stop_token_ids), vocabulary, context
-        self.load = _Load(self.servers, retries=config.retries)
-        for info in on_each(self.servers, SglangServer.info):
+        for info in on_each(self.fleet.servers, SglangServer.info):
             if isinstance(info, ServerError):
-                self.load.leave_out(info)
+                self.fleet.leave_out(info)
             elif info.get("context_length"):
                 self.context = min(info["context_length"], self.context or math.inf)
-        if not self.load.alive():
-            raise ValueError(f"sampler.urls: {self.load.obituary()}")
+        if not self.fleet.alive():
+            raise ValueError(f"sampler.urls: {self.fleet.obituary()}")
         if config.sync_folder:  # others may use it too: what we write and remove lies in a folder of our own
             folder = Path(config.sync_folder) / f"verippo-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
         self.sync = _weight_sync(config, folder)
@@ -141,7 +140,7 @@ class SglangSampler:
         finally:  # after an error or an interrupt nothing of ours may go on running on the servers
             running.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            on_each(self.servers, lambda server: server.abort(running.on(server)) if running.on(server) else None)
+            on_each(self.fleet.servers, lambda server: server.abort(running.on(server)))
             pool.shutdown()
 
     def _watched(self, futures: dict[Future[Completion], int]) -> Iterator[Future[Completion]]:
@@ -155,24 +154,23 @@ class SglangSampler:
 
     def _complete(self, prompt: Prompt, params: SamplingParams, running: _Running) -> Completion:
         """Asks one server after another until one answers well."""
-        tokens = len(prompt.token_ids) + params.max_new_tokens
-        for attempt in itertools.count():
-            with self.load.lend(tokens) as server, running.request(server) as rid:
+        tokens, pause, failures = len(prompt.token_ids) + params.max_new_tokens, 0.0, 0
+        while not running.stop.wait(pause):
+            with self.fleet.lend(tokens) as server, running.request(server) as rid:
                 started = time.monotonic()
                 try:
                     request = generate_request(prompt.token_ids, params, seed=prompt.seed, stop_token_ids=self.stops, rid=rid)
                     answer = server.ask(request, timeout_seconds=self.config.timeout_seconds)
                     completion = read_completion(answer, params, url=server.url, stop_token_ids=self.stops, version=self.version)
-                    self.load.praise(server)
+                    self.fleet.praise(server)
                     return completion
                 except ServerError as error:
                     if error.kind == "refused" or running.stop.is_set():
                         raise
-                    pause = self.load.blame(server, error, started)
-                    if attempt >= (self.config.retries + 1) * len(self.servers):  # others succeed: this one never will
+                    pause, failures = self.fleet.blame(server, error, started), failures + 1
+                    if failures > (self.config.retries + 1) * len(self.fleet.servers):  # others succeed: this one never will
                         raise
-            running.stop.wait(pause)
-        raise AssertionError
+        raise RuntimeError("the rollout was given up")
 
     # --- weights ---
 
@@ -181,163 +179,90 @@ class SglangSampler:
 
         Every rank iterates all tensors; rank 0 sends. Raises RuntimeError on every rank alike when a server fails.
         """
-        failed = {url for urls in dist.all_gather(list(self.load.failures)) for url in urls}
-        tensors, failure = iter(named_tensors), None
-        if dist.is_main():
-            try:
-                self._send(tensors, version, failed)
-            except (RuntimeError, ValueError, OSError) as error:
-                failure = f"weight version {version} was not sent ({self.config.sync}): {error}"
-        for _ in tensors:  # what rank 0 did not reach, and all of it on the others
-            pass
-        failure, failures = dist.broadcast((failure, self.load.failures))
-        self.load.start_again(failures)
-        if failure:
-            raise RuntimeError(failure)
+        failed = {url for urls in dist.all_gather(list(self.fleet.failures)) for url in urls}
+        tensors = iter(named_tensors)
+        what = f"weight version {version} was not sent ({self.config.sync}): "
+        self.fleet.start_again(_by_main(lambda: self._send(tensors, version, failed), meanwhile=tensors, what=what))
         self.version = version
 
-    def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]) -> None:
-        self.load.start_again({})
-        self._ask_living(lambda server: _make_ready(server, failed, self.config.timeout_seconds))
-        for failure in self.sync.push(self.load.alive(), tensors, str(version)):
-            self.load.leave_out(failure)
-        self._ask_living(lambda server: self._settle(server, str(version)))
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]) -> dict[str, str]:
+        """Returns the servers that failed, each with the reason."""
+        self.fleet.start_again({})
+        held = self.fleet.ask(lambda server: self._make_ready(server, failed))
+        if failed or self.fleet.failures or not {*held.values()} <= {ASLEEP, str(self.version)}:
+            self.sync.close(self.fleet)  # others than before, or one that was started again since
+        self.sync.push(self.fleet, tensors, str(version))
+        self.fleet.ask(lambda server: self._settle(server, str(version)))
+        return self.fleet.failures
 
-    def _ask_living(self, work: Callable[[SglangServer], T]) -> dict[str, T]:
-        """What `work` gives for each server in use, by address; one that fails is left out, as long as another is left."""
-        given, failures = ask_living(self.load.alive(), work)
-        for failure in failures:
-            self.load.leave_out(failure)
-        if not given:
-            raise RuntimeError(self.load.obituary())
-        return given
+    def _make_ready(self, server: SglangServer, failed: set[str]) -> str:
+        """Wakes the server if it is asleep; one that failed before must answer a request again. Returns its version."""
+        if (version := server.version()) == ASLEEP:
+            server.ask(RESUME, timeout_seconds=self.config.timeout_seconds)
+        elif server.url in failed:
+            server.ask(score_request([0, 0]), timeout_seconds=PROBE_SECONDS)
+        return version
 
     def _settle(self, server: SglangServer, version: str) -> None:
-        server.ask(flush_request(self.config.timeout_seconds), timeout_seconds=self.config.timeout_seconds + PROBE_SECONDS)
+        self._flush(server)
         if (held := server.version()) != version:
             raise RuntimeError(f"{server.url}: holds weight version {held} after the update to {version}")
+
+    def _flush(self, server: SglangServer) -> None:
+        timeout = self.config.timeout_seconds
+        server.ask(flush_request(timeout), timeout_seconds=timeout + PROBE_SECONDS)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
         """Address -> for each sequence, the server's log-probs of its tokens from the second on (temperature 1, nats).
 
         Every server in use is asked. Call on every rank: rank 0 asks, all get the answer, or the RuntimeError.
         """
-        found: dict[str, list[list[float]]] = {}
-        failure = None
-        if dist.is_main():
-            try:
-                found = self._ask_living(lambda server: self._score(server, sequences))
-            except RuntimeError as error:
-                failure = str(error)
-        failure, found = dist.broadcast((failure, found))
-        if failure:
-            raise RuntimeError(failure)
-        return found
+        return _by_main(lambda: self.fleet.ask(lambda server: [self._score(server, ids) for ids in sequences]))
 
-    def _score(self, server: SglangServer, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        timeout = self.config.timeout_seconds
-        return [
-            read_scores(
-                server.ask(score_request(ids), timeout_seconds=timeout, retries=2), ids, url=server.url, version=self.version
-            )
-            for ids in sequences
-        ]
+    def _score(self, server: SglangServer, ids: Sequence[int]) -> list[float]:
+        answer = server.ask(score_request(ids), timeout_seconds=self.config.timeout_seconds, retries=2)
+        return read_scores(answer, ids, url=server.url, version=self.version)
 
     def sleep(self) -> None:
         """The servers give their memory back until the next weight update. Call on every rank, none of them generating."""
-        failure = None
-        if dist.is_main():
-            try:
-                self._ask_living(self._release)
-            except RuntimeError as error:
-                failure = str(error)
-        if failure := dist.broadcast(failure):
-            raise RuntimeError(failure)
+        _by_main(lambda: self.fleet.ask(self._release))
 
     def _release(self, server: SglangServer) -> None:
-        timeout = self.config.timeout_seconds
-        server.ask(flush_request(timeout), timeout_seconds=timeout + PROBE_SECONDS)  # refused while anything runs
-        server.ask(release_request(), timeout_seconds=timeout)
+        self._flush(server)  # refused while anything runs
+        server.ask(RELEASE, timeout_seconds=self.config.timeout_seconds)
         server.ask(version_request(ASLEEP), timeout_seconds=PROBE_SECONDS)
 
     def close(self) -> None:
         """Leaves the servers' process group and removes what was written for them. Never raises for a dead server."""
         if dist.is_main():
-            self.sync.close(self.load.alive())
+            self.sync.close(self.fleet)
 
 
-def _make_ready(server: SglangServer, failed: set[str], timeout_seconds: float) -> None:
-    """Wakes the server if it is asleep; one that failed before must answer a request again."""
-    if server.version() == ASLEEP:
-        server.ask(resume_request(), timeout_seconds=timeout_seconds)
-    elif server.url in failed:
-        server.ask(score_request([0, 0]), timeout_seconds=PROBE_SECONDS)
+def _by_main(work: Callable[[], T], *, meanwhile: Iterable[object] = (), what: str = "") -> T:
+    """What `work` gives on rank 0, on every rank. Its failure is raised everywhere as RuntimeError, `what` before it.
+    meanwhile: is iterated to its end, by rank 0 after its work."""
+    found: T | None = None
+    failure = None
+    if dist.is_main():
+        try:
+            found = work()
+        except (RuntimeError, ValueError, OSError) as error:
+            failure = f"{what}{error}"
+    for _ in meanwhile:
+        pass
+    failure, found = dist.broadcast((failure, found))
+    if failure is not None:
+        raise RuntimeError(failure)
+    return found  # type: ignore[return-value]
 
 
 def _weight_sync(config: SglangConfig, folder: Path) -> WeightSync:
     bucket_bytes, timeout = config.bucket_mib * 2**20, config.timeout_seconds
     if config.sync == "disk":
-        return DiskSync(folder, bucket_bytes=bucket_bytes, timeout_seconds=timeout)
+        return DiskSync(folder.expanduser().resolve(), bucket_bytes, timeout)
     if config.sync == "tensor":
-        return TensorSync(bucket_bytes=bucket_bytes, timeout_seconds=timeout)
-    address, port = config.master_address, config.master_port
-    return DistributedSync(address=address, port=port, bucket_bytes=bucket_bytes, timeout_seconds=timeout)
-
-
-class _Load:
-    """Which servers are in use, and how many tokens this rank has asked each of them for."""
-
-    def __init__(self, servers: Sequence[SglangServer], *, retries: int) -> None:
-        self.servers, self.retries = servers, retries
-        self._tokens = dict.fromkeys((server.url for server in servers), 0)
-        self._lock = threading.Lock()
-        self.start_again({})
-
-    def start_again(self, failures: dict[str, str]) -> None:
-        """All servers are in use but these, each with the reason."""
-        self.failures = failures
-        self._strikes = dict.fromkeys(self._tokens, 0)
-        self._struck_at = dict.fromkeys(self._tokens, 0.0)
-
-    def alive(self) -> list[SglangServer]:
-        return [server for server in self.servers if server.url not in self.failures]
-
-    def obituary(self) -> str:
-        return f"no sglang server is left: {'; '.join(self.failures.values())}"
-
-    def leave_out(self, error: ServerError) -> None:
-        self.failures[error.url] = str(error)
-        tqdm.write(f"verippo: left out: {error}", file=sys.stderr)
-
-    @contextmanager
-    def lend(self, tokens: int) -> Iterator[SglangServer]:
-        """The server with the fewest outstanding tokens, which has these too meanwhile; one in doubt only if all are."""
-        with self._lock:
-            if not (alive := self.alive()):
-                raise RuntimeError(self.obituary())
-            server = min(alive, key=lambda server: (self._strikes[server.url] > 0, self._tokens[server.url]))
-            self._tokens[server.url] += tokens
-        try:
-            yield server
-        finally:
-            with self._lock:
-                self._tokens[server.url] -= tokens
-
-    def praise(self, server: SglangServer) -> None:
-        self._strikes[server.url] = 0
-
-    def blame(self, server: SglangServer, error: ServerError, started: float) -> float:
-        """Counts a failure of a request sent at `started` (time.monotonic). A server that hangs, or fails more than `retries`
-        times in a row, is left out. Returns how long to wait before the next attempt (seconds)."""
-        with self._lock:
-            if started >= self._struck_at[server.url]:  # one outage fails all requests in flight, and counts once
-                self._strikes[server.url] += 1
-                self._struck_at[server.url] = time.monotonic()
-            if server.url not in self.failures and (error.kind == "timeout" or self._strikes[server.url] > self.retries):
-                self.leave_out(error)
-            strikes = [self._strikes[server.url] for server in self.alive()]
-        fewest = min(strikes, default=0)
-        return min(0.5 * 2**fewest, 8.0) if fewest else 0.0
+        return TensorSync(bucket_bytes, timeout)
+    return DistributedSync(config.master_address, config.master_port, bucket_bytes, timeout)
 
 
 class _Running:

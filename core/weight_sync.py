@@ -13,9 +13,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -24,38 +25,35 @@ from torch.multiprocessing import reductions
 
 from verippo.core import dist
 from verippo.core.sglang_client import (
+    BEGIN,
+    END,
     GROUP,
+    LEAVE,
     PROBE_SECONDS,
     Request,
     ServerError,
     SglangServer,
-    ask_all,
-    ask_living,
-    begin_request,
     broadcast_request,
     disk_request,
-    end_request,
     join_request,
-    leave_request,
-    on_each,
     tensor_request,
 )
+from verippo.core.sglang_fleet import Fleet, on_each
 
-T = TypeVar("T")
 Bucket = list[tuple[str, Tensor]]
 
 
 class WeightSync(Protocol):
     """One way of sending weights."""
 
-    def push(
-        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
-    ) -> list[ServerError]:
-        """Every server holds the tensors afterwards, under this version, but those whose failures are returned. Raises
+    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Every server in use holds the tensors afterwards, under this version; those that failed are left out. Raises
         ServerError when one refuses them, or when its failure leaves the others without."""
         ...
 
-    def close(self, servers: Sequence[SglangServer]) -> None: ...
+    def close(self, fleet: Fleet) -> None:
+        """Leaves nothing behind. A push may follow, and must not come without it where other servers are in use than before."""
+        ...
 
 
 def buckets(named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iterator[Bucket]:
@@ -73,15 +71,15 @@ def buckets(named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iter
         yield bucket
 
 
+@dataclass
 class DiskSync:
     """A folder of safetensors files that the servers can read too, a new one for each version."""
 
-    def __init__(self, folder: Path, *, bucket_bytes: int, timeout_seconds: float) -> None:
-        self.folder, self.bucket_bytes, self.timeout_seconds = folder.expanduser().resolve(), bucket_bytes, timeout_seconds
+    folder: Path
+    bucket_bytes: int
+    timeout_seconds: float
 
-    def push(
-        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
-    ) -> list[ServerError]:
+    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         target = self.folder / f"weights-{version}"
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
         target.mkdir(parents=True)
@@ -92,52 +90,48 @@ class DiskSync:
             places |= {name: file for name, _ in bucket}
         (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
         request = disk_request(str(target), version)
-        _, failures = ask_living(servers, lambda server: server.ask(request, timeout_seconds=self.timeout_seconds, retries=2))
+        fleet.ask(lambda server: server.ask(request, timeout_seconds=self.timeout_seconds, retries=2))
         for old in self.folder.glob("weights-*"):
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
-        return failures
 
-    def close(self, servers: Sequence[SglangServer]) -> None:
+    def close(self, fleet: Fleet) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@dataclass
 class DistributedSync:
     """Broadcasts from rank 0 in a process group with every tensor-parallel rank of every server."""
 
-    def __init__(self, *, address: str | None, port: int, bucket_bytes: int, timeout_seconds: float) -> None:
-        self.address, self.port, self.bucket_bytes, self.timeout_seconds = address, port, bucket_bytes, timeout_seconds
-        self.group: dist.OuterGroup | None = None
-        self.members: list[str] = []
+    address: str | None
+    port: int
+    bucket_bytes: int
+    timeout_seconds: float
+    group: dist.OuterGroup | None = None
 
-    def push(
-        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
-    ) -> list[ServerError]:
-        if self.group is None or self.members != [server.url for server in servers]:
-            self.close(servers)
-            self.group, self.members = self._joined(servers), [server.url for server in servers]
-        ask_all(servers, functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
+    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        if self.group is None:
+            self.close(fleet)
+            self.group = self._joined(fleet)
+        servers = fleet.alive()
+        fleet.ask_all(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
             request = broadcast_request([(name, _dtype(tensor), tensor.shape) for name, tensor in bucket], version)
             send = functools.partial(self.group.send, [tensor for _, tensor in bucket])
             self._together(servers, [request] * len(servers), send)
-        ask_all(servers, functools.partial(end_update, timeout_seconds=self.timeout_seconds))
-        return []
+        fleet.ask_all(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
 
-    def _joined(self, servers: Sequence[SglangServer]) -> dist.OuterGroup:
-        sizes = ask_all(servers, _tensor_parallel)
+    def _joined(self, fleet: Fleet) -> dist.OuterGroup:
+        servers, sizes = fleet.alive(), fleet.ask_all(_tensor_parallel)
         group = dist.OuterGroup(
             address=self.address or _own_address(servers[0]), port=self.port, world_size=1 + sum(sizes), name=GROUP,
             timeout_seconds=self.timeout_seconds,
         )  # fmt: skip
+        join = functools.partial(
+            join_request, address=group.address, port=group.port, world_size=group.world_size, backend=group.backend
+        )  # fmt: skip
         firsts = itertools.accumulate(sizes[:-1], initial=1)
-        requests = [
-            join_request(
-                address=group.address, port=group.port, rank_offset=first, world_size=group.world_size, backend=group.backend
-            )
-            for first in firsts
-        ]  # fmt: skip
-        self._together(servers, requests, group.join)
+        self._together(servers, [join(rank_offset=first) for first in firsts], group.join)
         return group
 
     def _together(self, servers: Sequence[SglangServer], requests: Sequence[Request], own_part: Callable[[], None]) -> None:
@@ -164,43 +158,33 @@ class DistributedSync:
         finally:
             pool.shutdown(wait=False)
 
-    def close(self, servers: Sequence[SglangServer]) -> None:
+    def close(self, fleet: Fleet) -> None:
         """Also ends what an earlier run left behind: a server refuses a second group of the same name."""
-        on_each(servers, lambda server: server.ask(leave_request(), timeout_seconds=PROBE_SECONDS))
+        on_each(fleet.alive(), lambda server: server.ask(LEAVE, timeout_seconds=PROBE_SECONDS))
         if self.group is not None:
             self.group.leave()
         self.group = None
 
 
+@dataclass
 class TensorSync:
     """Hands tensors over on the same machine: GPU memory by handle, host memory by value."""
 
-    def __init__(self, *, bucket_bytes: int, timeout_seconds: float) -> None:
-        self.bucket_bytes, self.timeout_seconds = bucket_bytes, timeout_seconds
+    bucket_bytes: int
+    timeout_seconds: float
 
-    def push(
-        self, servers: Sequence[SglangServer], named_tensors: Iterable[tuple[str, Tensor]], version: str
-    ) -> list[ServerError]:
-        living, failures = list(servers), []
-
-        def each(work: Callable[[SglangServer], T]) -> dict[str, T]:
-            answers, failed = ask_living(living, work)
-            failures.extend(failed)
-            living[:] = [server for server in living if server.url in answers]
-            return answers
-
-        sizes = each(_tensor_parallel)
-        each(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
+    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        sizes = fleet.ask(_tensor_parallel)
+        fleet.ask(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
             pickled = base64.b64encode(pickle_tensors(bucket)).decode()
-            each(functools.partial(self._hand_over, pickled=pickled, version=version, sizes=sizes))
-        each(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
-        return failures
+            fleet.ask(functools.partial(self._hand_over, pickled=pickled, version=version, sizes=sizes))
+        fleet.ask(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
 
     def _hand_over(self, server: SglangServer, *, pickled: str, version: str, sizes: dict[str, int]) -> None:
         server.ask(tensor_request(pickled, version, tp=sizes[server.url]), timeout_seconds=self.timeout_seconds)
 
-    def close(self, servers: Sequence[SglangServer]) -> None:
+    def close(self, fleet: Fleet) -> None:
         pass
 
 
@@ -230,20 +214,20 @@ def begin_update(server: SglangServer, *, timeout_seconds: float) -> None:
     """Opens a weight update where the server knows such a thing (0.5.21 on). One that a killed run left open is closed first."""
     for attempt in (1, 2):
         try:
-            server.ask(begin_request(), timeout_seconds=timeout_seconds)
+            server.ask(BEGIN, timeout_seconds=timeout_seconds)
             return
         except ServerError as error:
             if error.status == 404:
                 return
             if error.status != 400 or attempt == 2:
                 raise
-            server.ask(end_request(), timeout_seconds=timeout_seconds)
+            server.ask(END, timeout_seconds=timeout_seconds)
 
 
 def end_update(server: SglangServer, *, timeout_seconds: float) -> None:
     """Closes it."""
     try:
-        server.ask(end_request(), timeout_seconds=timeout_seconds)
+        server.ask(END, timeout_seconds=timeout_seconds)
     except ServerError as error:
         if error.status != 404:
             raise

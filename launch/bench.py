@@ -69,10 +69,10 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
                 folder=Path(folder),
             )  # fmt: skip
             try:
-                info = servers.servers[0].info()
+                info = servers.fleet.servers[0].info()
                 seconds = _seconds(lambda: servers.update_weights(model.named_parameters(), 1))
                 _print(figure="weights", engine="sglang", sync=config.sampler.sync, seconds=seconds, **facts)
-                theirs = {"sglang": info.get("version"), "device": info.get("device"), "servers": len(servers.servers)}
+                theirs = {"sglang": info.get("version"), "device": info.get("device"), "servers": len(servers.fleet.servers)}
                 _drawing("sglang", servers, prompts, config, facts | theirs)
             finally:
                 servers.close()

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Run:
     order: Order
     rates: Callable[[int], tuple[float, float]]
     """optimizer step -> learning rates of policy and critic"""
+    gate: dict[str, Any] = field(default_factory=dict)
+    """what the last weight update's parity gate saw of each copy of the weights"""
 
 
 def set_up(config: PPOConfig) -> Run:

@@ -16,9 +16,14 @@ from verippo.rl.experience import compute
 from verippo.rl.setup import Run
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
-"""nats: two correct implementations differ by rounding alone; with bf16 a small model's differed by up to 0.2"""
+"""nats: two correct implementations differ by rounding alone. With bf16 a small model's differed by 0.01 on average and up to
+0.2, as much as by the weights of several steps before: there `check_taken` sees what this cannot"""
 NUM_SEQUENCES = 4
 MAX_TOKENS = 128
+
+
+Answers = tuple[Tensor, list[list[float]]]
+"""the gate's log-probs: the trainer's [tokens], and for each sequence a copy's, of its tokens from the second on"""
 
 
 class GateSequence(NamedTuple):
@@ -32,7 +37,7 @@ def push_weights(config: PPOConfig, run: Run, version: int) -> dict[str, float]:
     """Sends the policy's weights to the sampler and returns the metrics of the update.
 
     A sampler whose weights live elsewhere must pass the parity gate: for the first training prompts, each copy's log-probs
-    agree with the trainer's. Raises RuntimeError, on every rank, with both numbers where they do not.
+    agree with the trainer's, and moved when those did. Raises RuntimeError, on every rank, with both numbers where not.
     """
     run.sampler.update_weights(run.policy.named_tensors(), version)
     if not isinstance(run.sampler, ServedSampler):
@@ -41,7 +46,11 @@ def push_weights(config: PPOConfig, run: Run, version: int) -> dict[str, float]:
     (ours,) = compute(partial(run.policy, temperature=1.0), batch, config.max_tokens_per_gpu)
     sequences = [ids.tolist() for ids in batch.tokens.split(batch.lengths)]
     limit = config.sampler.parity_tolerance or TOLERANCE[config.dtype]
-    gaps = [parity_gap(ours, batch, theirs, name=name, limit=limit) for name, theirs in run.sampler.logprobs(sequences).items()]
+    gaps = []
+    for name, theirs in run.sampler.logprobs(sequences).items():
+        gaps.append(parity_gap(ours, batch, theirs, name=name, limit=limit))
+        check_taken(run.gate.get(name), (ours, theirs), name=name)
+        run.gate[name] = ours, theirs
     return {"weight_version": version, "weight_parity_gap": max(gaps)}
 
 
@@ -66,6 +75,19 @@ def parity_gap(ours: Tensor, batch: PackedBatch, theirs: list[list[float]], *, n
             f"{a:.6f} in the trainer, a gap of {gap:.2g} over sampler.parity_tolerance={limit:g}"
         )
     return gap
+
+
+def check_taken(before: Answers | None, now: Answers, *, name: str) -> None:
+    """Raises RuntimeError when the trainer's log-probs moved since the last update and a copy's are the same to the last bit:
+    rounding makes any change of the weights show in nearly every token."""
+    if before is None:
+        return
+    moved = float((now[0] != before[0]).float().mean())
+    if moved > 0.5 and now[1] == before[1]:
+        raise RuntimeError(
+            f"{name} did not take the trainer's weights: its log-probs are those from before the update, to the last bit, "
+            f"while {moved:.0%} of the trainer's moved, by up to {float((now[0] - before[0]).abs().max()):.2g}"
+        )
 
 
 def rest(config: PPOConfig, sampler: Sampler) -> None:

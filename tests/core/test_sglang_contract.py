@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "sglang"
 DOCUMENT = json.loads((FOLDER / "openapi-0.5.23.json").read_text())
 VERSIONS = json.loads((FOLDER / "fields.json").read_text())
 WEIGHTS = [("model.embed_tokens.weight", "float32", [320, 32]), ("model.norm.weight", "bfloat16", (32,))]
-# each function that makes a request, called as the sampler calls it
+# each request that is always the same, and each function that makes one, called as the sampler calls it
 REQUESTS = {
     "generate_request": client.generate_request(
         (1, 5, 7), SamplingParams(temperature=0.7, max_new_tokens=9), seed=2**62 + 1, stop_token_ids=(2,), rid="r"
@@ -32,13 +32,13 @@ REQUESTS = {
     "version_request": client.version_request("7"),
     "disk_request": client.disk_request("/folder", "7"),
     "join_request": client.join_request(address="node", port=4321, rank_offset=1, world_size=3, backend="nccl"),
-    "leave_request": client.leave_request(),
-    "begin_request": client.begin_request(),
-    "end_request": client.end_request(),
+    "LEAVE": client.LEAVE,
+    "BEGIN": client.BEGIN,
+    "END": client.END,
     "broadcast_request": client.broadcast_request(WEIGHTS, "7"),
     "tensor_request": client.tensor_request("AAAA", "7", tp=2),
-    "release_request": client.release_request(),
-    "resume_request": client.resume_request(),
+    "RELEASE": client.RELEASE,
+    "RESUME": client.RESUME,
 }
 # routes that came later; the sampler goes without them where they are not there
 NEWER = {"0.5.5": {"/begin_weight_update", "/end_weight_update"}, "0.5.9": {"/begin_weight_update", "/end_weight_update"}}
@@ -55,7 +55,8 @@ def test_every_kind_of_request_is_looked_at():
         for name, function in inspect.getmembers(client, inspect.isfunction)
         if inspect.signature(function).return_annotation == "Request" and not name.startswith("_")
     }
-    assert makers == set(REQUESTS)
+    constants = {name for name, value in vars(client).items() if isinstance(value, client.Request)}
+    assert makers | constants == set(REQUESTS)
 
 
 def test_a_request_is_what_the_server_describes(request_sent):

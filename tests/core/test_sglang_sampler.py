@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import signal
 import threading
 import time
 import weakref
@@ -191,16 +192,16 @@ def test_a_response_that_fills_max_new_tokens_counts_as_cut(serve, connect):
 
 def test_the_next_prompt_goes_where_the_fewest_tokens_are_outstanding(serve, connect):
     first, second = serve(), serve()
-    load = connect(first, second).load
-    with load.lend(100) as server:
+    fleet = connect(first, second).fleet
+    with fleet.lend(100) as server:
         assert server.url == first.url
-        with load.lend(60) as server:
+        with fleet.lend(60) as server:
             assert server.url == second.url
-            with load.lend(50) as server:
+            with fleet.lend(50) as server:
                 assert server.url == second.url  # 60 against 100
-                with load.lend(1) as server:
+                with fleet.lend(1) as server:
                     assert server.url == first.url  # 110 against 100
-        with load.lend(5) as server:
+        with fleet.lend(5) as server:
             assert server.url == second.url  # what was answered counts no more
 
 
@@ -265,7 +266,7 @@ def test_a_server_that_answers_wrongly_is_left_out_and_its_prompts_go_to_the_oth
     completions = sampler.generate(prompts(3, 4, 5, 6), GREEDY)
     assert [c.token_ids[0] for c in completions] == [10, 11, 12, 13]
     assert sorted(ids[-1] for ids in good.prompts()) == [10, 11, 12, 13]
-    assert list(sampler.load.failures) == [bad.url]
+    assert list(sampler.fleet.failures) == [bad.url]
     assert f"left out: {bad.url}: " in capsys.readouterr().err
     with pytest.raises(RuntimeError, match=f"no sglang server is left: {bad.url}: .*{message}"):
         connect(bad).generate(prompts(3, 4), GREEDY)
@@ -337,7 +338,7 @@ def test_with_no_server_left_the_error_says_which_addresses_failed_and_how(serve
     first.server_close()
     with pytest.raises(RuntimeError, match=f"no sglang server is left: .*{first.url}: /generate failed: Connection"):
         sampler.generate(prompts(3, 4, 5), GREEDY)
-    assert {first.url, second.url} == set(sampler.load.failures)
+    assert {first.url, second.url} == set(sampler.fleet.failures)
 
 
 def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_start(serve, connect):
@@ -349,8 +350,12 @@ def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_st
         connect(other)
     with pytest.raises(ValueError, match="'ftp://x' is not an address such as"):
         SglangServer("ftp://x")
+    with pytest.raises(ValueError, match="sampler.urls: 'http://host:3000O': Port could not be cast"):
+        SglangServer("http://host:3000O")
+    with pytest.raises(ValueError, match="sampler.urls=', ': there is no address in it"):
+        connect(urls=", ")
     good = serve()
-    assert [server.url for server in connect(nothing, good, push=False).load.alive()] == [good.url]
+    assert [server.url for server in connect(nothing, good, push=False).fleet.alive()] == [good.url]
 
 
 def test_after_an_error_the_requests_that_still_run_are_aborted(serve, connect):
@@ -370,6 +375,36 @@ def test_after_an_error_the_requests_that_still_run_are_aborted(serve, connect):
     assert time.monotonic() - start < 5
     (rid,) = [body["rid"] for path, body in server.asked if path == "/generate" and body["input_ids"][-1] == 10]
     assert ("/abort_request", {"rid": rid}) in server.asked
+    never.set()
+
+
+def test_a_prompt_that_waits_to_be_tried_again_is_not_sent_after_the_rollout_has_ended(serve, connect):
+    def answer(body):
+        if body["input_ids"][-1] == 10:
+            return 500, b""
+        while len(server.prompts()) < 2:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        return as_json(server.completion(body, version="other"))
+
+    server = serve(on_generate(answer))
+    with pytest.raises(RuntimeError, match="weight version other"):
+        connect(server, retries=5).generate(prompts(9, 3), GREEDY)
+    assert sorted(ids[-1] for ids in server.prompts()) == [10, 11]
+
+
+def test_an_interrupt_during_an_update_does_not_wait_for_a_server_that_hangs(serve, connect):
+    never = threading.Event()
+
+    def hang(path, body):
+        if path == "/update_weights_from_disk":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            never.wait(20)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        connect(serve(hang), timeout_seconds=30.0)
+    assert time.monotonic() - start < 5
     never.set()
 
 
@@ -445,7 +480,7 @@ def test_a_server_that_refuses_to_take_part_in_a_broadcast_ends_it_at_once(serve
     server = serve(lambda asked, body: refusal if asked == path else None)
     sampler = connect(server, sync="distributed", push=False, timeout_seconds=60.0)
     if path != "/init_weights_update_group":
-        sampler.sync._joined = lambda servers: SimpleNamespace(leave=lambda: None)
+        sampler.sync._joined = lambda fleet: SimpleNamespace(leave=lambda: None)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=rf"not sent \(distributed\): {server.url}: answered {path} with 400: already"):
         sampler.update_weights(WEIGHTS.items(), 1)
@@ -456,7 +491,7 @@ def test_a_server_that_refuses_to_take_part_in_a_broadcast_ends_it_at_once(serve
 def test_a_broadcast_that_a_server_refuses_is_given_up_at_once(serve, connect):
     server = serve(lambda path, body: (400, b'{"message": "no"}') if path == "/update_weights_from_distributed" else None)
     sampler = connect(server, sync="distributed", push=False, timeout_seconds=60.0)
-    sampler.sync._joined = lambda servers: SimpleNamespace(send=lambda tensors: time.sleep(60), leave=lambda: None)
+    sampler.sync._joined = lambda fleet: SimpleNamespace(send=lambda tensors: time.sleep(60), leave=lambda: None)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=f"{server.url}: answered /update_weights_from_distributed with 400: no"):
         sampler.update_weights(WEIGHTS.items(), 1)
@@ -498,7 +533,7 @@ def test_weights_come_in_portions_of_a_size_that_outlive_their_source():
 def test_no_more_than_a_portion_of_the_weights_is_held_at_a_time(serve, connect, sync):
     sampler = connect(serve(), sync=sync, push=False)
     sampler.sync.bucket_bytes = 40
-    sampler.sync._joined = lambda servers: SimpleNamespace(send=lambda tensors: None, leave=lambda: None)
+    sampler.sync._joined = lambda fleet: SimpleNamespace(send=lambda tensors: None, leave=lambda: None)
     copies, held = [], []
 
     class Watched(torch.Tensor):
@@ -546,11 +581,34 @@ def test_a_server_left_out_is_taken_back_by_the_update_that_finds_it_well(serve,
     ill.set()
     sampler.generate(prompts(3, 4), GREEDY)
     sampler.update_weights(WEIGHTS.items(), 1)
-    assert list(sampler.load.failures) == [first.url]
+    assert list(sampler.fleet.failures) == [first.url]
     ill.clear()
     sampler.update_weights(WEIGHTS.items(), 2)
-    assert not sampler.load.failures
+    assert not sampler.fleet.failures
     assert (first.version, second.version) == ("2", "2")
+
+
+def test_a_server_that_was_started_again_joins_a_new_group(serve, connect):
+    def joined(fleet):
+        groups.append([server.url for server in fleet.alive()])
+        return SimpleNamespace(send=lambda tensors: None, leave=lambda: None)
+
+    groups, first, second = [], serve(), serve()
+    sampler = connect(first, second, sync="distributed", push=False)
+    sampler.sync._joined = joined
+    for version in (1, 2):
+        sampler.update_weights(WEIGHTS.items(), version)
+    assert groups == [[first.url, second.url]]
+    second.version = "default"  # as after a start
+    sampler.update_weights(WEIGHTS.items(), 3)
+    assert groups == [[first.url, second.url]] * 2
+    second.script = lambda path, body: (500, b"ill")
+    sampler.update_weights(WEIGHTS.items(), 4)
+    second.script = lambda path, body: None
+    second.version = "4"  # it cannot be in the group whatever it says
+    sampler.update_weights(WEIGHTS.items(), 5)
+    sampler.update_weights(WEIGHTS.items(), 6)
+    assert groups[2:] == [[first.url], [first.url, second.url]]
 
 
 @pytest.mark.parametrize("sync", ["disk", "tensor"])
@@ -560,7 +618,7 @@ def test_a_server_that_fails_during_an_update_is_left_out_and_the_others_get_all
     sampler.update_weights(WEIGHTS.items(), 4)
     assert (bad.version, good.version) == ("default", "4")
     assert good.paths()[-2:] == ["/flush_cache?timeout=10", "/model_info"]
-    assert "500: lost" in sampler.load.failures[bad.url]
+    assert "500: lost" in sampler.fleet.failures[bad.url]
     assert [c.token_ids[0] for c in sampler.generate(prompts(3, 4), GREEDY)] == [10, 11]
     with pytest.raises(RuntimeError, match=f"not sent .*: no sglang server is left: {bad.url}: .* with 500: lost"):
         connect(bad, sync=sync)
@@ -612,6 +670,13 @@ def test_a_server_that_still_runs_something_is_not_put_to_sleep(serve, connect):
 def test_an_api_key_that_is_not_set_is_refused(serve, connect):
     with pytest.raises(ValueError, match="sampler.api_key_env=NOT_SET_ANYWHERE: that environment variable is not set"):
         connect(serve(), api_key_env="NOT_SET_ANYWHERE")
+
+
+def test_a_key_may_end_in_a_newline(serve, connect, monkeypatch):
+    monkeypatch.setenv("SERVER_KEY", "sesame\n")
+    server = serve()
+    connect(server, api_key_env="SERVER_KEY")
+    assert server.headers["Authorization"] == "Bearer sesame"
 
 
 def test_a_request_cut_off_is_sent_again_only_where_that_is_safe(serve):

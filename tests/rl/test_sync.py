@@ -23,13 +23,15 @@ class Elsewhere:
 
     def __init__(self, path, wrong=0.0):
         self.model, self.wrong, self.version, self.slept, self.closed = load_policy(path, dtype="fp32").hf, wrong, None, 0, 0
+        self.deaf = False
 
     def generate(self, prompts, params):
         return [Completion(token_ids=[2], logprobs=[-1.0], finish_reason="stop")]
 
     def update_weights(self, named_tensors, version):
         self.version = version
-        self.model.load_state_dict(dict(named_tensors), strict=False)
+        if not self.deaf:
+            self.model.load_state_dict(dict(named_tensors), strict=False)
 
     @torch.no_grad()
     def logprobs(self, sequences):
@@ -58,7 +60,7 @@ def a_run(path, sampler):
         return policy(batch, **options)
 
     forward.named_tensors = lambda: policy.hf.named_parameters()
-    return SimpleNamespace(policy=forward, sampler=sampler, train_set=SimpleNamespace(token_ids=PROMPTS))
+    return SimpleNamespace(policy=forward, sampler=sampler, train_set=SimpleNamespace(token_ids=PROMPTS), gate={})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,6 +95,26 @@ def test_a_copy_that_differs_anywhere_stops_the_run_with_both_numbers_and_its_na
         assert gap == pytest.approx(abs(wrong), rel=0.1)
     with pytest.raises(RuntimeError, match="a gap of inf over sampler.parity_tolerance=0.0001"):
         sync.push_weights(CONFIG, a_run(path, Elsewhere(path, wrong=float("nan"))), 7)
+
+
+def test_a_copy_that_missed_a_step_far_smaller_than_the_tolerance_is_told_by_answers_that_did_not_move(make_model):
+    path = make_model("llama", seed=2)
+    sampler = Elsewhere(path)
+    run, config = a_run(path, sampler), replace(CONFIG, dtype="bf16")  # tolerance 0.5
+
+    def step(size):
+        with torch.no_grad():
+            for _, parameter in run.policy.named_tensors():
+                parameter.mul_(1 + size)
+
+    for version, size in enumerate((0, 1e-4, 0, 1e-4)):  # a step that moves nothing is no fault
+        step(size)
+        assert sync.push_weights(config, run, version)["weight_parity_gap"] < 1e-5
+    sampler.deaf = True
+    sync.push_weights(config, run, 4)
+    step(1e-4)
+    with pytest.raises(RuntimeError, match=r"first did not take .* to the last bit, while \d+% of the trainer's moved, by up to"):
+        sync.push_weights(config, run, 5)
 
 
 def test_the_gap_worked_by_hand():

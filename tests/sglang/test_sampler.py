@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -200,14 +201,14 @@ import os, sys
 from pathlib import Path
 from verippo.core import dist
 from verippo.core.model import load_causal_lm
-from verippo.core.sglang_client import begin_request
+from verippo.core.sglang_client import BEGIN
 from verippo.core.sglang_sampler import SglangConfig, SglangSampler
 
 dist.init()
 config = SglangConfig(urls=sys.argv[1], sync="distributed", timeout_seconds=30.0)
 sampler = SglangSampler(config, stop_token_ids=(2,), vocabulary=320, context=None, folder=Path("unused"))
 sampler.update_weights(load_causal_lm(sys.argv[2], dtype="fp32").named_parameters(), 3)
-sampler.servers[0].ask(begin_request(), timeout_seconds=10)
+sampler.fleet.servers[0].ask(BEGIN, timeout_seconds=10)
 print("killed", flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -274,12 +275,17 @@ def test_weights_that_silently_do_not_arrive_are_caught_by_the_gate(server, holl
 
     forward.named_tensors = lambda: policy.hf.named_parameters()
     config = PPOConfig(policy="p", data="d", output="o", steps=1, dtype="fp32", verifier=VerifierConfig(kind="exact"))
-    run = SimpleNamespace(policy=forward, train_set=SimpleNamespace(token_ids=prompts), sampler=connect(server.url))
+    run = SimpleNamespace(policy=forward, train_set=SimpleNamespace(token_ids=prompts), sampler=connect(server.url), gate={})
     assert sync.push_weights(config, run, 1)["weight_parity_gap"] < 1e-4
-    shift(policy.hf, seed=20)
     run.sampler = connect(hollow.url)
+    assert sync.push_weights(config, run, 2)["weight_parity_gap"] < 1e-4  # there was nothing to take
+    with torch.no_grad():
+        policy.hf.get_input_embeddings().weight.mul_(1 + 1e-4)  # less than bf16's tolerance shows
+    with pytest.raises(RuntimeError, match=f"{hollow.url} did not take the trainer's weights: .* before the update"):
+        sync.push_weights(replace(config, dtype="bf16"), run, 3)
+    shift(policy.hf, seed=20)
     with pytest.raises(RuntimeError, match=f"{hollow.url} does not hold the trainer's weights: .* in the trainer, a gap of"):
-        sync.push_weights(config, run, 2)
+        sync.push_weights(config, run, 4)
 
 
 def test_a_server_killed_in_mid_rollout_leaves_its_prompts_to_the_other_each_answered_once(server, start_sglang, connect, model):
@@ -293,7 +299,7 @@ def test_a_server_killed_in_mid_rollout_leaves_its_prompts_to_the_other_each_ans
     prompts, params = random_prompts(*range(5, 45), seed=4), SamplingParams(temperature=0, max_new_tokens=300)
 
     def kill_at_work():
-        while not sampler.load._tokens[other.url]:
+        while not sampler.fleet._tokens[other.url]:
             time.sleep(0.01)
         time.sleep(0.2)
         for pid, _ in other.processes:
@@ -301,12 +307,12 @@ def test_a_server_killed_in_mid_rollout_leaves_its_prompts_to_the_other_each_ans
 
     threading.Thread(target=kill_at_work, daemon=True).start()
     completions = sampler.generate(prompts, params)
-    assert sampler.load._strikes[other.url] > 0  # it was at work when it went
+    assert sampler.fleet._strikes[other.url] > 0  # it was at work when it went
     expected = local.generate(prompts, params)
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
 
     sampler.update_weights(model.named_parameters(), 2)  # a new group, without the dead
-    assert list(sampler.load.failures) == [other.url]
+    assert list(sampler.fleet.failures) == [other.url]
     assert list(sampler.logprobs([[1, 2]])) == [server.url]
     assert gap(model, sampler, prompts[0].token_ids) < 1e-4
     assert len(sampler.generate(prompts[:3], GREEDY)) == 3
