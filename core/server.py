@@ -15,7 +15,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -83,6 +82,10 @@ class ServerConfig:
             raise ValueError(f"mem_fraction={self.mem_fraction}: must be between 0 and 1")
         if self.api_key_env and self.api_key_file:
             raise ValueError("api_key_env and api_key_file: give one of them")
+        try:
+            shlex.split(self.arguments)
+        except ValueError as error:
+            raise ValueError(f"arguments={self.arguments!r}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +124,14 @@ def start_all(configs: Sequence[ServerConfig]) -> list[Server]:
     not answer in time.
     """
     started: list[Server] = []
-    secrets: list[Path] = []
     try:
         for config in configs:
-            started.append(_spawn(config, secrets))
+            started.append(_spawn(config))
         return [_wait(server, config) for server, config in zip(started, configs, strict=True)]
     except BaseException:
         for server, config in zip(started, configs, strict=False):
             stop(server, state=config.state, timeout_seconds=5)
         raise
-    finally:
-        for secret in secrets:
-            secret.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -161,7 +160,9 @@ def stop(server: Server, *, state: str = STATE, timeout_seconds: float = 60.0) -
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(ours, timeout=10)
-    _record(server.node, server.port, state).unlink(missing_ok=True)
+    record = _record(server.node, server.port, state)
+    for file in (record, record.with_suffix(".yaml")):
+        file.unlink(missing_ok=True)
     return bool(ours)
 
 
@@ -204,33 +205,37 @@ def running(server: Server) -> list[psutil.Process]:
     return alive
 
 
-def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
+def _spawn(config: ServerConfig) -> Server:
     """Starts the process and records it."""
     model, key = _model(config.model), _api_key(config)
     folder = Path(config.state).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ValueError(f"state={config.state}: no folder can be made there: {error.strerror}") from None
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once must not both find the port free
         port = config.port or _free_port(config.host, 0)
-        record = folder / f"{platform.node()}-{port}.json"
+        record = _record(platform.node(), port, str(folder))
         if record.exists() and running(there := _read(record)):
             raise ValueError(
                 f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): stop it with "
                 "`verippo serve stop`, or take another --port"
             )
         _free_port(config.host, port)
-        log = record.with_suffix(".log")
-        command = _command(config, model, port)
-        if key:
-            secrets.append(_secret_file(folder, key))
-            command += ["--config", str(secrets[-1])]
-        with open(log, "wb", opener=lambda path, flags: os.open(path, flags | os.O_APPEND, 0o600)) as output:
+        command, log, secret = _command(config, model, port), record.with_suffix(".log"), record.with_suffix(".yaml")
+        if key:  # as sglang's own configuration file, for us alone: on the command line everybody could read it
+            command += ["--config", str(secret)]
+            with open(secret, "w", opener=_private) as file:
+                file.write(f"api-key: {json.dumps(key)}\n")
+        with open(log, "wb", opener=lambda path, flags: _private(path, flags | os.O_APPEND)) as output:
             try:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                     env=_environment(config),
                 )  # fmt: skip
             except OSError as error:
+                secret.unlink(missing_ok=True)
                 raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
         server = Server(
             node=platform.node(), host=config.host, port=port, model=model, log=str(log), command=command,
@@ -242,7 +247,7 @@ def _spawn(config: ServerConfig, secrets: list[Path]) -> Server:
 
 def _wait(server: Server, config: ServerConfig) -> Server:
     """Returns the server once it answers, with its children in the record."""
-    key = _api_key(config)
+    key, record = _api_key(config), _record(server.node, server.port, config.state)
     deadline = time.monotonic() + config.start_timeout_seconds
     try:
         while not _answers(server, key):
@@ -253,9 +258,10 @@ def _wait(server: Server, config: ServerConfig) -> Server:
                 raise ValueError(f"the server on port {server.port} did not answer in {limit}: {_last_lines(server, key)}")
             time.sleep(0.5)
     finally:
+        record.with_suffix(".yaml").unlink(missing_ok=True)
         _blank_out(server, key)
     ready = replace(server, processes=[(process.pid, process.create_time()) for process in running(server)])
-    _write(_record(server.node, server.port, config.state), ready)
+    _write(record, ready)
     return ready
 
 
@@ -317,12 +323,8 @@ def _api_key(config: ServerConfig) -> str | None:
     return key
 
 
-def _secret_file(folder: Path, key: str) -> Path:
-    """The key as sglang's own configuration file, for us alone: on the command line everybody could read it."""
-    descriptor, path = tempfile.mkstemp(suffix=".yaml", dir=folder)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"api-key: {json.dumps(key)}\n")
-    return Path(path)
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _blank_out(server: Server, key: str | None) -> None:

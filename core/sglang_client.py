@@ -259,8 +259,7 @@ class SglangServer:
 
     def version(self) -> str:
         """The name of the weights that it holds."""
-        paths = ("/model_info", "/get_model_info", "/get_weight_version")
-        answer = self.ask_first(Request(path) for path in paths)
+        answer = self.ask_first([Request("/model_info"), Request("/get_model_info")])
         if "weight_version" not in answer:
             answer = self.ask(Request("/get_weight_version"), timeout_seconds=PROBE_SECONDS)
         return str(answer["weight_version"])

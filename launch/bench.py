@@ -8,7 +8,6 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +69,9 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
             )  # fmt: skip
             try:
                 info = servers.fleet.servers[0].info()
-                seconds = _seconds(lambda: servers.update_weights(model.named_parameters(), 1))
+                start = time.perf_counter()
+                servers.update_weights(model.named_parameters(), 1)
+                seconds = time.perf_counter() - start
                 _print(figure="weights", engine="sglang", sync=config.sampler.sync, seconds=seconds, **facts)
                 theirs = {"sglang": info.get("version"), "device": info.get("device"), "servers": len(servers.fleet.servers)}
                 _drawing("sglang", servers, prompts, config, facts | theirs)
@@ -94,12 +95,6 @@ def _drawing(engine: str, sampler: Sampler, prompts: list[Prompt], config: Bench
         seconds=[round(seconds, 3) for _, seconds in counted], tokens=[tokens for tokens, _ in counted],
         prompts=config.prompts, prompt_tokens=config.prompt_tokens, max_new_tokens=config.max_new_tokens, **facts,
     )  # fmt: skip
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _print(**row: Any) -> None:

@@ -77,8 +77,7 @@ def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
     if config.host == "0.0.0.0" and not (config.api_key_env or config.api_key_file):
         print("warning: whoever reaches this machine can replace the model's weights: give --api_key_file", file=sys.stderr)
     print(f"starting {config.num} of {config.model}; logs are in {config.state}", flush=True)
-    if config.foreground:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if config.foreground else 1))
     started = start_all(config.each())
     for server in started:
         print(f"{server.url}  ready  pid {server.pid}  {server.model}  {server.log}")

@@ -234,6 +234,16 @@ def test_the_key_stands_in_no_message(make, tmp_path):
     assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
 
 
+def test_the_key_goes_with_the_record_of_a_start_that_was_killed(make, tmp_path):
+    (tmp_path / "key").write_text("sesame-7c1\n")
+    config = make("hangs", api_key_file=str(tmp_path / "key"))
+    server = module._spawn(config)
+    (carrier,) = (tmp_path / "state").glob("*.yaml")
+    assert carrier.stat().st_mode & 0o077 == 0
+    assert stop(server, state=config.state, timeout_seconds=0)
+    assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
+
+
 def test_what_a_launcher_of_ranks_sets_is_not_inherited(make, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "0")
@@ -266,6 +276,8 @@ def test_fields_become_sglangs_arguments(make):
         ({"api_key_file": os.devnull}, "api_key_file=/dev/null: there is no key in it"),
         ({"api_key_file": "/no/key"}, "api_key_file=/no/key: cannot be read: No such file"),
         ({"host": "192.0.2.1"}, "host=192.0.2.1 port=[0-9]+: cannot listen there"),
+        ({"state": os.devnull}, "state=/dev/null: no folder can be made there: File exists"),
+        ({"arguments": "--log-level 'quiet"}, "No closing quotation"),
         ({"port": 70000}, "port=70000: must be"),
         ({"tp": 0}, "tp=0: must be at least 1"),
         ({"mem_fraction": 1.5}, "mem_fraction=1.5: must be between"),

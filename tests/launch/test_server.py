@@ -86,13 +86,14 @@ def test_in_the_foreground_it_stays_until_a_signal_and_then_stops_the_servers(fa
         assert servers(str(tmp_path)) == []
 
 
-def test_in_the_foreground_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path):
-    with foreground(fake_sglang, tmp_path, "--environment", '{"FAKE": "hangs"}') as process:
+@pytest.mark.parametrize(("stays", "status"), [("true", 0), ("false", 1)])
+def test_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path, stays, status):
+    with foreground(fake_sglang, tmp_path, "--environment", '{"FAKE": "hangs"}', "--foreground", stays) as process:
         assert next(line for line in iter(process.stdout.readline, "") if line.startswith("starting"))
         while not (listed := servers(str(tmp_path))):
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(20) == status
         assert not running(listed[0][0])
 
 
