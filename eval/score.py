@@ -75,16 +75,16 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
         return _NONE
     texts = _option_texts(tuple(options.items()))
     mentions = _labels(text, texts)
-    quoted = _quoted(text, mentions, options)
-    labels = [(m, _context(text, m)) for m in mentions if m not in quoted]
+    listed = _listed(text, mentions, options)
+    labels = [(m, _context(text, m)._replace(left="") if m in listed else _context(text, m)) for m in mentions]
     if claims := [m for m, c in labels if _claimed(c)]:
         return _last(claims, "statement", options)
     labels = [(m, c) for m, c in labels if m.letter is None or m.letter in options]
     if claims := [m for m, c in labels if _weakly_claimed(c)]:
         return _last(claims, "statement", options)
-    if alone := _alone(text, labels):
+    if alone := _alone(text, labels, listed):
         return _last([alone], "letter", options)
-    found = _by_text(text, texts, labels, quoted)
+    found = _by_text(text, texts, mentions)
     return _last(found, "text", options) if found else _NONE
 
 
@@ -134,41 +134,38 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
             continue
         words, gap = own.get(letter.upper()), w.GAP.match(lower, end)
         own_words, follows = False, w.FOLLOWS.match(text, end) and not (letter == "I" and w.PRONOUN.match(text, end))
-        if words and gap and (starts := [at for at in (gap.end(1), gap.end()) if lower.startswith(words, at)]):
-            own_words = gap[1].strip() != "" or letter != "A"
-            end = starts[0] + len(words)
-        elif not (enclosed or ")" in match["close"] or follows):
+        if words and gap and lower.startswith(words, gap.end()):
+            if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
+                continue  # an article: the option's words count by themselves
+            own_words, end = True, gap.end() + len(words)
+        elif not (enclosed or follows):
             continue
         mentions.append(Mention(match.start(), end, letter.upper(), own_words))
     return mentions
 
 
-def _quoted(text: str, mentions: list[Mention], options: dict[str, str]) -> set[Mention]:
-    """The labels of a list of the options that the output repeats: "A. Aspirin", "B. Heparin", ... to the last or for three
-    at least, in order and with nothing said of any."""
+def _listed(text: str, mentions: list[Mention], options: dict[str, str]) -> set[Mention]:
+    """The labels of a list of the options, in order: one a line, or with nothing said of any, three at least."""
     order, runs = list(options), [mentions[:1]]
     for m, n in pairwise(mentions):
-        bare = m.own_words and n.own_words and not text[m.end : n.start].strip(" \n\t.;,:•->|\"'[]{}(")
+        between = text[m.end : n.start]
+        lines = not text[text.rfind("\n", 0, m.start) + 1 : m.start].strip(" -•>") and bool(w.NEXT_LINE.fullmatch(between))
+        bare = m.own_words and n.own_words and not between.strip(" \n\t.;,:•->|\"'[]{}(")
         successive = m.letter in order and n.letter in order and order.index(n.letter) == order.index(m.letter) + 1
-        if bare and successive:
+        if successive and (bare or lines):
             runs[-1].append(n)
         else:
             runs.append([n])
-    return {
-        m for run in runs for m in run
-        if len(run) >= min(3, len(options)) and not re.match(r"\s*[–—-]?\s*[a-z]", text[run[-1].end :][:6])
-    }  # fmt: skip
+    return {m for run in runs for m in run if len(run) >= min(3, len(options))}
 
 
 def _context(text: str, mention: Mention) -> Context:
-    """A line break directly before the mention does not end what is to its left; nor, of a mention that begins its
-    sentence, the stop after it what is to its right: "B. Aspirin is correct"."""
+    """A line break directly before the mention does not end what is to its left."""
     left = text[max(0, mention.start - _WINDOW) : mention.start].rstrip()
     left = w.SENTENCE_END.split(left)[-1]
     left = re.sub(r"(?<![A-Za-z])A(?![A-Za-z])", "_", left).lower()  # else an option A would read as an article
     right = text[mention.end : mention.end + _WINDOW]
-    skip = 0 if left.strip(" -#>•") else len(right) - len(right.lstrip(".):,- "))
-    stop = w.SENTENCE_END.search(right, skip)
+    stop = w.SENTENCE_END.search(right)
     return Context(left, (right[: stop.start()] if stop else right).lower(), stop[0] if stop else "")
 
 
@@ -184,8 +181,8 @@ def _claimed(context: Context) -> bool:
 
 def _weakly_claimed(context: Context) -> bool:
     """Whether the sentence comes to the option mentioned, and ends there."""
-    ends = context.mark != "?" and (not context.right.strip(" .,)") or w.SETS_OFF.match(context.right))
-    return bool(ends) and not _denied(context) and bool(w.WEAK_LEFT.search(context.left))
+    ends = context.mark != "?" and not context.right.strip(" .,)")
+    return ends and not _denied(context) and bool(w.WEAK_LEFT.search(context.left))
 
 
 def _denied(context: Context) -> bool:
@@ -204,37 +201,36 @@ def _complete(text: str) -> bool:
     return text.endswith((".", "!", "。", ")", '"'))
 
 
-def _alone(text: str, labels: list[tuple[Mention, Context]]) -> Mention | None:
+def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention]) -> Mention | None:
     """The letter that is the whole response, begins its first or last line, is its last word, or is the only one spoken for."""
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
     heads = []
     for m, context in labels:
         line_start = text.rfind("\n", 0, m.start) + 1
-        if w.LEADS_IN.fullmatch(text[line_start : m.start].lower().strip(" •→➡️✅👉.")):
+        if m not in listed and w.LEADS_IN.fullmatch(text[line_start : m.start].lower().strip(" •→➡️✅👉.")):
             heads.append((m, context))
     for m, context in heads:
         line_end = (text + "\n").index("\n", m.end)
         if (m.start < first_end or m.start >= last_start) and not _denied(context):
             bare = not m.own_words and not text[m.end : line_end].strip(" .,、。:)!")
             set_off = w.SETS_OFF.match(text, m.end) or text[m.end - 1] == ")" or m.own_words
-            others = {n.letter for n, _ in heads if n != m}
-            if bare or (m.letter and set_off and (others <= {m.letter} or (m.start >= last_start and m.letter in others))):
+            if bare or (m.letter and set_off and {n.letter for n, _ in heads} == {m.letter}):
                 return m
     spoken = [(m, c) for m, c in labels if m.letter and not _denied(c) and not _unsure(c)]
     if len({m.letter for m, _ in spoken}) == 1:
         m, c = spoken[-1]
-        is_last_word = not c.left and not text[m.end :].strip(" .,、。")
+        is_last_word = not c.left and m not in listed and not text[m.end :].strip(" .,、。")
         if is_last_word or (_complete(text) and (w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right))):
             return m
     return None
 
 
-def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]], quoted: set[Mention]) -> list[Mention]:
+def _by_text(text: str, texts: OptionTexts, labels: list[Mention]) -> list[Mention]:
     """The mentions of an option's words that decide: claimed; weakly claimed; standing alone; the only ones not denied."""
-    found = [
-        (m, _context(text, m)) for m in _text_mentions(text.lower(), texts)
-        if not any(label.start <= m.start < label.end for label in quoted)
-    ]  # fmt: skip
+    by_letter = bytearray(len(text))
+    for label in (label for label in labels if label.own_words):
+        by_letter[label.start : label.end] = bytes([1]) * (label.end - label.start)
+    found = [(m, _context(text, m)) for m in _text_mentions(text.lower(), texts) if not by_letter[m.start]]
     apart = {m for m, _ in found if _common(text[m.start : m.end])}
     firm = [(m, c) for m, c in found if m not in apart or w.STANDS_APART.match(c.right)]
     spoken = [(m, c) for m, c in found if not _denied(c) and not w.EXAMPLE_LEFT.search(c.left)]
@@ -251,16 +247,13 @@ def _by_text(text: str, texts: OptionTexts, labels: list[tuple[Mention, Context]
         leads = m.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", rest)
         if begins and (m.start < first_end or m.end > last_start) and (leads or not rest.strip(" .!\"'。")):
             return [m]
-    heads = [m for m, c in labels if not c.left and m.own_words]
-    only = [
-        m for m, c in spoken
-        if m not in apart and not _unsure(c) and not any(label.start <= m.start < label.end for label in heads)
-    ]  # fmt: skip
+    sure = [(m, c) for m, c in spoken if m not in apart and not _unsure(c)]
+    only = [m for m, _ in sure]
+    made = any(w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right) for _, c in sure)
     stops = [0, *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)), len(text)]
     outer_sentence = any(m.start < stops[1] or m.start >= stops[-2] for m in only)
-    if len({m.letter for m in only}) == 1 and not listed.intersection(only) and outer_sentence and _complete(text):
-        return only
-    return [m for m, c in spoken if m in only[-1:] and w.CONCLUDES.search(c.left)]
+    alone = len({m.letter for m in only}) == 1 and not listed.intersection(only)
+    return only if alone and made and outer_sentence and _complete(text) else []
 
 
 def _text_mentions(lower: str, texts: OptionTexts) -> list[Mention]:

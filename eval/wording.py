@@ -32,14 +32,16 @@ LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
 """At the start of an option's words; not the A of "A and B"."""
 MORE = re.compile(
-    r"(?:(?:(?:\s*,)?\s*(?:and|or|&|和|或|与|及)|\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
+    r"(?:(?:(?:\s*,)?\s*(?:and|or|to|through|&|和|或|与|及)|\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|might|can)\b|[\"'\]}]|都|均|三|两))"
 )
 """Further letters of a list: "A and C"."""
 BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?")
 """Between the options' words of a list: "aspirin, or heparin"."""
-GAP = re.compile(r"([\s.):,\-–—\"'(=\]]*)((?:the|an?) )?")
+GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)(?:(?:the|an?) )?")
 """Between a letter and its option's own words."""
+NEXT_LINE = re.compile(r"[^\n]*\n[\s•>-]*")
+"""Between the labels of a list with one option a line."""
 LOWER_CASE = re.compile(
     r"[b-z]\s*(?:$|\n|[.,:;)](?:\s|$))|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S]))a\s*(?:$|\n)"
 )
@@ -53,7 +55,7 @@ FOLLOWS = re.compile(
 """What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(
     r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|instead|makes|it|"
-    r"(?:would|must) be (?:the|correct|right))\b)[a-z']|['’]"
+    r"(?:would|must) be (?:the|correct|right))\b)[a-z']"
 )
 """After an I that stands for the speaker."""
 SETS_OFF = re.compile(
@@ -61,7 +63,7 @@ SETS_OFF = re.compile(
     r"\s(?:because|since|as|due|for sure|obviously|rather than|instead of|(?:and )?not)\b)"
 )
 """What may come after a letter that stands alone at the start of a line."""
-STANDS_APART = re.compile(SETS_OFF.pattern + r"|[}\"']|\s(?:is|would be|seems) (?:the|correct|right)\b")
+STANDS_APART = re.compile(SETS_OFF.pattern + r"|[}\"']")
 """What may come after an option's words that are common ones, as "no"."""
 
 _FILLER = (
@@ -73,26 +75,24 @@ _FILLER = (
 LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
 CLAIM_LEFT = re.compile(
-    r"(?<![a-z])(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict|"
+    r"(?<![a-z])(?<!to )(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict|"
     rf"final|result|prediction)(?![a-z])(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
     rf"statement|exception|finding|organism|one|match|fit|letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
-    r"|\b(?:choos|pick|select|go(?:es|ing)? with|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
+    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
     rf"lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|i (?:think|believe|guess|suspect))(?:e|es|ed|ing|s)?{_FILLER}"
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
-    rf"|(?:\b(?:true|correct|are|all)\b[^\n]*\bexcept(?: for)?|\b(?:chang|switch|revis)\w+\b[^\n]{{0,30}}\bto){_FILLER}"
-    rf"|(?:\bnot\b[^\n]{{1,60}}?\b(?:but|rather)|不是[^。\n]{{1,30}}?而是){_FILLER}"
     r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
     rf"|(?<!not )\bonly{_FILLER}"
     r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|make that|it must be)?\s*$"
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|:)[\s\"'“(\[【「]*$"
-    r"|(?:选项(?:应该|应)?(?:是|为|:)|的是|答案?\W*|认为(?:应该|应)?(?:是|选)|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
+    r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
 """The mention after this is claimed to be the answer."""
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|corresponds? to|consistent with|fits?|"
-    r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|(?:definite|certain|probab|most like|more like)ly|equals|called|"
-    r"known as|termed|mak(?:es?|ing)(?: this| it)?|we (?:get|have|obtain)|must be|(?:it|that|this|which|there|ratio)'s|is)|"
+    r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|\w+ly|equals|called|"
+    r"known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
 """The mention after this is what the sentence comes to; weaker than a claim."""
@@ -102,20 +102,19 @@ _VERDICT = (
     r"exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|odd one|left(?=\s*[.,!]|$)|"
     r"(?:a )?better|more (?:likely|appropriate|consistent|plausible|suitable|probable)|\w+ of choice(?! (?:for|in|when|if)\b)|"
     r"most (?:likely|appropriate|consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
-    r"one that|way to go|what i)\b"
+    r"one that)\b"
 )
 CLAIM_RIGHT = re.compile(
     r"[\s.):,-]*(?P<gap>[^.!?\n]{0,80}?)(?:\b(?:is|are|was|(?:would|must|should|has to) be|seems|appears|remains|being|as)\b|"
     r"[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
-    r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|(?:fits|explains|matches)\b[^.\n]{0,40}\bbest|"
-    r"makes the most sense|(?:most|more) (?:likely|probable|plausible)\b|it is\b|does$)"
+    r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|"
+    r"makes the most sense|(?:most|more) (?:likely|probable|plausible)\b|it is\b)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
 """The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
 DENIED_GAP = re.compile(
     r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非"
-    r"|[(\s][b-z][.)]|\b[b-z] (?:is|are)\b"
 )
 
 DENIED_LEFT = re.compile(
@@ -140,14 +139,15 @@ SUPPOSED = re.compile(
     r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|could|often|commonly)\b"
     r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|believe)\b"
     r"|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b"
-    r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|如果|假如"
+    r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|\bwith the letter of\b"
+    r"|如果|假如|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
 )
 """A sentence that says what would be, or what others think."""
 UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|certain|possible|able|enough)|"
     r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|"
-    r"look\w* at|see)\b"
-    r"|请看|先看|无法|不确定|不能确定|不清楚|难以"
+    r"already|history|family|takes|taking|need to know)\b"
+    r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已"
 )
 EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
@@ -155,10 +155,10 @@ EXAMPLE_LEFT = re.compile(
 )
 """The mention after this is named beside the point."""
 PRAISES = re.compile(
-    r"\b(?:best|correct|right|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|fits|explains)\b"
+    r"\b(?:best|correct|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|fits|explains|"
+    r"should|needs?|needed|want|receives?|only)\b|由|属于|首选|考虑"
 )
-"""Words of a sentence that makes the only letter in it an answer."""
-CONCLUDES = re.compile(r"\b(?:therefore|thus|so|hence|conclusion|overall|summary|finally|ultimately)\b|因此|所以|综上|总之|故")
+"""Words of a sentence that makes the only option in it an answer."""
 TURN = re.compile(
     r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|therefore|thus)\b"
     r"|但|然而|所以|因此"
