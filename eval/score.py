@@ -134,10 +134,10 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
             continue
         words, gap = own.get(letter.upper()), w.GAP.match(lower, end)
         own_words, follows = False, w.FOLLOWS.match(text, end) and not (letter == "I" and w.PRONOUN.match(text, end))
-        if words and gap and lower.startswith(words, gap.end()):
+        if words and gap and (starts := [at for at in (gap.end(1), gap.end()) if lower.startswith(words, at)]):
             if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
                 continue  # an article: the option's words count by themselves
-            own_words, end = True, gap.end() + len(words)
+            own_words, end = True, starts[0] + len(words)
         elif not (enclosed or follows):
             continue
         mentions.append(Mention(match.start(), end, letter.upper(), own_words))
@@ -207,7 +207,7 @@ def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention
     heads = []
     for m, context in labels:
         line_start = text.rfind("\n", 0, m.start) + 1
-        if m not in listed and w.LEADS_IN.fullmatch(text[line_start : m.start].lower().strip(" •→➡️✅👉.")):
+        if m not in listed and w.LEADS_IN.fullmatch(text[line_start : m.start].lower().strip(" •→➡️✅👉.0123456789")):
             heads.append((m, context))
     for m, context in heads:
         line_end = (text + "\n").index("\n", m.end)
@@ -219,7 +219,7 @@ def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention
     spoken = [(m, c) for m, c in labels if m.letter and not _denied(c) and not _unsure(c)]
     if len({m.letter for m, _ in spoken}) == 1:
         m, c = spoken[-1]
-        is_last_word = not c.left and m not in listed and not text[m.end :].strip(" .,、。")
+        is_last_word = m not in listed and text[m.end :] in (".", "。") and not c.left
         if is_last_word or (_complete(text) and (w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right))):
             return m
     return None

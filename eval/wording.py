@@ -23,11 +23,11 @@ LABEL = re.compile(
 )
 """A letter by itself, with what may enclose it."""
 NAMED = re.compile(
-    r"\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|table|factor|protein|part|section|"
-    r"appendix|coenzyme|immunoglobulin|phase|category|apolipoprotein|complex|scenario|patient|case)\.?\s*$",
+    r"(?:\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|table|factor|protein|part|section|"
+    r"appendix|coenzyme|immunoglobulin|phase|category|apolipoprotein|complex|scenario|patient|case)\.?|\d)[ \t]*\Z",
     re.IGNORECASE,
 )
-"""Before a letter that belongs to a name: "vitamin C"."""
+"""Before a letter that belongs to a name or a number: "vitamin C", "38.7 C"."""
 LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
 """At the start of an option's words; not the A of "A and B"."""
@@ -38,7 +38,7 @@ MORE = re.compile(
 """Further letters of a list: "A and C"."""
 BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?")
 """Between the options' words of a list: "aspirin, or heparin"."""
-GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)(?:(?:the|an?) )?")
+GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 """Between a letter and its option's own words."""
 NEXT_LINE = re.compile(r"[^\n]*\n[\s•>-]*")
 """Between the labels of a list with one option a line."""
@@ -113,9 +113,7 @@ CLAIM_RIGHT = re.compile(
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
 """The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
-DENIED_GAP = re.compile(
-    r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非"
-)
+DENIED_GAP = re.compile(r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非")
 
 DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"

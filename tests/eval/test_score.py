@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from verippo.eval.questions import load_questions
 from verippo.eval.score import accuracy, accuracy_original, extract, extract_choice, extract_original, final_response
 
 LABELLED = [json.loads(line) for line in (Path(__file__).parent / "labelled_outputs.jsonl").read_text("utf-8").splitlines()]
@@ -40,6 +41,29 @@ def test_extraction_agrees_with_a_reader_on_99_of_100_outputs():
 @pytest.mark.parametrize("row", [row for row in LABELLED if row["letter"] is None], ids=lambda row: row["output"][-40:])
 def test_an_output_without_an_answer_gives_none(row):
     assert extract(row["output"], row["options"]).letter is None
+
+
+def test_real_items_have_the_letter_that_is_written_and_their_stems_and_lists_have_none(shared):
+    """Styles whose letter is known, and what gives none, over every option of the items at hand: texts of all shapes."""
+    questions, _ = load_questions(",".join(str(file) for file in sorted((shared / "data").glob("*.json"))))
+    missed, false = [], []
+    for n, question in enumerate(questions[::3]):
+        options = {letter: " ".join(text.split()) for letter, text in question.options.items()}  # as a model writes them
+        letter = list(options)[n % len(options)]
+        weighed = [f"{x}. {text}: this {'fits' if x == letter else 'does not fit'}." for x, text in options.items()]
+        listed = "\n".join(f"{x}. {text}" for x, text in options.items())
+        for output in (
+            f"{letter}. {options[letter]}", f"So $\\boxed{{{letter}. {options[letter]}}}$", f"正确答案是{letter}。",
+            f"**{letter}. {options[letter]}** is the best answer, because it fits.",
+            f"The correct option is {letter}: {options[letter]}.\n\nExplanation: the others do not fit.",
+            "Let's see.\n\n" + "\n".join(weighed) + f"\n\nTherefore, the answer is **{letter}**.",
+        ):  # fmt: skip
+            missed += [output] * (extract_choice(output, options) != letter)
+        commented = "\n\n".join(f"{x}. {text}: to be weighed against the vignette." for x, text in options.items())
+        for output in (question.question, listed, f"{question.question}\n\n{listed}", f"Let's go through them:\n\n{commented}"):
+            false += [output] * (extract_choice(output, options) is not None)
+    assert not missed
+    assert len(false) <= len(questions) / 1000  # an item's question may be one of its options
 
 
 @given(row=st.sampled_from(LABELLED), space=st.text(" \n\t\r", max_size=8))
