@@ -145,11 +145,14 @@ class LLM:
     """One model. Answers are journaled by content, so that a program of asks replays after a kill and pays only for what
     it never got; equal asks at one time share one call."""
 
-    def __init__(self, config: LLMConfig, *, journal: Journal | None = None, retry_failed: bool = False) -> None:
-        """retry_failed: asks again what the journal holds as failed. Raises ValueError without a model or a key."""
+    def __init__(
+        self, config: LLMConfig, *, journal: Journal | None = None, retry_failed: bool = False, may_be_empty: bool = False
+    ) -> None:
+        """retry_failed: asks again what the journal holds as failed. may_be_empty: takes a chat answer without text for one,
+        as of a model under test, and does not try again. Raises ValueError without a model or a key."""
         if not config.model:
             raise ValueError("llm.model is not set: give the model's name at the server")
-        self.config, self.journal, self.retry_failed = config, journal, retry_failed
+        self.config, self.journal, self.retry_failed, self.may_be_empty = config, journal, retry_failed, may_be_empty
         self.usage = Usage()
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=config.concurrency, max_keepalive_connections=config.concurrency
@@ -330,7 +333,8 @@ class LLM:
         path = "/chat/completions" if "messages" in body else "/completions"
         try:  # not the typed methods: they take a quarter of the time, and hide what an unreadable answer held
             sent = self._client.post(path, body=body, cast_to=bytes)
-            outcome = read_reply(await asyncio.wait_for(sent, self.config.timeout_seconds), most_in=most_in, most_out=most_out)
+            data = await asyncio.wait_for(sent, self.config.timeout_seconds)
+            outcome = read_reply(data, most_in=most_in, most_out=most_out, may_be_empty=self.may_be_empty)
         except openai.APIStatusError as error:
             outcome = status_fault(error.status_code, error.body or error.response.text, error.response.headers)
         except (openai.APITimeoutError, asyncio.TimeoutError):

@@ -31,10 +31,11 @@ class Fault(NamedTuple):
     """of prompt and answer, that it cost; at most, where no count came"""
 
 
-def read_reply(data: bytes, *, most_in: int, most_out: int) -> Reply | Fault:
+def read_reply(data: bytes, *, most_in: int, most_out: int, may_be_empty: bool = False) -> Reply | Fault:
     """What a completion's body says, or why it says nothing.
 
     most_in, most_out: tokens that the call can have cost at most, taken where the server does not count them.
+    may_be_empty: whether a chat answer without text is one; a completion may always be empty.
     """
 
     def unreadable(what: str) -> Fault:
@@ -57,7 +58,7 @@ def read_reply(data: bytes, *, most_in: int, most_out: int) -> Reply | Fault:
         return Fault(f"refused: {message.get('refusal') or 'content_filter'}", tokens=tokens)
     if not isinstance(text, str) and text is not None:
         return Fault(f"the answer's content is {type(text).__name__}, not text", "passing", tokens=tokens)
-    if "message" in choice and finish != "length" and not (text or "").strip():
+    if not may_be_empty and "message" in choice and finish != "length" and not (text or "").strip():
         return Fault(f"the answer's content is {'null' if text is None else 'empty'}", "passing", tokens=tokens)
     text = (text or "").encode("utf-8", "replace").decode()  # escapes can make half characters, which no file takes
     return Reply(text=text, finish_reason=finish, prompt_tokens=tokens[0], completion_tokens=tokens[1])

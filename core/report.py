@@ -117,7 +117,7 @@ class Interval(NamedTuple):
     high: float | None = None
 
 
-def wilson_interval(successes: float, num: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, num: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % interval of a proportion that stays inside [0, 1] and is not empty at 0 or `num` successes.
 
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), p = successes / num: E. B. Wilson, JASA 22 (1927), p. 209-212.

@@ -111,8 +111,11 @@ class SglangSampler:
         for info in on_each(self.fleet.servers, SglangServer.info):
             if isinstance(info, ServerError):
                 self.fleet.leave_out(info)
-            elif info.get("context_length"):
+                continue
+            if info.get("context_length"):
                 self.context = min(info["context_length"], self.context or math.inf)
+            if config.sync != "disk" and int(info.get("dp_size", 1)) > 1:
+                raise ValueError(f"sampler.sync={config.sync}: only disk can update servers with dp_size over 1")
         if not self.fleet.alive():
             raise ValueError(f"sampler.urls: {self.fleet.obituary()}")
         if config.sync_folder:  # others may use it too: what we write and remove lies in a folder of our own
@@ -199,6 +202,7 @@ class SglangSampler:
         """Wakes the server if it is asleep; one that failed before must answer a request again. Returns its version."""
         if (version := server.version()) == ASLEEP:
             server.ask(RESUME, timeout_seconds=self.config.timeout_seconds)
+            server.ask(version_request("awake"), timeout_seconds=PROBE_SECONDS)  # whoever comes if we fail must not resume again
         elif server.url in failed:
             server.ask(score_request([0, 0]), timeout_seconds=PROBE_SECONDS)
         return version
@@ -259,7 +263,13 @@ def _by_main(work: Callable[[], T], *, meanwhile: Iterable[object] = (), what: s
 def _weight_sync(config: SglangConfig, folder: Path) -> WeightSync:
     bucket_bytes, timeout = config.bucket_mib * 2**20, config.timeout_seconds
     if config.sync == "disk":
-        return DiskSync(folder.expanduser().resolve(), bucket_bytes, timeout)
+        folder = folder.expanduser().resolve()
+        try:
+            if dist.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"sampler.sync_folder: no folder can be made at {folder}: {error.strerror}") from None
+        return DiskSync(folder, bucket_bytes, timeout)
     if config.sync == "tensor":
         return TensorSync(bucket_bytes, timeout)
     return DistributedSync(config.master_address, config.master_port, bucket_bytes, timeout)

@@ -247,10 +247,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _tensor_parallel(server: SglangServer) -> int:
-    info = server.info()
-    if int(info.get("dp_size", 1)) > 1:
-        raise ServerError(server.url, "has dp_size over 1, which only sync=disk can update", kind="refused")
-    return int(info.get("tp_size", 1))
+    return int(server.info().get("tp_size", 1))
 
 
 def _own_address(server: SglangServer) -> str:

@@ -446,6 +446,12 @@ def test_a_shared_folder_is_left_as_it_was(serve, connect, tmp_path):
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["weights-7"]
 
 
+def test_a_folder_for_the_weights_that_cannot_be_made_is_named_at_once(serve, connect):
+    server = serve()
+    with pytest.raises(ValueError, match="sampler.sync_folder: no folder can be made at /dev/null/verippo-.*: Not a directory"):
+        connect(server, sync_folder="/dev/null", push=False)
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_tensors_are_handed_over_within_an_update_session_where_the_server_has_one(serve, connect, old):
     server = serve(old=old)
@@ -513,7 +519,7 @@ def test_several_weight_copies_behind_one_address_need_the_way_over_disk(serve, 
     server = serve(lambda path, body: as_json({"tp_size": 1, "dp_size": 2}) if path == "/server_info" else None)
     connect(server)
     for sync in ("tensor", "distributed"):
-        with pytest.raises(RuntimeError, match="has dp_size over 1, which only sync=disk can update"):
+        with pytest.raises(ValueError, match=f"sampler.sync={sync}: only disk can update servers with dp_size over 1"):
             connect(server, sync=sync)
 
 
@@ -656,6 +662,18 @@ def test_asleep_servers_are_woken_before_weights_come_even_those_that_another_ru
     server.asked.clear()
     sampler.update_weights(WEIGHTS.items(), 2)  # resuming what is awake would end the server
     assert "/resume_memory_occupation" not in server.paths()
+
+
+def test_a_server_woken_for_weights_that_did_not_come_is_not_woken_again(serve, connect):
+    server = serve()
+    sampler = connect(server)
+    sampler.sleep()
+    server.script = lambda path, body: (500, b"lost") if "from_disk" in path else None
+    with pytest.raises(RuntimeError, match="500: lost"):
+        sampler.update_weights(WEIGHTS.items(), 1)
+    server.script = lambda path, body: None
+    connect(server, push=False).update_weights(WEIGHTS.items(), 0)
+    assert server.paths().count("/resume_memory_occupation") == 1
 
 
 def test_a_server_that_still_runs_something_is_not_put_to_sleep(serve, connect):
