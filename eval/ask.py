@@ -111,7 +111,7 @@ async def _ask_server(
     from verippo.core.model import load_tokenizer
 
     tokenizer = load_tokenizer(config.model) if config.endpoint == "completions" else None
-    llm = LLM(client, journal=journal, retry_failed=config.retry_failed)
+    llm = LLM(client, journal=journal, retry_failed=config.retry_failed, may_be_empty=True)
     num_failed = num_answered = 0
 
     async def work(case: Case) -> Answer:

@@ -40,7 +40,6 @@ def score_answer(case: Case, answer: Answer) -> Row:
         "original": readings and [case.back[reading] if reading else None for reading in readings],
         "num_tokens": answer.num_tokens, "finish_reason": answer.finish_reason, "truncated": answer.finish_reason == "length",
         "in_format": parse_response(answer.text) is not None, "error": answer.error,
-        "right": letter == case.back[case.question.answer_idx],
     }  # fmt: skip
 
 

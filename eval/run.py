@@ -18,7 +18,8 @@ from verippo.eval.ask import Answer, Case, ask, check_weights, make_cases
 from verippo.eval.config import EvalConfig
 from verippo.eval.questions import load_questions
 from verippo.eval.report import print_table, write_report
-from verippo.eval.results import Row, by_source, item_rows, score_answer, summarise
+from verippo.eval.results import Row, by_source, item_rows, summarise
+from verippo.eval.score import extract_choice
 
 
 def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
@@ -77,7 +78,7 @@ class Progress:
         """Takes in one answer."""
         if not self.bar.n:
             self.bar.unpause()  # loading a model or starting a server tells nothing of the answers' pace
-        self.right += score_answer(case, answer)["right"]
+        self.right += extract_choice(answer.text, case.question.options) == case.question.answer_idx
         if answer.error:
             question = case.question
             tqdm.write(f"failed: {question.file}: {question.source} item {question.index}: {answer.error}", file=sys.stderr)

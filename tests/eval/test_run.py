@@ -159,6 +159,17 @@ def test_the_chat_endpoint_gets_plain_messages(ask, mixed):
     assert "`## Final Response`" in body["messages"][1]["content"]
 
 
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_an_empty_answer_is_no_answer_and_is_not_asked_again(ask, llm_server, endpoint):
+    server = llm_server(lambda body: "" if item_of(body) % 2 else f"The answer is {GOLD[item_of(body)]}.")
+    results = ask(server, endpoint=endpoint, llm={"max_retries": 2})
+    assert results["all"]["outcomes"] == {"right": 5, "wrong": 0, "no answer": 5, "failed": 0}
+    assert results["failures"] == []
+    assert len(server.bodies) == 10
+    assert results["all"]["accuracy"]["value"] == 0.5  # none leaves the denominator
+    assert results["all"]["scorings"]["original"]["value"] == 1.0
+
+
 def test_a_prompt_is_read_by_the_servers_tokenizer_as_the_trainer_renders_it(tokenizer_folder):
     from tokenizers.processors import TemplateProcessing
 

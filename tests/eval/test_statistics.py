@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -25,16 +26,28 @@ from verippo.eval.statistics import (
     position_bias,
 )
 
-ALPHA = 2 * stats.norm.sf(1.959964)
 LETTERS = st.sampled_from(["A", "B", "C", None])
 
 
 @given(right=st.lists(st.booleans(), min_size=1, max_size=300))
 def test_one_run_has_wilsons_interval(right):
     found = accuracy_interval([[each] for each in right])
-    low, high = proportion_confint(sum(right), len(right), alpha=ALPHA, method="wilson")
+    low, high = proportion_confint(sum(right), len(right), alpha=0.05, method="wilson")
     assert found.value == pytest.approx(np.mean(right), abs=1e-9)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+
+
+@given(right=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=2, max_size=60))
+def test_the_interval_of_runs_is_wilsons_at_the_clustered_standard_error(right):
+    found = accuracy_interval(right)
+    groups = np.repeat(np.arange(len(right)), 3)
+    flat = np.array(right, dtype=float).ravel()
+    clusters = {"groups": groups, "use_correction": False}
+    (se,) = OLS(flat, np.ones(len(flat))).fit(cov_type="cluster", cov_kwds=clusters).bse
+    p = flat.mean()
+    num = p * (1 - p) / se**2 if se > 1e-9 else len(right)
+    low, high = proportion_confint(p * num, num, alpha=0.05, method="wilson")
+    assert found == pytest.approx((p, max(0, low), min(1, high)), abs=1e-9)
 
 
 def test_repeating_the_same_answers_does_not_narrow_the_interval():
@@ -45,7 +58,7 @@ def test_repeating_the_same_answers_does_not_narrow_the_interval():
 def test_independent_runs_narrow_the_interval_as_more_items_would():
     rng = np.random.default_rng(0)
     found = accuracy_interval((rng.random((2000, 4)) < 0.7).tolist())
-    low, high = proportion_confint(8000 * found.value, 8000, alpha=ALPHA, method="wilson")
+    low, high = proportion_confint(8000 * found.value, 8000, alpha=0.05, method="wilson")
     assert found.high - found.low == pytest.approx(high - low, rel=0.05)
 
 
