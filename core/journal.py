@@ -106,7 +106,7 @@ class Journal:
         await self._append(key, {"key": key, "error": reason}, failed=True)
 
     async def _append(self, key: str, entry: dict[str, Any], *, failed: bool) -> None:
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
         loop = asyncio.get_running_loop()
         written = loop.create_future()
         self._waiting.append(_Waiting(key, line, failed, written))

@@ -74,6 +74,8 @@ class LLMConfig:
                 raise ValueError(f"llm.{name}={getattr(self, name)}: must be above 0")
         if self.budget_usd and not self.price_in + self.price_out:
             raise ValueError("llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"llm.base_url={self.base_url}: give http://HOST:PORT/v1, or https")
         if not self.api_key_env.isidentifier():
             raise ValueError("llm.api_key_env: give the name of the variable that holds the key, not the key")
 
@@ -113,10 +115,10 @@ class Usage:
     calls: int = 0
     """asked of the server, however many tries each took"""
     cached_calls: int = 0
-    """answered from the journal"""
+    """answered from the journal, failures too"""
     retries: int = 0
     failures: int = 0
-    """calls that failed for good, now or as the journal says"""
+    """calls that failed for good, now or as the journal says, or whose answers could not be used"""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     usd: float = 0.0
@@ -217,7 +219,11 @@ class LLM:
         } | {name: value for name, value in others.items() if value is not None}
 
     async def close(self) -> None:
-        """Closes the connections; the journal stays open."""
+        """Gives up what is in flight and closes the connections; the journal stays open."""
+        calls = list(self._in_flight.values())
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
         await self._client.close()
 
     async def _once(self, key: str, body: dict[str, Any], schema: dict[str, Any] | None) -> Reply:
@@ -226,6 +232,7 @@ class LLM:
                 self.usage.cached_calls += 1
                 return Reply(**known)
             if not self.retry_failed and (reason := self.journal.error(key)) is not None:
+                self.usage.cached_calls += 1
                 self.usage.failures += 1
                 raise LLMError(reason)
         if key not in self._in_flight:

@@ -46,14 +46,14 @@ def read_reply(data: bytes, *, most_in: int, most_out: int, may_be_empty: bool =
         choice = content["choices"][0]
         message = choice.get("message") or {"content": choice.get("text")}
         text, finish, counts = message.get("content"), choice.get("finish_reason") or "stop", content.get("usage") or {}
+        num_in, num_out = counts.get("prompt_tokens"), counts.get("completion_tokens")
     except UnicodeDecodeError:
         return unreadable("is not UTF-8")
     except json.JSONDecodeError:
         return unreadable(f"is cut off or not JSON ({len(data)} bytes)")
     except (LookupError, TypeError, AttributeError):
         return unreadable(f"has no choices: {data[:100]!r}")
-    num_in, num_out = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    tokens = (most_in if num_in is None else num_in, most_out if num_out is None else num_out)
+    tokens = (num_in if isinstance(num_in, int) else most_in, num_out if isinstance(num_out, int) else most_out)
     if message.get("refusal") or finish == "content_filter":
         return Fault(f"refused: {message.get('refusal') or 'content_filter'}", tokens=tokens)
     if not isinstance(text, str) and text is not None:

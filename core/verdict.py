@@ -19,8 +19,7 @@ TEMPLATE = (
 
 VERDICTS = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
 """The whole words that an LLM may judge by."""
-AROUND_ANSWER = re.compile(r"\s*<think>.*?</think>|\s*```(?:json|text|plaintext|markdown)?\s", re.DOTALL)
-"""What may stand before an answer and is no part of it: a thought, the begin of a code fence."""
+FENCE = re.compile(r"\s*```(?:json|text|plaintext|markdown)?\s")
 
 
 class Tiers(NamedTuple):
@@ -78,13 +77,16 @@ def normalise_answer(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]*")
 
 
+def after_thought(text: str) -> str:
+    """An answer without the thought that reasoning models write before it, up to </think>; <think> may stand in the prompt."""
+    return text.rpartition("</think>")[2]
+
+
 def parse_verdict(text: str) -> bool | None:
     """An LLM's verdict: its whole answer is one of the words in VERDICTS, or {"verdict": one of them or a boolean}. White
     space, quotes, asterisks, a code fence and a full stop around it do not matter, nor does case. None for anything else:
     "untrue", "True and false", a sentence that holds the word."""
-    while found := AROUND_ANSWER.match(text):
-        text = text[found.end() :]
-    text = text.strip(" \t\r\n`*_\"'“”‘’「」.。!！,，;；")
+    text = FENCE.sub("", after_thought(text), count=1).strip(" \t\r\n`*_\"'“”‘’「」.。!！,，;；")
     if not text.startswith("{"):
         return VERDICTS.get(text.casefold())
     try:

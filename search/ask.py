@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from verippo.core.journal import content_key
 from verippo.core.llm import LLM
+from verippo.core.verdict import after_thought
 from verippo.search.parse import Fault
 from verippo.search.templates import Prompts
 
@@ -16,8 +16,6 @@ Step = dict[str, Any]
 
 CUT_OFF = "it is cut off, as it is too long"
 DRAW_STRIDE = 1 << 16
-THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-"""What reasoning models may write before their answer: it is no part of it."""
 
 
 class Asker:
@@ -62,7 +60,7 @@ class Asker:
             call["completion_tokens"] += reply.completion_tokens
             cut = reply.finish_reason == "length"
             try:
-                value = parse(THOUGHT.sub("", reply.text))
+                value = parse(after_thought(reply.text))
                 if not cut or schema or judging:  # a whole JSON object or verdict may have its trailing prose cut off
                     return value
                 fault = CUT_OFF

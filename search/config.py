@@ -38,8 +38,9 @@ class AskingConfig:
     def __post_init__(self) -> None:
         if not self.llm.model:
             raise ValueError("llm.model is not set: give the model's name at the server")
-        if self.max_asks < 1:
-            raise ValueError(f"max_asks={self.max_asks}: must be at least 1")
+        for name in ("max_asks", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not self.judge_temperature >= 0:
             raise ValueError(f"judge_temperature={self.judge_temperature}: must be 0 or more")
 

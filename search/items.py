@@ -44,6 +44,8 @@ def finish_items(
     models = [{"model": llm.model, "temperature": llm.temperature, "most": llm.max_new_tokens} for llm in (config.llm, *others)]
     settings = [*settings, models, config.seed, config.max_asks, config.judge_temperature, prompts.digest]
     by_key = {content_key(settings, content(item)): item for item in items}
+    for llm in (config.llm, *others):
+        llm.api_key()  # a missing one is found before the folder is made
     with open_journal(config) as journal:
         (journal.path.parent / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         results = asyncio.run(_finish(config, by_key, work, prompts=prompts, others=others, journal=journal))
@@ -59,11 +61,12 @@ def open_journal(config: AskingConfig) -> Journal:
         raise ValueError(f"output {config.output}: cannot write there: {error.strerror}") from None
     if config.resume == "never" and path.exists():
         raise ValueError(f"output {config.output}: holds a journal already: choose another folder, or --resume auto")
-    if config.resume not in ("auto", "never") and not path.exists():
+    if config.resume not in ("auto", "never"):
         other = Path(config.resume).expanduser() / "journal.jsonl"
         if not other.exists():
             raise ValueError(f"resume {config.resume}: no journal.jsonl there; give auto, never, or the folder of an earlier run")
-        shutil.copy(other, path)
+        if not path.exists():
+            Path(shutil.copy(other, f"{path}.tmp")).replace(path)
     return Journal(path)
 
 
@@ -92,6 +95,7 @@ async def _finish(
                 await journal.record_error(key, str(error))
             if not isinstance(error, Fault):
                 return result
+            llms[0].usage.failures += 1
         result |= {"trajectory": asker.steps, "turn": turn}
         await journal.record(key, result)
         return result
@@ -108,9 +112,12 @@ async def _finish(
 
 
 def write_json(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A JSON list, a row a line; written aside and renamed, so that a kill leaves the old file or the new one."""
+    """A JSON list, a row a line; written aside and renamed, so that a kill leaves the old file or the new one.
+
+    Half characters (lone surrogates), which UTF-8 cannot hold, are written as JSON's escapes.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("[")
         for number, row in enumerate(rows):
             file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))

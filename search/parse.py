@@ -20,10 +20,10 @@ Step = dict[str, str]
 THINK, CONCLUDE, VERIFY = ENDING = ("Inner Thinking", "Final Conclusion", "Verification")
 JUDGEMENTS = ("pass", "too simple", "ambiguous answer", "not reformulatable")
 REFUSAL = re.compile(
-    r"^\W*(?:(?:i['’]m|i am) (?:very |so |really )?sorry|sorry|i|we|as an ai)\b[^.\n]{0,80}"
+    r"^\W*(?:(?:i['’]m|i am) (?:very |so |really )?sorry|sorry|i|as an ai)\b[^.\n]{0,80}"
     r"\b(?:can(?:no|['’])t|can not|won['’]t|unable to|not able to) "
     r"(?:help|assist|comply|provide|answer|do that|fulfil|continue|discuss|offer)"
-    r"|^\W*(?:很?抱歉|对不起|我|作为)[^。\n]{0,40}(?:无法|不能)(?:为您|帮您|对此)?(?:提供|回答|协助|帮助|满足|继续|讨论)",
+    r"|^\W*(?:很?抱歉|对不起|我(?!们)|作为[^，。\n]{0,8}(?:AI|人工智能|模型|助手))[^。\n]{0,40}(?:无法|不能)(?:为您|帮您|对此)?(?:提供|回答|协助|帮助|满足|继续|讨论)",
     re.IGNORECASE,
 )
 

@@ -121,7 +121,7 @@ def exam_question(row: Row, *, where: str) -> ExamQuestion:
 def evaluation_texts(sources: str | None) -> list[str]:
     """Every question and every option of the evaluation files. Raises ValueError naming a row without a question."""
     texts = []
-    for number, row in enumerate(load_rows(sources) if sources else []):
+    for number, row in enumerate(_rows("decontaminate", sources)):
         key = next((key for key in (QUESTION_KEY, "Question") if key in row and "question" not in row), "question")
         options = row.get("options") or {}
         texts.append(text_field(row, key, where=f"decontaminate {sources}: row {number}"))
@@ -196,7 +196,16 @@ async def all_answer(question: ExamQuestion, asker: Asker, small: Sequence[LLM],
 
 def _pool(kind: str, source: str | None) -> list[Row]:
     """The rows of a source of the mix, as problems."""
-    return [as_problem(row, where=f"mix.{kind} {source}: row {n}") for n, row in enumerate(load_rows(source) if source else [])]
+    name = f"mix.{kind}"
+    return [as_problem(row, where=f"{name} {source}: row {number}") for number, row in enumerate(_rows(name, source))]
+
+
+def _rows(name: str, sources: str | None) -> list[Row]:
+    """Of the field `name`, which its errors name."""
+    try:
+        return load_rows(sources) if sources else []
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def as_problem(row: Row, *, where: str) -> Row:

@@ -137,7 +137,7 @@ def outcome_tables(results: Sequence[Result]) -> list[Table]:
     ends.update(f"solved: {step['strategy']}" for step in found)
     assert sum(ends.values()) == len(results), "an item has vanished"
     unparsed = sum(len(call["faults"]) for step in steps for call in step["calls"] if call["prompt"] == "verdict")
-    verdicts = [(True, sum(right.values())), (False, len(judged) - sum(right.values())), ("unparsed", unparsed)]
+    verdicts = [("True", sum(right.values())), ("False", len(judged) - sum(right.values())), ("unparsed", unparsed)]
     return [
         Table("Outcomes", ("outcome", "items"), [*ends.most_common(), ("all", len(results))]),
         Table("Strategies", ("strategy", "drawn", "right"), [(name, num, right[name]) for name, num in drawn.most_common()]),

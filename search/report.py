@@ -26,10 +26,11 @@ def write_report(folder: Path, *, title: str, tables: Iterable[Table]) -> None:
     """Prints the tables as Markdown and writes them to report.md and report.html; those without rows are left out."""
     tables = [table for table in tables if table.rows]
     text = f"# {title}\n" + "".join(f"\n## {table.title}\n\n{_markdown(table)}\n" for table in tables)
-    print(text)
+    text = text.encode("utf-8", "replace").decode()  # of half a character in a question
     (folder / "report.md").write_text(text, encoding="utf-8")
     template = Path(__file__).with_name("report.html.jinja")
     write_page(folder / "report.html", template, folder=folder, title=title, tables=tables)
+    print(text)
 
 
 def _markdown(table: Table) -> str:

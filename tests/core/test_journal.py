@@ -207,6 +207,13 @@ def test_what_json_cannot_hold_is_refused_at_once(path):
     assert path.read_bytes() == b""
 
 
+def test_half_characters_are_kept(path):
+    with Journal(path) as journal:
+        record(journal, ("a", "热\ud800"))
+    with Journal(path) as journal:
+        assert journal.get("a") == "热\ud800"
+
+
 def test_ten_thousand_entries_open_within_two_seconds(path):
     path.parent.mkdir()
     with path.open("w") as file:

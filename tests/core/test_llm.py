@@ -115,6 +115,7 @@ def test_half_characters_become_replacement_marks(llm_server):
         ({"body": b""}, "the answer is cut off or not JSON \\(0 bytes\\)"),
         ({"body": b'{"error": "odd"}'}, "the answer has no choices: b'{\"error\": \"odd\"}'"),
         ({"num_choices": 0}, "the answer has no choices"),
+        ({"body": b'{"choices": [{"message": {"content": "a"}}], "usage": [1]}'}, "the answer has no choices"),
         ({"text": None}, "the answer's content is null"),
         ({"text": " \n"}, "the answer's content is empty"),
         ({"body": b'{"choices": [{"message": {"content": [1]}}]}'}, "the answer's content is list, not text"),
@@ -319,6 +320,21 @@ def test_equal_asks_at_one_time_share_one_call_even_when_the_first_asker_gives_u
     assert (len(server.bodies), usage.calls) == (1, 1)
 
 
+def test_closing_gives_up_the_calls_in_flight_and_says_nothing_of_them(llm_server, tmp_path, caplog):
+    server = llm_server(lambda body: "yes", delay_seconds=30)
+
+    async def use(client):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(client.ask(question()), 0.2)
+
+    begun = time.monotonic()
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        drive(server, use, journal=journal)
+    assert time.monotonic() - begun < 10
+    assert (len(server.bodies), caplog.text) == (1, "")
+    assert (tmp_path / "journal.jsonl").read_bytes() == b""
+
+
 def test_a_recorded_failure_fails_again_unless_it_is_to_be_retried(llm_server, tmp_path):
     server = llm_server(scripted(llm_server.module.error(400, "too long"), "yes"))
     with Journal(tmp_path / "journal.jsonl") as journal:
@@ -481,6 +497,8 @@ def test_a_key_that_no_header_takes_is_refused_without_being_shown(tmp_path, key
         *[({name: -1.0}, f"llm.{name}=-1.0: must be 0 or more") for name in ("temperature", "price_in", "price_out")],
         ({"max_retries": -1}, "llm.max_retries=-1: must be 0 or more"),
         ({"timeout_seconds": 0.0}, "llm.timeout_seconds=0.0: must be above 0"),
+        ({"base_url": "127.0.0.1:30000"}, "llm.base_url=127.0.0.1:30000: give http://HOST:PORT/v1, or https"),
+        ({"base_url": ""}, "llm.base_url=: give http://HOST:PORT/v1"),
         ({"budget_usd": 0.0, "price_in": 1.0}, "llm.budget_usd=0.0: must be above 0"),
     ],
 )  # fmt: skip

@@ -103,6 +103,11 @@ def test_anything_else_is_no_verdict(text):
     assert parse_verdict(text) is None
 
 
+def test_a_thought_may_have_begun_in_the_prompt():
+    assert parse_verdict("Is it true? It is not.</think>\n\nFalse") is False
+    assert parse_verdict("True</think>") is None
+
+
 def test_a_verdict_may_be_a_json_boolean():
     assert parse_verdict('{"verdict": true}') is True
     assert parse_verdict('```json\n{"verdict": false, "why": "other drug"}\n```') is False

@@ -92,6 +92,7 @@ def test_a_faulty_answer_is_asked_for_again_with_the_fault_named(doctor, llm_ser
 def test_a_fence_and_prose_around_the_object_are_passed_over(doctor, llm_server, command, scripted):
     around = [
         "```json\n{}\n```", "Here it is:\n{}\nI hope it helps.", "```\n{}```", "\ufeff {}", "<think>{{Hm}}. So.</think>\n{}",
+        "{{Hm}}. So.</think>\n{}",
     ]
     rows = [scripted.problem(n) for n in range(len(around))]
     answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
@@ -210,6 +211,40 @@ def test_a_server_that_never_answers_is_named_in_one_line(llm_server, command, s
     assert "none of the first 16 calls got an answer" in capsys.readouterr().err
 
 
+def test_failures_of_an_earlier_run_are_no_sign_of_a_server_that_never_answers(model, llm_server, command, scripted, capsys):
+    rows = [scripted.problem(n) for n in range(3)] + [scripted.problem(9, answer=f"no {n}") for n in range(20)]
+    rows = [row | {QUESTION_KEY: f"{row[QUESTION_KEY]} {n}"} if n > 2 else row for n, row in enumerate(rows)]
+    refused = llm_server.module.error(400, "too long")
+    server = llm_server(lambda body: refused if "patient 9" in str(body) else model(body))
+    folder = command("search", rows, server, **{"llm.concurrency": 1})
+    assert len(scripted.load(folder, "search.json")) == 3
+    calls = len(server.bodies)
+    command("search", rows, server, **{"llm.concurrency": 1})
+    assert (len(server.bodies), len(scripted.load(folder, "search.json"))) == (calls, 3)
+    assert "asked 0 calls, 20 more were in the journal" in capsys.readouterr().out
+
+
+def test_half_characters_in_the_data_fail_their_item_alone(model, llm_server, command, scripted, tmp_path):
+    rows = [scripted.problem(0) | {"note": "half \ud800"}, scripted.problem(1) | {QUESTION_KEY: "half \ud800?"}]
+    (tmp_path / "half.json").write_text(json.dumps(rows))
+    folder = command("search", [], llm_server(model), data=tmp_path / "half.json")
+    (record,) = scripted.load(folder, "search.json")
+    assert record["note"] == "half \ud800"
+    assert "| half ?? |" in (folder / "report.md").read_text()
+
+
+def test_a_mistake_leaves_no_folder(command, scripted, llm_server, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = llm_server(lambda body: "")
+    for options, complaint in [({"llm.base_url": "null"}, "no API key: set OPENAI_API_KEY"), ({"limit": -1}, "limit=-1: must be"),
+                               ({"llm.base_url": "localhost:1"}, "give http://HOST:PORT/v1")]:  # fmt: skip
+        with pytest.raises(SystemExit) as caught:
+            command("search", [scripted.problem(0)], server, **options)
+        assert caught.value.code == 2
+        assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_never_refuses_and_a_folder_lends_its_journal(model, llm_server, command, scripted, capsys, tmp_path):
     rows, server = [scripted.problem(0)], llm_server(model)
     command("search", rows, server)
@@ -219,6 +254,9 @@ def test_resume_never_refuses_and_a_folder_lends_its_journal(model, llm_server, 
     other = command("search", rows, server, output="other", resume=tmp_path / "out")
     assert len(server.bodies) == 6
     assert (other / "search.json").read_text() == (tmp_path / "out" / "search.json").read_text()
+    with pytest.raises(SystemExit):
+        command("search", rows, server, resume=tmp_path / "none")
+    assert "no journal.jsonl there" in capsys.readouterr().err
 
 
 def test_other_settings_share_the_calls_that_stay_the_same(model, llm_server, command, scripted):

@@ -101,7 +101,8 @@ def test_the_letter_of_a_multiple_choice_answer(text, letter):
 
 
 def test_a_response_may_be_sorry_but_may_not_refuse():
-    kept = ("I'm sorry to hear of your pain. It cannot be gout.", "I am sure. It is gout; you cannot help it.", "Sorry?")
+    kept = ("I'm sorry to hear of your pain. It cannot be gout.", "I am sure. It is gout; you cannot help it.", "Sorry?",
+            "We cannot continue metformin at this eGFR.", "作为一种抗凝药，肝素不能继续使用。", "我们不能继续用药。")  # fmt: skip
     assert [parse_text(text) for text in kept] == list(kept)
     for text in ("I'm sorry, I can't help with that.", "I cannot provide medical advice.", "As an AI, I am unable to answer.",
                  "对不起，我不能回答这个问题。", "作为一个语言模型，我无法提供诊断。"):  # fmt: skip

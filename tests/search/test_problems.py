@@ -211,6 +211,13 @@ def test_questions_that_ask_for_what_is_false_are_told_from_those_that_only_soun
         assert not STANDS_FOR_SEVERAL.search(text), text
 
 
+@pytest.mark.parametrize("field", ["decontaminate", "mix.choice", "mix.general"])
+def test_a_missing_file_is_named_with_its_field(field, llm_server, command, capsys):
+    with pytest.raises(SystemExit):
+        command("problems", [exam(0)], llm_server(Examiner()), **{field: "none.json"})
+    assert f"{field}: data none.json: no such file" in capsys.readouterr().err
+
+
 def test_a_question_in_the_published_format_is_mixed_in_as_it_is():
     row = {QUESTION_KEY: "Q?", ANSWER_KEY: "A", "id": 1}
     assert as_problem(row, where="here") == row
