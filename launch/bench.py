@@ -57,9 +57,12 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
     facts = environment(1) | {"model": config.model, "parameters": sum(p.numel() for p in model.parameters())}
     facts["load"] = os.getloadavg()[0]  # of other programs too: a busy machine's figure is worth little
     words = random.Random(config.seed)
-    prompts = [
-        Prompt(token_ids=[words.randrange(model.config.vocab_size) for _ in range(config.prompt_tokens)], seed=number)
-        for number in range(config.prompts)
+    rounds = [  # other prompts in each: servers keep what they computed for those they have seen
+        [
+            Prompt(token_ids=[words.randrange(model.config.vocab_size) for _ in range(config.prompt_tokens)], seed=number)
+            for number in range(config.prompts)
+        ]
+        for _ in range(config.repeats + 1)
     ]
     with tempfile.TemporaryDirectory() as folder:
         if config.sampler.urls:
@@ -74,18 +77,18 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
                 seconds = time.perf_counter() - start
                 _print(figure="weights", engine="sglang", sync=config.sampler.sync, seconds=seconds, **facts)
                 theirs = {"sglang": info.get("version"), "device": info.get("device"), "servers": len(servers.fleet.servers)}
-                _drawing("sglang", servers, prompts, config, facts | theirs)
+                _drawing("sglang", servers, rounds, config, facts | theirs)
             finally:
                 servers.close()
     on_device = model.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     local = LocalSampler(on_device, stop_token_ids=stops, max_batch=config.max_batch)
-    _drawing("local", local, prompts, config, facts | {"dtype": config.dtype, "threads": torch.get_num_threads()})
+    _drawing("local", local, rounds, config, facts | {"dtype": config.dtype, "threads": torch.get_num_threads()})
 
 
-def _drawing(engine: str, sampler: Sampler, prompts: list[Prompt], config: BenchConfig, facts: dict[str, Any]) -> None:
+def _drawing(engine: str, sampler: Sampler, rounds: list[list[Prompt]], config: BenchConfig, facts: dict[str, Any]) -> None:
     params = SamplingParams(max_new_tokens=config.max_new_tokens)
     runs = []
-    for _ in range(config.repeats + 1):
+    for prompts in rounds:
         start = time.perf_counter()
         tokens = sum(len(completion.token_ids) for completion in sampler.generate(prompts, params))
         runs.append((tokens, time.perf_counter() - start))
