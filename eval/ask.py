@@ -80,7 +80,8 @@ def check_weights(journal: Journal, model: str) -> None:
     found, key = content_key(facts), content_key("weights", model)
     if journal.get(key) not in (None, found):
         raise ValueError(f"model {model}: its weights have changed since the answers in the journal: choose another --output")
-    asyncio.run(journal.record(key, found))
+    if journal.get(key) is None:
+        asyncio.run(journal.record(key, found))
 
 
 def ask(config: EvalConfig, cases: Sequence[Case], journal: Journal, done: Callable[[Case, Answer], None]) -> list[Answer]:

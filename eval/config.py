@@ -71,8 +71,8 @@ class EvalConfig:
     """of the client: concurrency, retries, timeouts, keys, budget. Its base_url, temperature and max_new_tokens are set above"""
 
     def __post_init__(self) -> None:
-        for name, least in (("runs", 1), ("permutations", 0), ("max_new_tokens", 1), ("max_batch", 1)):
-            if getattr(self, name) < least:
+        for name, least in (("runs", 1), ("permutations", 0), ("max_new_tokens", 1), ("max_batch", 1), ("limit", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: must be 0 or more")

@@ -20,6 +20,7 @@ from verippo.launch import cli
         ({"engine": "local", "base_url": None, "endpoint": "chat"}, "no endpoint chat"),
         ({"runs": 5, "temperature": 0.0}, "runs=5 at temperature=0"),
         ({"runs": 0}, "runs=0: must be at least 1"),
+        ({"limit": 0}, "limit=0: must be at least 1"),
         ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )
