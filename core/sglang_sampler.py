@@ -68,7 +68,7 @@ class SglangConfig:
     """weights are gathered and sent in portions of this size (MiB), or of one tensor where that is larger"""
     parity_tolerance: float | None = None
     """sglang: nats that a server's log-prob of a fixed token may differ from the trainer's after a weight update; the servers
-    run in the trainer's dtype. Default: 1e-4 with fp32, 0.5 with bf16"""
+    run in the trainer's dtype. Default: 1e-4 with fp32, 0.5 with bf16, where answers that an update left unmoved tell more"""
     sleep: bool = False
     """sglang: the servers give their GPU memory back while the trainer trains (start them with --enable-memory-saver)"""
 
