@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 BREAK = "\n"  # stands between texts; a normalised text holds none
-CHUNK = 1 << 20  # characters hashed at once
+CHUNK = 1 << 20  # characters of texts hashed at once
 FILTER_BITS = 26
 
 Hashes = NDArray[np.uint64]
@@ -25,7 +25,7 @@ def overlaps(texts: Sequence[str], evaluation: Sequence[str], *, length: int = 6
 
     A text that is shorter than `length` when normalised overlaps with nothing. Exact: the hashes of all windows (Karp and
     Rabin, IBM J. Res. Dev. 31 (1987), p. 249) find the candidates, and these are compared character by character.
-    Takes about 24 bytes for each character of the evaluation texts. Raises ValueError for a length below 1.
+    Takes about 40 bytes for each character of the evaluation texts. Raises ValueError for a length below 1.
     """
     if length < 1:
         raise ValueError(f"length={length}: must be at least 1 character")
@@ -70,18 +70,12 @@ def _codes(text: str) -> NDArray[np.uint32]:
 
 def _window_hashes(text: str, length: int) -> Hashes:
     """A hash for every window: sum of scrambled character j times BASE^(j - start), modulo 2^64. [characters - length + 1]"""
-    codes = _codes(text).astype(np.uint64)
-    num = max(0, len(codes) - length + 1)
-    hashes = np.empty(num, dtype=np.uint64)
-    powers = _powers(BASE, min(len(codes), CHUNK + length))
-    inverses = _powers(pow(BASE, -1, 1 << 64), min(num, CHUNK))
-    for start in range(0, num, CHUNK):
-        part = codes[start : start + CHUNK + length - 1] + np.uint64(1)
-        part = part * np.uint64(0xBF58476D1CE4E5B9)
-        part ^= part >> np.uint64(31)
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(part * powers[: len(part)], dtype=np.uint64)])
-        count = len(part) - length + 1
-        hashes[start : start + count] = (sums[length:] - sums[:count]) * inverses[:count]
+    codes = (_codes(text).astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    codes ^= codes >> np.uint64(31)
+    codes *= _powers(BASE, len(codes))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(codes, dtype=np.uint64)])
+    hashes = sums[length:] - sums[:-length]
+    hashes *= _powers(pow(BASE, -1, 1 << 64), len(hashes))
     hashes ^= hashes >> np.uint64(29)
     hashes *= np.uint64(0x94D049BB133111EB)
     return hashes

@@ -136,11 +136,12 @@ def outcome_tables(results: Sequence[Result]) -> list[Table]:
     ends = Counter(result["outcome"] for result in results if result["outcome"] != "solved")
     ends.update(f"solved: {step['strategy']}" for step in found)
     assert sum(ends.values()) == len(results), "an item has vanished"
+    tries = Counter(step["attempt"] for step in found)
     unparsed = sum(len(call["faults"]) for step in steps for call in step["calls"] if call["prompt"] == "verdict")
     verdicts = [("True", sum(right.values())), ("False", len(judged) - sum(right.values())), ("unparsed", unparsed)]
     return [
         Table("Outcomes", ("outcome", "items"), [*ends.most_common(), ("all", len(results))]),
         Table("Strategies", ("strategy", "drawn", "right"), [(name, num, right[name]) for name, num in drawn.most_common()]),
         Table("Verdicts", ("verdict", "number"), verdicts),
-        Table("Attempts", ("solved in (0: initial chain)", "items"), sorted(Counter(s["attempt"] for s in found).items())),
+        Table("Attempts", ("solved in", "items"), [(f"attempt {n}" if n else "initial chain", tries[n]) for n in sorted(tries)]),
     ]
