@@ -28,7 +28,7 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
         groups.setdefault(pair[0]["source"], []).append(pair)
     table = {source: differences(group, scoring, config.seed) for source, group in groups.items()}
     if len(groups) > 1:
-        table["all"] = differences(pairs, scoring, config.seed)
+        table = {"all sources": differences(pairs, scoring, config.seed), **table}
     settings = {key: [first["config"].get(key), value] for key, value in second["config"].items()
                 if value != first["config"].get(key)}  # fmt: skip
     comparison = {**resolved, "shared": len(pairs), "left_out": left_out, "settings": settings, "sources": table}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 from verippo.core.page import format_number, write_page
 from verippo.eval.results import Row
 
 MAX_SHOWN = 500
-"""Wrong answers on a page; of more, every n-th is shown, which the page says."""
+"""Wrong answers on a page; of more, so many are shown, evenly picked, which the page says."""
 MAX_CHARACTERS = 8000
 """Of a shown answer; a longer one loses its middle. answers.jsonl has it whole."""
 SCRIPT = """
@@ -35,7 +35,7 @@ show();
 
 def print_table(results: Row) -> None:
     """One line a source, and one for all of them where there are several."""
-    groups = results["sources"] | ({"all": results["all"]} if len(results["sources"]) > 1 else {})
+    groups = ({"all sources": results["all"]} if len(results["sources"]) > 1 else {}) | results["sources"]
     several, scoring = results["config"]["runs"] > 1, results["config"]["scoring"]
     other = next(rule for rule in results["all"]["scorings"] if rule != scoring)
     votes = ["pass@k", "majority"] if several else []
@@ -55,9 +55,14 @@ def print_table(results: Row) -> None:
 
 def aligned(rows: list[list[str]]) -> str:
     """The cells in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, lines, strict=True))
+    blanks = [[max(map(_width, column)) - _width(cell) for cell in column] for column in zip(*rows, strict=True)]
+    lines = ([first + " " * num, *(" " * n + cell for cell, n in zip(rest, others, strict=True))]
+             for (first, *rest), (num, *others) in zip(rows, zip(*blanks, strict=True), strict=True))  # fmt: skip
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _width(text: str) -> int:
+    return len(text) + sum(east_asian_width(character) in "WF" for character in text)
 
 
 def _percent(x: object) -> str:
@@ -76,7 +81,8 @@ def write_report(output: Path, results: Row, texts: Sequence[str]) -> Path:
 
 def page(output: Path, *, title: str, models: list[Row], wrong: list[Row], comparison: Row | None = None) -> Path:
     """Renders eval/report.html.jinja. wrong: {item, answer, text}, or {item, answers} of a comparison."""
-    shown = wrong[:: max(1, math.ceil(len(wrong) / MAX_SHOWN))]
+    num = min(len(wrong), MAX_SHOWN)
+    shown = [wrong[n * len(wrong) // num] for n in range(num)]
     values: dict[str, Any] = {"title": title, "models": models, "comparison": comparison, "num_wrong": len(wrong), "wrong": shown}
     template = Path(__file__).with_name("report.html.jinja")
     return write_page(output, template, folder=output.parent, script=SCRIPT if shown else "", **values)
