@@ -57,12 +57,14 @@ def load_results(path: str) -> Row:
 
 
 def shared_items(first: Row, second: Row) -> tuple[list[Pair], list[int]]:
-    """The items that both have, with equal question, options and answer, and how many each has besides."""
-    def content(item: Row) -> str:
-        return json.dumps([item[key] for key in ("source", "id", "question", "options", "gold")])
+    """The items that both have, with equal source, question, options and answer, and how many each has besides."""
+    def content(item: Row) -> str:  # not the id, which may be an item's place in its file
+        return json.dumps([item[key] for key in ("source", "question", "options", "gold")])
 
-    others = {content(item): item for item in second["items"]}
-    pairs = [(item, others[content(item)]) for item in first["items"] if content(item) in others]
+    others: dict[str, list[Row]] = {}
+    for item in second["items"]:
+        others.setdefault(content(item), []).append(item)
+    pairs = [(item, others[content(item)].pop(0)) for item in first["items"] if others.get(content(item))]
     return pairs, [len(results["items"]) - len(pairs) for results in (first, second)]
 
 

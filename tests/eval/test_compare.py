@@ -24,8 +24,8 @@ def evaluated(tmp_path):
     def write(name, letters, *, runs=1, source="demo", start=0, question="Which?", **options):
         config = EvalConfig(data="d", output="o", model=name, base_url="http://x/v1", runs=runs, **options)
         questions = [
-            Question(id=f"q{start + n}", source=source, question=question, options=OPTIONS, answer_idx="A", index=n, file="f")
-            for n in range(len(letters))
+            Question(id=f"q{n}", source=source, question=f"{question} {n}", options=OPTIONS, answer_idx="A", index=n, file="f")
+            for n in range(start, start + len(letters))
         ]
         cases = make_cases(questions, runs=runs, permutations=0, seed=0)
         answers = [Answer(error="gone") if x == "-" else Answer(f"The answer is {x}.", "stop", 4) for row in letters for x in row]
@@ -78,6 +78,17 @@ def test_only_shared_items_count_and_the_others_are_counted(evaluated, tmp_path,
     assert [cell["value"] for cell in result["sources"]["demo"]["accuracies"]] == [0.5, 0.5]
     assert f"left out: 3 items of {first} that the other has not (2 are shared)" in capsys.readouterr().out
     assert "3 of the first and 1 of the second evaluation are left out" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_the_same_items_in_another_order_are_compared_each_with_itself(evaluated, tmp_path):
+    first, second = evaluated("first", "AAB"), evaluated("second", "ABB")
+    path = tmp_path / "second" / "results.json"
+    results = json.loads(path.read_text())
+    items = [item | {"id": f"demo-{n}", "index": n} for n, item in enumerate(reversed(results["items"]))]
+    path.write_text(json.dumps(results | {"items": items}))
+    result = compared(tmp_path, first, second)
+    assert (result["shared"], result["left_out"]) == (3, [0, 0])
+    assert (result["sources"]["demo"]["only_first"], result["sources"]["demo"]["only_second"]) == (1, 0)
 
 
 def test_items_of_one_id_with_another_text_are_not_the_same(evaluated, tmp_path, capsys):
