@@ -149,7 +149,7 @@ def _listed(text: str, mentions: list[Mention], options: dict[str, str]) -> set[
     order, runs = list(options), [mentions[:1]]
     for m, n in pairwise(mentions):
         between = text[m.end : n.start]
-        lines = not text[text.rfind("\n", 0, m.start) + 1 : m.start].strip(" -•>") and bool(w.NEXT_LINE.fullmatch(between))
+        lines = not text[text.rfind("\n", 0, m.start) + 1 : m.start].strip(" -•>#") and bool(w.NEXT_LINE.fullmatch(between))
         bare = m.own_words and n.own_words and not between.strip(" \n\t.;,:•->|\"'[]{}(")
         successive = m.letter in order and n.letter in order and order.index(n.letter) == order.index(m.letter) + 1
         if successive and (bare or lines):
@@ -211,7 +211,7 @@ def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention
             heads.append((m, context))
     for m, context in heads:
         line_end = (text + "\n").index("\n", m.end)
-        if (m.start < first_end or m.start >= last_start) and not _denied(context):
+        if (m.start < first_end or m.start >= last_start) and context.mark != "?" and not _denied(context):
             bare = not m.own_words and not text[m.end : line_end].strip(" .,、。:)!")
             set_off = w.SETS_OFF.match(text, m.end) or text[m.end - 1] == ")" or m.own_words
             if bare or (m.letter and set_off and {n.letter for n, _ in heads} == {m.letter}):
@@ -264,7 +264,8 @@ def _text_mentions(lower: str, texts: OptionTexts) -> list[Mention]:
         at = lower.find(words)
         while at >= 0:
             end = at + len(words)
-            whole = not (_joined(lower[at - 1 : at], lower[at]) or _joined(lower[end - 1], lower[end : end + 1]))
+            after = lower[end : end + 2].removeprefix("-")[:1]
+            whole = not (_joined(lower[at - 1 : at], lower[at]) or _joined(lower[end - 1], after))
             if whole and not any(taken[at:end]):
                 taken[at:end] = bytes([1]) * len(words)
                 mentions.append(Mention(at, end, letter))

@@ -40,8 +40,8 @@ BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)
 """Between the options' words of a list: "aspirin, or heparin"."""
 GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 """Between a letter and its option's own words."""
-NEXT_LINE = re.compile(r"[^\n]*\n[\s•>-]*")
-"""Between the labels of a list with one option a line."""
+NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
+"""Between the labels of a list with one option a line, and perhaps a line on it."""
 LOWER_CASE = re.compile(
     r"[b-z]\s*(?:$|\n|[.,:;)](?:\s|$))|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S]))a\s*(?:$|\n)"
 )
@@ -137,7 +137,7 @@ SUPPOSED = re.compile(
     r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|could|often|commonly)\b"
     r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|believe)\b"
     r"|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b"
-    r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|\bwith the letter of\b"
+    r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|^\W*if\b[^,]*_|\bwith the letter of\b"
     r"|如果|假如|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
 )
 """A sentence that says what would be, or what others think."""
