@@ -125,7 +125,10 @@ class LLMServer:
             self.bodies.append(body)
             self.paths.append(path)
             self.calls[request_key(body)] += 1
-            scripted = self.answer(body)
+            try:
+                scripted = self.answer(body)
+            except Exception as fault:  # a final error, so that the test fails at once and by its name
+                scripted = error(418, f"the test's script failed: {fault!r}")
             reply = Answer(text=scripted) if isinstance(scripted, str) else scripted
         await asyncio.sleep(self.delay_seconds + reply.delay_seconds)
         if reply.hang:
