@@ -277,10 +277,10 @@ class SglangServer:
         """Ends every request in flight from our side: each raises."""
         with self._lock:
             self._num_cuts += 1
-            for connection in self._open:
-                if connection.sock is not None:
+            for sock in [connection.sock for connection in self._open]:  # the connection itself may drop it meanwhile
+                if sock is not None:
                     with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+                        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _keep_alive(sock: socket.socket) -> None:

@@ -211,23 +211,25 @@ def _handle(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
 
 
 def begin_update(server: SglangServer, *, timeout_seconds: float) -> None:
-    """Opens a weight update where the server knows such a thing (0.5.21 on). One that a killed run left open is closed first."""
-    for attempt in (1, 2):
-        try:
-            server.ask(BEGIN, timeout_seconds=timeout_seconds)
-            return
-        except ServerError as error:
-            if error.status == 404:
-                return
-            if error.status != 400 or attempt == 2:
-                raise
-            server.ask(END, timeout_seconds=timeout_seconds)
+    """Opens a weight update. One that a killed run left open is closed first."""
+    try:
+        _ask_if_known(server, BEGIN, timeout_seconds)
+    except ServerError as error:
+        if error.status != 400:
+            raise
+        end_update(server, timeout_seconds=timeout_seconds)
+        _ask_if_known(server, BEGIN, timeout_seconds)
 
 
 def end_update(server: SglangServer, *, timeout_seconds: float) -> None:
     """Closes it."""
+    _ask_if_known(server, END, timeout_seconds)
+
+
+def _ask_if_known(server: SglangServer, request: Request, timeout_seconds: float) -> None:
+    """Servers older than 0.5.21 know no such thing, and need none."""
     try:
-        server.ask(END, timeout_seconds=timeout_seconds)
+        server.ask(request, timeout_seconds=timeout_seconds)
     except ServerError as error:
         if error.status != 404:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from verippo.core.sglang_client import SglangServer, disk_request, flush_request
 pytestmark = pytest.mark.sglang
 STEPS = 5
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "verippo.launch.cli"]
-DEEPSPEED = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", "--master_port", "29571", "--module",
+DEEPSPEED = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", "--master_port", "FREE", "--module",
              "verippo.launch.cli"]  # fmt: skip
 SCORING = "def score(rollouts):\n    return [sum(r.response_ids) % 7 / 7 for r in rollouts]\n"
 
@@ -40,6 +41,9 @@ def command(tmp_path):
             "policy_learning_rate": 3e-3, "critic_learning_rate": 1e-2, "sampler.kind": "sglang", "sampler.urls": url,
             "sampler.timeout_seconds": 60, "timeout_seconds": 120,
         } | changes  # fmt: skip
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            launcher = [str(probe.getsockname()[1]) if part == "FREE" else part for part in launcher]
         return [sys.executable, "-m", *launcher, "ppo", *[str(part) for k, v in options.items() for part in (f"--{k}", v)]]
 
     return make
