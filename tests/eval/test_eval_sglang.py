@@ -44,7 +44,7 @@ def test_a_running_server_answers_every_item_that_fits(sglang_server, data, tmp_
     check(results)
     assert "asked 14 calls, 0 more were in the journal" in capsys.readouterr().out
     assert evaluated(tmp_path / "eval", data, *arguments)["items"] == results["items"]
-    assert "asked 0 calls, 12 more were in the journal" in capsys.readouterr().out
+    assert "asked 0 calls, 14 more were in the journal" in capsys.readouterr().out
 
 
 def test_greedy_answers_are_those_of_the_local_engine(sglang_server, data, tmp_path):
