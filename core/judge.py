@@ -12,7 +12,7 @@ from verippo.core.journal import Journal
 from verippo.core.llm import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_order
 from verippo.core.verdict import parse_verdict
 
-PROMPT = """You mark answers to medical questions. Below stand a question, its reference answer, and the answer to mark.
+PROMPT = """You mark answers to questions. Below stand a question, its reference answer, and the answer to mark.
 
 [Question]
 {question}

@@ -122,8 +122,6 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     usd: float = 0.0
-    downgrades: int = 0
-    """times that a way of asking was given up because the server refused it: see json_mode"""
 
 
 class _Pace:
@@ -289,15 +287,12 @@ class LLM:
         if fault.kind != "final":
             return False
         if "max_completion_tokens" in fault.reason and "max_tokens" in sent and "messages" in sent:
-            self.usage.downgrades += self._length_name == "max_tokens"
             self._length_name = "max_completion_tokens"
             return True
         complains = re.search(r"response_format|json_schema|json_object|structured|grammar|guided", fault.reason, re.IGNORECASE)
         if "response_format" not in sent or not complains or self.config.json_mode != "auto":
             return False
-        if self._json_level == level:  # calls in flight together are refused together: one step down for all
-            self._json_level += 1
-            self.usage.downgrades += 1
+        self._json_level = max(self._json_level, level + 1)  # calls in flight are refused together: one step down for all
         return True
 
     async def _try(self, body: dict[str, Any]) -> Reply | Fault:

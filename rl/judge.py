@@ -20,16 +20,9 @@ class JudgeVerifier:
 
     num_cut = 0
 
-    def __init__(
-        self,
-        config: LLMConfig,
-        *,
-        journal: Path | None = None,
-        tiers: Tiers = Tiers(),  # noqa: B008 an immutable tuple
-        max_asks: int = 3,
-    ) -> None:
-        """journal, max_asks: see Judge."""
-        self.judge, self.tiers = Judge(config, journal=journal, max_asks=max_asks), tiers
+    def __init__(self, config: LLMConfig, *, journal: Path | None = None, tiers: Tiers = Tiers()) -> None:  # noqa: B008
+        """journal: see Judge."""
+        self.judge, self.tiers = Judge(config, journal=journal), tiers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One score a rollout, in order. Raises as Judge.verdicts, naming the problem."""

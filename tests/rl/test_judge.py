@@ -27,8 +27,8 @@ def final(text, **problem):
     return answered(render_response("Because.", text), **problem)
 
 
-def judge(server, **options):
-    return JudgeVerifier(LLMConfig(base_url=server.url, model="m"), tiers=TIERS, **options)
+def judge(server):
+    return JudgeVerifier(LLMConfig(base_url=server.url, model="m"), tiers=TIERS)
 
 
 def first(body):
@@ -53,8 +53,8 @@ def test_the_judge_reads_the_question_and_the_final_response_without_the_reasoni
 
 def test_without_a_verdict_nothing_is_scored_and_the_problem_is_named(llm_server):
     server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
-    with pytest.raises(RuntimeError, match="no verdict of m on a response to problem 7 in 2 asks: 'untrue' is not the one word"):
-        judge(server, max_asks=2).score([final("Pneumonia"), final("Asthma", index=7)])
+    with pytest.raises(RuntimeError, match="no verdict of m on a response to problem 7 in 3 asks: 'untrue' is not the one word"):
+        judge(server).score([final("Pneumonia"), final("Asthma", index=7)])
 
 
 def test_limits_are_shared_among_ranks():
