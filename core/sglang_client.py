@@ -189,7 +189,7 @@ class SglangServer:
         self.url, self.host, self.port = f"{parts.scheme}://{parts.netloc}", host, port
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: dict[http.client.HTTPConnection, str | None] = {}  # with the rid of what it waits for
         self._num_cuts = 0
         self._lock = threading.Lock()
 
@@ -211,7 +211,7 @@ class SglangServer:
     def _exchange(self, request: Request, timeout_seconds: float) -> tuple[int, bytes]:
         connection = self._make(self.host, self.port, timeout=min(timeout_seconds, PROBE_SECONDS))  # to connect
         with self._lock:
-            self._open.add(connection)
+            self._open[connection] = (request.body or {}).get("rid")
         try:
             connection.connect()
             _keep_alive(connection.sock)
@@ -228,7 +228,7 @@ class SglangServer:
             raise ServerError(self.url, how, kind="unreachable") from None
         finally:
             with self._lock:
-                self._open.discard(connection)
+                del self._open[connection]
             connection.close()
 
     def _read(self, path: str, status: int, content: bytes) -> Any:
@@ -264,13 +264,13 @@ class SglangServer:
             answer = self.ask(Request("/get_weight_version"), timeout_seconds=PROBE_SECONDS)
         return str(answer["weight_version"])
 
-    def abort(self, rids: Iterable[str]) -> None:
-        """Ends these requests of ours and cuts every connection. Never raises."""
-        try:
+    def abort(self) -> None:
+        """Ends every request of ours in flight, on the server too where it has a rid. Never raises."""
+        with self._lock:
+            rids = [rid for rid in self._open.values() if rid]
+        with contextlib.suppress(ServerError):  # it is gone or hangs: nothing to save there
             for rid in rids:
                 self.ask(abort_request(rid), timeout_seconds=5)
-        except ServerError:
-            pass  # it is gone or hangs: nothing to save there
         self.cut()
 
     def cut(self) -> None:

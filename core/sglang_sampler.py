@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import os
 import threading
@@ -11,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -134,16 +132,16 @@ class SglangSampler:
         if not prompts:
             return []
         longest_first = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i))
-        running = _Running()
+        stop = threading.Event()
         pool = ThreadPoolExecutor(min(self.config.concurrency, len(prompts)), thread_name_prefix="rollout")
         try:
-            futures = {pool.submit(self._complete, prompts[i], params, running): i for i in longest_first}
+            futures = {pool.submit(self._complete, prompts[i], params, stop): i for i in longest_first}
             done = {futures[future]: future.result() for future in self._watched(futures)}
             return [done[i] for i in range(len(prompts))]
         finally:  # after an error or an interrupt nothing of ours may go on running on the servers
-            running.stop.set()
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            on_each(self.fleet.servers, lambda server: server.abort(running.on(server)))
+            on_each(self.fleet.servers, SglangServer.abort)
             pool.shutdown()
 
     def _watched(self, futures: dict[Future[Completion], int]) -> Iterator[Future[Completion]]:
@@ -155,20 +153,21 @@ class SglangSampler:
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
                 bar.update()
 
-    def _complete(self, prompt: Prompt, params: SamplingParams, running: _Running) -> Completion:
+    def _complete(self, prompt: Prompt, params: SamplingParams, stop: threading.Event) -> Completion:
         """Asks one server after another until one answers well."""
         tokens, pause, failures = len(prompt.token_ids) + params.max_new_tokens, 0.0, 0
-        while not running.stop.wait(pause):
-            with self.fleet.lend(tokens) as server, running.request(server) as rid:
+        while not stop.wait(pause):
+            rid = uuid.uuid4().hex  # of one length: aborting a request aborts those it is a prefix of
+            request = generate_request(prompt.token_ids, params, seed=prompt.seed, stop_token_ids=self.stops, rid=rid)
+            with self.fleet.lend(tokens) as server:
                 started = time.monotonic()
                 try:
-                    request = generate_request(prompt.token_ids, params, seed=prompt.seed, stop_token_ids=self.stops, rid=rid)
                     answer = server.ask(request, timeout_seconds=self.config.timeout_seconds)
                     completion = read_completion(answer, params, url=server.url, stop_token_ids=self.stops, version=self.version)
                     self.fleet.praise(server)
                     return completion
                 except ServerError as error:
-                    if error.kind == "refused" or running.stop.is_set():
+                    if error.kind == "refused" or stop.is_set():
                         raise
                     pause, failures = self.fleet.blame(server, error, started), failures + 1
                     if failures > (self.config.retries + 1) * len(self.fleet.servers):  # others succeed: this one never will
@@ -273,24 +272,3 @@ def _weight_sync(config: SglangConfig, folder: Path) -> WeightSync:
     if config.sync == "tensor":
         return TensorSync(bucket_bytes, timeout)
     return DistributedSync(config.master_address, config.master_port, bucket_bytes, timeout)
-
-
-class _Running:
-    """The requests of one call of `generate` that are under way."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self._name, self._numbers = uuid.uuid4().hex, itertools.count()
-        self._urls: dict[str, str] = {}
-
-    @contextmanager
-    def request(self, server: SglangServer) -> Iterator[str]:
-        rid = f"{self._name}-{next(self._numbers):09d}"  # of one length: aborting a request aborts those it is a prefix of
-        self._urls[rid] = server.url
-        try:
-            yield rid
-        finally:
-            del self._urls[rid]
-
-    def on(self, server: SglangServer) -> list[str]:
-        return [rid for rid, url in list(self._urls.items()) if url == server.url]
