@@ -47,7 +47,8 @@ def finish_items(
     for llm in (config.llm, *others):
         llm.api_key()  # a missing one is found before the folder is made
     with open_journal(config) as journal:
-        (journal.path.parent / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        settings_text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        journal.path.with_name("config.yaml").write_text(settings_text, encoding="utf-8")
         results = asyncio.run(_finish(config, by_key, work, prompts=prompts, others=others, journal=journal))
     return [results[content_key(settings, content(item))] for item in items]
 

@@ -136,7 +136,7 @@ def outcome_tables(results: Sequence[Result]) -> list[Table]:
     ends = Counter(result["outcome"] for result in results if result["outcome"] != "solved")
     ends.update(f"solved: {step['strategy']}" for step in found)
     assert sum(ends.values()) == len(results), "an item has vanished"
-    tries = Counter(step["attempt"] for step in found)
+    tries = Counter(step["attempt"] for step in found if step["strategy"] != "label_guided")
     unparsed = sum(len(call["faults"]) for step in steps for call in step["calls"] if call["prompt"] == "verdict")
     verdicts = [("True", sum(right.values())), ("False", len(judged) - sum(right.values())), ("unparsed", unparsed)]
     return [
