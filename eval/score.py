@@ -1,9 +1,10 @@
 """Which option an output chooses, and how often that is right. Pure.
 
 Only the final response and the options are read, never the right answer. Four rules, in this order:
-  1. statement   a letter is claimed: "the answer is B", "B is correct", boxed, JSON, "答案是B"; of several claims the last
+  1. statement   a letter is claimed: "the answer is B", "B is correct", boxed, JSON, "答案是B"; else an option's own
+                 words are; of several claims the last
   2. letter      a letter stands alone: the whole response, its first or last line, or the only letter not denied
-  3. text        an option's own words are claimed, stand alone, or are the only option's words not denied
+  3. text        an option's own words stand alone, or are the only ones not denied in a sentence that makes an answer of them
   4. none        anything else. It counts as wrong; nothing is guessed by likeness
 A claim that is denied, asked, hypothetical or somebody else's is none, and so is a list of the options; two letters at once
 ("A and C"), or a letter that no option has, are a claim without an answer. The wordings are in eval/wording.py.
@@ -82,9 +83,12 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
     labels = [(m, c) for m, c in labels if m.letter is None or m.letter in options]
     if claims := [m for m, c in labels if _weakly_claimed(c)]:
         return _last(claims, "statement", options)
+    words = _words(text, texts, mentions)
+    if claims := _claimed_words(text, words):
+        return _last(claims, "statement", options)
     if alone := _alone(text, labels, listed):
         return _last([alone], "letter", options)
-    found = _by_text(text, texts, mentions)
+    found = _words_alone(text, words)
     return _last(found, "text", options) if found else _NONE
 
 
@@ -225,29 +229,42 @@ def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention
     return None
 
 
-def _by_text(text: str, texts: OptionTexts, labels: list[Mention]) -> list[Mention]:
-    """The mentions of an option's words that decide: claimed; weakly claimed; standing alone; the only ones not denied."""
+def _words(text: str, texts: OptionTexts, labels: list[Mention]) -> list[tuple[Mention, Context]]:
+    """The mentions of options' words, but for those that belong to a letter."""
     by_letter = bytearray(len(text))
     for label in (label for label in labels if label.own_words):
         by_letter[label.start : label.end] = bytes([1]) * (label.end - label.start)
-    found = [(m, _context(text, m)) for m in _text_mentions(text.lower(), texts) if not by_letter[m.start]]
-    apart = {m for m, _ in found if _common(text[m.start : m.end])}
-    firm = [(m, c) for m, c in found if m not in apart or w.STANDS_APART.match(c.right)]
-    spoken = [(m, c) for m, c in found if not _denied(c) and not w.EXAMPLE_LEFT.search(c.left)]
-    neighbours = [(m, n) for (m, _), (n, _) in pairwise(found) if m.letter != n.letter]
-    listed = {each for m, n in neighbours if w.BETWEEN.fullmatch(text, m.end, n.start) for each in (m, n)}
-    single = [(m, c) for m, c in firm if m not in listed]
+    return [(m, _context(text, m)) for m in _text_mentions(text.lower(), texts) if not by_letter[m.start]]
+
+
+def _neighbours(text: str, words: list[tuple[Mention, Context]]) -> set[Mention]:
+    """Those that stand beside another option's words: "aspirin or heparin"."""
+    pairs = [(m, n) for (m, _), (n, _) in pairwise(words) if m.letter != n.letter]
+    return {each for m, n in pairs if w.BETWEEN.fullmatch(text, m.end, n.start) for each in (m, n)}
+
+
+def _claimed_words(text: str, words: list[tuple[Mention, Context]]) -> list[Mention]:
+    """The options' words that are claimed, else those that are weakly claimed."""
+    listed = _neighbours(text, words)
+    firm = [(m, c) for m, c in words if not _common(text[m.start : m.end]) or w.STANDS_APART.match(c.right)]
+    single = [(m, c) for m, c in firm if m.letter and m not in listed]
     weak = [m for m, c in single if w.WEAK_LEFT.search(c.left) and not _denied(c)]
-    if claims := [m for m, c in single if _claimed(c)] or weak:
-        return claims
+    return [m for m, c in single if _claimed(c)] or weak
+
+
+def _words_alone(text: str, words: list[tuple[Mention, Context]]) -> list[Mention]:
+    """The options' words that stand alone in the first or last line, or the only ones not denied, in a sentence that is
+    made for them."""
+    listed = _neighbours(text, words)
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
-    for m in (m for m, _ in found if m not in listed):
+    for m in (m for m, _ in words if m not in listed):
         begins = w.LEADS_IN.fullmatch(text[text.rfind("\n", 0, m.start) + 1 : m.start].lower())
         rest = text[m.end : (text + "\n").index("\n", m.end)]
         leads = m.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", rest)
         if begins and (m.start < first_end or m.end > last_start) and (leads or not rest.strip(" .!\"'。")):
             return [m]
-    sure = [(m, c) for m, c in spoken if m not in apart and not _unsure(c)]
+    spoken = [(m, c) for m, c in words if not _denied(c) and not w.EXAMPLE_LEFT.search(c.left)]
+    sure = [(m, c) for m, c in spoken if not _common(text[m.start : m.end]) and not _unsure(c)]
     only = [m for m, _ in sure]
     made = any(w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right) for _, c in sure)
     stops = [0, *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)), len(text)]

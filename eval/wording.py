@@ -24,7 +24,7 @@ LABEL = re.compile(
 """A letter by itself, with what may enclose it."""
 NAMED = re.compile(
     r"(?:\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|table|factor|protein|part|section|"
-    r"appendix|coenzyme|immunoglobulin|phase|category|apolipoprotein|complex|scenario|patient|case)\.?|\d)[ \t]*\Z",
+    r"appendix|coenzyme|immunoglobulin|phase|category|apolipoprotein|complex|scenario|patient|case)\.?|[\d°])[ \t]*\Z",
     re.IGNORECASE,
 )
 """Before a letter that belongs to a name or a number: "vitamin C", "38.7 C"."""
@@ -43,9 +43,9 @@ GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
 """Between the labels of a list with one option a line, and perhaps a line on it."""
 LOWER_CASE = re.compile(
-    r"[b-z]\s*(?:$|\n|[.,:;)](?:\s|$))|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S]))a\s*(?:$|\n)"
+    r"[b-z][.,:;)](?:\s|$)|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
-"""A small letter that stands for an option; an "a" where the output was cut is an article."""
+"""A small letter that stands for an option; others that end a line are where the output was cut, or an article."""
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|"
     r"(?:\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|instead|not|"
