@@ -149,7 +149,7 @@ UNSURE = re.compile(
 )
 EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
-    r"while|whereas|although|in contrast|unlike)\b[^;]*$"
+    r"while|whereas|although|in contrast|unlike)\b[^;]*$|\bbefore\b[^,;]*$"
 )
 """The mention after this is named beside the point."""
 PRAISES = re.compile(
