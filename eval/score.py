@@ -128,9 +128,9 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
             continue
         letter, end = match["letter"], match.end()
         enclosed = match["prefix"] or (match["open"] and match["close"])
-        if not enclosed and w.NAMED.search(text, max(0, match.start() - 20), match.start()):
-            continue
         if letter.islower() and not enclosed and not w.LOWER_CASE.match(text, at):
+            continue
+        if not enclosed and w.NAMED.search(text, max(0, match.start() - 20), match.start()):
             continue
         if letter.isupper() and (more := w.MORE.match(text, end)):
             end = more.end()
@@ -189,6 +189,7 @@ def _weakly_claimed(context: Context) -> bool:
     return ends and not _denied(context) and bool(w.WEAK_LEFT.search(context.left))
 
 
+@lru_cache(maxsize=256)  # asked up to four times of each mention
 def _denied(context: Context) -> bool:
     clause = w.TURN.split(context.left)[-1]
     return bool(
