@@ -53,13 +53,13 @@ class DemoConfig:
     """training problems"""
     num_eval: int = 256
     """held-out problems: none shares its findings with a training problem"""
-    findings: int = 7
+    findings: int = 8
     """findings a problem: its difficulty, 3 to 8"""
-    sft_steps: int = 300
+    sft_steps: int = 280
     """optimizer steps of stage 1: stopped early on purpose, so that PPO has something to do"""
     verifier_steps: int = 250
     """optimizer steps of the verifier's training"""
-    ppo_steps: int = 24
+    ppo_steps: int = 32
     """steps of PPO"""
     rollouts_per_step: int = 128
     """responses a step"""
