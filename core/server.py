@@ -126,7 +126,7 @@ def start_all(configs: Sequence[ServerConfig]) -> list[Server]:
     started: list[Server] = []
     try:
         for config in configs:
-            started.append(_spawn(config))
+            _spawn(config, started)
         return [_wait(server, config) for server, config in zip(started, configs, strict=True)]
     except BaseException:
         for server, config in zip(started, configs, strict=False):
@@ -205,8 +205,8 @@ def running(server: Server) -> list[psutil.Process]:
     return alive
 
 
-def _spawn(config: ServerConfig) -> Server:
-    """Starts the process and records it."""
+def _spawn(config: ServerConfig, started: list[Server]) -> None:
+    """Starts the process, adds it to those that a failure stops, and records it."""
     model, key = _model(config.model), _api_key(config)
     folder = Path(config.state).expanduser().absolute()
     try:
@@ -241,8 +241,8 @@ def _spawn(config: ServerConfig) -> Server:
             node=platform.node(), host=config.host, port=port, model=model, log=str(log), command=command,
             processes=[(process.pid, psutil.Process(process.pid).create_time())],
         )  # fmt: skip
+        started.append(server)  # before its record: who reads that may end us at once
         _write(record, server)
-    return server
 
 
 def _wait(server: Server, config: ServerConfig) -> Server:

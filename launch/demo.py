@@ -55,8 +55,10 @@ class DemoConfig:
     """held-out problems: none shares its findings with a training problem"""
     findings: int = 8
     """findings a problem: its difficulty, 3 to 8"""
-    sft_steps: int = 280
-    """optimizer steps of stage 1: stopped early on purpose, so that PPO has something to do"""
+    sft_steps: int = 400
+    """most optimizer steps of stage 1"""
+    sft_loss: float = 0.047
+    """held-out loss at which stage 1 stops, early on purpose, so that PPO has something to do (nats per token)"""
     verifier_steps: int = 250
     """optimizer steps of the verifier's training"""
     ppo_steps: int = 32
@@ -193,7 +195,8 @@ def sft_config(config: DemoConfig, folder: Path, base: Path) -> SFTConfig:
     return SFTConfig(
         model=str(base), data=str(folder / "data" / "sft_train.json"), eval_data=str(folder / "data" / "sft_eval.json"),
         output=str(folder / "sft"), max_steps=config.sft_steps, batch_size=64, learning_rate=2e-3, schedule="constant",
-        warmup_ratio=0.1, weight_decay=0.01, eval_every=100, save_every=100, seed=config.seed, **_small(),
+        warmup_ratio=0.1, weight_decay=0.01, eval_every=10, stop_at_loss=config.sft_loss, save_every=100, seed=config.seed,
+        **_small(),
     )  # fmt: skip
 
 

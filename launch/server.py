@@ -79,24 +79,19 @@ def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
     print(f"starting {config.num} of {config.model}; logs are in {config.state}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if config.foreground else 1))
     started = start_all(config.each())
-    for server in started:
-        print(f"{server.url}  ready  pid {server.pid}  {server.model}  {server.log}")
-    print(f"--sampler.urls {','.join(server.url for server in started)}", flush=True)
-    if config.foreground:
-        _stay(config, started)
-
-
-def _stay(config: ServeConfig, started: list[Server]) -> None:
-    """Waits for a signal, or until a server ends by itself, which is a failure."""
     try:
-        while True:
+        for server in started:
+            print(f"{server.url}  ready  pid {server.pid}  {server.model}  {server.log}")
+        print(f"--sampler.urls {','.join(server.url for server in started)}", flush=True)
+        while config.foreground:  # until a signal, or until a server ends by itself, which is a failure
             for server in started:
                 if server.pid not in [process.pid for process in running(server)]:
                     sys.exit(f"verippo: {server.url} ended by itself: {server.log}")
             time.sleep(1)
     finally:
-        for server in started:
-            stop_server(server, state=config.state, timeout_seconds=config.stop_timeout_seconds)
+        if config.foreground:
+            for server in started:
+                stop_server(server, state=config.state, timeout_seconds=config.stop_timeout_seconds)
 
 
 def status(config: ServedConfig, *, resolved: dict[str, Any]) -> None:

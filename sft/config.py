@@ -52,6 +52,8 @@ class TrainingConfig:
     """or: this share of the data is held out, by seed"""
     eval_every: int = 50
     """optimizer steps between evaluations; there is one after the last step"""
+    stop_at_loss: float | None = None
+    """end at the first evaluation whose loss (nats per target token) is not above it"""
     save_every: int = 200
     """optimizer steps between checkpoints; there is one after the last step"""
     save_total_limit: int = 2
@@ -90,6 +92,8 @@ class TrainingConfig:
             )
         if self.eval_data and self.eval_fraction:
             raise ValueError("give eval_data or eval_fraction, not both")
+        if self.stop_at_loss is not None and not (self.eval_data or self.eval_fraction):
+            raise ValueError(f"stop_at_loss={self.stop_at_loss} needs held-out rows: give eval_data or eval_fraction")
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction}: must lie in 0..1")
         parse_loggers(self.log_to)

@@ -75,7 +75,7 @@ def fit(
         _evaluate(task, engine, eval_rows, state, log)
 
     progress = tqdm(total=total_steps, initial=state.step, desc="train", unit="step", disable=not dist.is_main())
-    while state.step < total_steps:
+    while state.step < total_steps and not _reached(config, state):
         with watch("train"):
             batch = [rows[n] for n in order.take(min(config.batch_size, last_position - order.position))]
             loss, num_tokens = _accumulate(task, engine, batch, config.max_tokens_per_gpu)
@@ -93,11 +93,12 @@ def fit(
                 "grad_norm": result.grad_norm, "skipped_steps": state.skipped_steps, "tokens": state.tokens,
                 "tokens_per_second": num_tokens / sum(seconds.values()), "peak_memory_gib": peak_memory_gib(), **seconds,
             }))  # fmt: skip
-        ends, best = state.step == total_steps, False
-        if ends or state.step % config.eval_every == 0:
+        best = False
+        if state.step == total_steps or state.step % config.eval_every == 0:
             best = _evaluate(task, engine, eval_rows, state, log)
         if best:
             task.export(engine, folder / "model-best")
+        ends = state.step == total_steps or _reached(config, state)
         if ends or state.step % config.save_every == 0:
             _save(config, engine, state, folder, log, best=best)
         progress.set_postfix(loss=f"{loss:.4f}")
@@ -135,6 +136,10 @@ def _evaluate(
         state.best = metrics
         return True
     return False
+
+
+def _reached(config: TrainingConfig, state: State) -> bool:
+    return config.stop_at_loss is not None and state.best is not None and state.best["loss"] <= config.stop_at_loss
 
 
 def _count_skips(config: TrainingConfig, state: State, applied: bool) -> None:

@@ -237,7 +237,8 @@ def test_the_key_stands_in_no_message(make, tmp_path):
 def test_the_key_goes_with_the_record_of_a_start_that_was_killed(make, tmp_path):
     (tmp_path / "key").write_text("sesame-7c1\n")
     config = make("hangs", api_key_file=str(tmp_path / "key"))
-    server = module._spawn(config)
+    module._spawn(config, started := [])
+    (server,) = started
     (carrier,) = (tmp_path / "state").glob("*.yaml")
     assert carrier.stat().st_mode & 0o077 == 0
     assert stop(server, state=config.state, timeout_seconds=0)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -106,11 +107,16 @@ def test_in_the_foreground_a_server_that_ends_by_itself_ends_the_command(fake_sg
         assert not running(server)
 
 
+@contextmanager
 def foreground(fake_sglang, state, *more):
     options = [part for name, value in fake_sglang.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "verippo.launch.cli", "serve", "start", *options, "--port", "0", "--foreground", "true"]
     command += ["--state", str(state), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # does nothing to one that has ended
 
 
 def started_by(process, state):

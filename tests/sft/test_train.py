@@ -128,6 +128,25 @@ def test_training_overfits_and_the_model_loads_elsewhere(make_model: Callable[..
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_to_stop_at_a_loss_stops_there_and_is_then_done(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path / "rows.json", 6))
+    config = SFTConfig(
+        model=str(make_model()), data=data, eval_data=data, output=str(tmp_path / "run"), epochs=40, batch_size=6,
+        learning_rate=2e-2, eval_every=2, stop_at_loss=3.0, **SMALL,
+    )  # fmt: skip
+    train(config, resolved={})
+    evaluations = [row["loss"] for row in lines(tmp_path / "run" / "eval.jsonl")]
+    assert len(evaluations) < 20
+    assert [loss <= 3.0 for loss in evaluations] == [False] * (len(evaluations) - 1) + [True]
+    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    train(config, resolved={})
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == weights
+    assert len(lines(tmp_path / "run" / "eval.jsonl")) == len(evaluations)
+    with pytest.raises(ValueError, match="stop_at_loss=3.0 needs held-out rows"):
+        SFTConfig(model="m", data=data, output="o", stop_at_loss=3.0)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_overlong_rows_are_counted_and_named_or_refused(
     make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
