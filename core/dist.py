@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -41,6 +42,13 @@ def init(*, timeout_seconds: float = 1800.0) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     td.init_process_group(_backend(), timeout=timeout)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """gloo's threads that outlive python abort the process: a run that ended well would count as failed."""
+    if td.is_initialized():
+        td.destroy_process_group()
 
 
 def _backend() -> str:
@@ -183,6 +191,8 @@ def fail_together(*, poll_seconds: float = 1.0) -> Iterator[None]:
         barrier()
     except BaseException as error:
         done.set()
+        if torch.cuda.is_available():  # NCCL might wait there for ranks that are in another collective
+            atexit.unregister(_leave)
         with contextlib.suppress(Exception):
             if store.compare_set(_FAILED, "", f"rank {rank()}: {type(error).__name__}: {error}"):
                 time.sleep(2 * poll_seconds)  # rank 0 serves the store: let the others read it first
