@@ -200,7 +200,9 @@ def running(server: Server) -> list[psutil.Process]:
     alive = []
     for process in found.values():
         with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                process.wait(timeout=0)  # collects a child of ours that has ended; of another's child only its parent can
+            else:
                 alive.append(process)
     return alive
 

@@ -173,6 +173,16 @@ def test_children_that_outlive_their_server_are_stopped(make):
     assert not running(server)
 
 
+def test_a_killed_server_leaves_no_entry_in_the_table_of_processes(make):
+    config = make()
+    server = start(config)
+    os.kill(server.pid, signal.SIGKILL)
+    while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE:  # ended, and nobody has asked how
+        time.sleep(0.01)
+    assert stop(server, state=config.state)
+    assert not psutil.pid_exists(server.pid)
+
+
 def test_a_server_deaf_to_sigterm_is_killed(make):
     config = make("stubborn")
     server = start(config)
