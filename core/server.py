@@ -18,7 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -155,11 +155,11 @@ def stop(server: Server, *, state: str = STATE, timeout_seconds: float = 60.0) -
     for process in [p for p in ours if p.pid == server.pid] or ours:  # the server's own process ends its children
         with suppress(psutil.Error):
             process.terminate()  # psutil compares the start time again before it signals
-    psutil.wait_procs(ours, timeout=timeout_seconds)
-    for process in {*ours, *running(server)}:
+    left = _outlasting(ours, timeout_seconds)
+    for process in {*left, *running(server)}:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(ours, timeout=10)
+    _outlasting(left, 10.0)
     record = _record(server.node, server.port, state)
     for file in (record, record.with_suffix(".yaml")):
         file.unlink(missing_ok=True)
@@ -197,14 +197,27 @@ def running(server: Server) -> list[psutil.Process]:
     found = {process.pid: process for process in recorded}
     if server.pid in found:
         found |= {process.pid: process for process in psutil.process_iter() if of_session(process)}
+    return _alive(found.values())
+
+
+def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended. A child of ours that has is collected; an orphan only init can, and in a container none may."""
     alive = []
-    for process in found.values():
+    for process in processes:
         with suppress(psutil.Error):
             if process.status() == psutil.STATUS_ZOMBIE:
-                process.wait(timeout=0)  # collects a child of ours that has ended; of another's child only its parent can
+                process.wait(timeout=0)
             else:
                 alive.append(process)
     return alive
+
+
+def _outlasting(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after that time; returns as soon as all have."""
+    deadline = time.monotonic() + seconds
+    while (left := _alive(processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 def _spawn(config: ServerConfig, started: list[Server]) -> None:

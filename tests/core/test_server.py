@@ -106,8 +106,13 @@ def test_a_server_that_never_answers_is_stopped_after_its_time(make):
 
 
 def test_an_interrupt_while_waiting_stops_what_was_started(make, monkeypatch):
-    config = make("hangs")
-    monkeypatch.setattr(module.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    config, sleep = make("hangs"), time.sleep
+
+    def interrupted(seconds):
+        monkeypatch.setattr(module.time, "sleep", sleep)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(module.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start(config)
     assert servers(config.state) == []

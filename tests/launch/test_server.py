@@ -69,6 +69,18 @@ def test_several_servers_are_started_listed_and_stopped(serve):
     assert serve("status") == (0, [], "")
 
 
+def test_a_stop_does_not_wait_for_an_init_that_collects_nobody(fake_sglang, tmp_path):
+    init = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); "  # takes all orphans, as in a container
+    init += "[subprocess.run([sys.executable, '-m', 'verippo.launch.cli', 'serve', *w.split()]) for w in sys.argv[1:]]"
+    options = " ".join(f"--{name} {value}" for name, value in fake_sglang.items())
+    words = [f"start {options} --port 0 --state {tmp_path}", f"stop --state {tmp_path}"]
+    begun = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", init, *words], capture_output=True, text=True)
+    assert time.monotonic() - begun < 40
+    assert ended.stdout.endswith("  stopped\n"), ended.stderr
+    assert servers(str(tmp_path)) == []
+
+
 def test_a_server_that_exits_gives_one_line_and_status_two(serve):
     code, _, err = serve("start", "--port", "0", "--environment", '{"FAKE": "exits"}')
     assert code == 2
