@@ -101,7 +101,14 @@ class LLMConfig:
 
 
 class LLMError(RuntimeError):
-    """A call failed for good; the text says which and why."""
+    """A call failed for good; the text says which and why.
+
+    refused: the server wants none of this call (a content filter, say), while another's may well succeed; else it gave no answer.
+    """
+
+    def __init__(self, reason: str, *, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
 
 
 class BudgetSpent(RuntimeError):
@@ -254,7 +261,7 @@ class LLM:
         self.usage.failures += 1
         if outcome.recorded and self.journal is not None:
             await self.journal.record_error(key, reason)
-        raise LLMError(reason)
+        raise LLMError(reason, refused=outcome.kind == "final")
 
     async def _tries(self, body: dict[str, Any], schema: dict[str, Any] | None) -> Reply | Fault:
         self.usage.calls += 1

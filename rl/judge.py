@@ -16,9 +16,10 @@ class JudgeVerifier:
     """Right when an LLM says that the final response agrees with the reference answer to the question.
 
     Broken format earns tiers.unparsable and a blank final response tiers.wrong, both without asking.
+    A response on which no verdict is to be had earns tiers.wrong too and is counted; see Judge.verdicts for how many may.
     """
 
-    num_cut = 0
+    num_cut = num_unjudged = 0
 
     def __init__(self, config: LLMConfig, *, journal: Path | None = None, tiers: Tiers = Tiers()) -> None:  # noqa: B008
         """journal: see Judge."""
@@ -34,6 +35,7 @@ class JudgeVerifier:
             for number, problem in zip(asked, problems, strict=True)
         ]
         right = {number for number, verdict in zip(asked, self.judge.verdicts(cases), strict=True) if verdict}
+        self.num_unjudged = self.judge.num_unjudged
         return [
             self.tiers.unparsable if final is None else self.tiers.right if number in right else self.tiers.wrong
             for number, final in enumerate(finals)

@@ -133,6 +133,7 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
             "lr_value": rates[1],
             "skipped_steps": state.skipped_steps,
             "verifier_inputs_cut": sum(dist.all_gather(run.verifier.num_cut)),
+            "verifier_unjudged": sum(dist.all_gather(run.verifier.num_unjudged)),
             "tokens_per_second": row["tokens_generated"] / sum(seconds.values()),
         }  # fmt: skip
         _record(config, row, rollouts, scores, log)

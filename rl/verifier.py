@@ -21,6 +21,8 @@ from verippo.rl.rollout import Rollout
 class Verifier(Protocol):
     num_cut: int
     """inputs that had to be shortened to be judged, so far, on this rank"""
+    num_unjudged: int
+    """responses on which no verdict was to be had, likewise"""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One score a rollout, in order. Under several ranks each passes its own, and all call."""
@@ -36,7 +38,7 @@ def is_right(rollout: Rollout) -> bool:
 class ExactMatchVerifier:
     """Right when the final response is the reference answer, up to case, white space and outer punctuation."""
 
-    num_cut = 0
+    num_cut = num_unjudged = 0
 
     def __init__(self, *, tiers: Tiers = Tiers()) -> None:  # noqa: B008 an immutable tuple
         self.tiers = tiers
@@ -51,7 +53,7 @@ class ExactMatchVerifier:
 class FunctionVerifier:
     """A user's own function: rollouts -> scores. Its numbers are used as they are."""
 
-    num_cut = 0
+    num_cut = num_unjudged = 0
 
     def __init__(self, function: Callable[[Sequence[Rollout]], Sequence[float]]) -> None:
         self.function = function
@@ -89,7 +91,7 @@ class ClassifierVerifier:
         check_template(template)
         self.engine, self.tokenizer, self.threshold, self.tiers = engine, tokenizer, threshold, tiers
         self.template, self.max_tokens, self.max_tokens_per_gpu = template, max_tokens, max_tokens_per_gpu
-        self.num_cut = 0
+        self.num_cut = self.num_unjudged = 0
 
     @classmethod
     def load(cls, path: str, config: EngineConfig, **options: object) -> ClassifierVerifier:

@@ -68,7 +68,7 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
         return folder
 
 
-def _judge(config: VerifierTrainingConfig, folder: Path, cases: list[Case]) -> list[bool]:
+def _judge(config: VerifierTrainingConfig, folder: Path, cases: list[Case]) -> list[bool | None]:
     """The LLM's verdicts, the same on every rank; one of them asks."""
     journal = folder / "judge-journal.jsonl"
     return dist.broadcast(Judge(config.llm, journal=journal).verdicts(cases, progress="judge") if dist.is_main() else [])

@@ -45,7 +45,7 @@ def load_answers(
     limit: int | None,
     seed: int,
     wrong_per_question: int,
-    judge: Callable[[list[Case]], list[bool]] | None = None,
+    judge: Callable[[list[Case]], list[bool | None]] | None = None,
 ) -> tuple[list[LabelledAnswer], dict[str, int]]:
     """All labelled answers that the sources' rows hold or give, and how many rows of each kind there were.
 
@@ -88,8 +88,11 @@ def load_answers(
             )
         answers += [replace(answer, row=number) for answer in found]
     if judge is not None:
-        for place, label in zip(unlabelled, judge(list(unlabelled.values())), strict=True):
-            answers[place] = replace(answers[place], label=label)
+        labels = dict(zip(unlabelled, judge(list(unlabelled.values())), strict=True))
+        given = [(answer, labels.get(place, answer.label)) for place, answer in enumerate(answers)]
+        answers = [replace(answer, label=label) for answer, label in given if label is not None]
+        if num_left_out := len(given) - len(answers):
+            kinds["unjudged (left out)"] = num_left_out
     return answers, dict(kinds)
 
 

@@ -58,6 +58,25 @@ def test_without_a_verdict_the_case_and_the_fault_are_named(llm_server):
         judge(cut).verdicts([CASE])
 
 
+def test_a_tenth_of_the_cases_may_stay_without_a_verdict_each_said_and_counted(llm_server, capsys):
+    def answer(body):
+        if "Gout" in first(body):
+            return llm_server.module.error(400, "content policy")
+        return "untrue" if "Flu" in first(body) else "True"
+
+    cases = [CASE._replace(response=text, name=text) for text in ("Flu", "Gout", *map(str, range(18)))]
+    one = judge(llm_server(answer))
+    assert one.verdicts(cases) == [None, None] + [True] * 18
+    assert one.num_unjudged == 2
+    said = sorted(capsys.readouterr().err.splitlines())
+    assert [line.split(":")[:3] for line in said] == [
+        ["verippo", " judge", " no verdict of m on Flu in 3 asks"], ["verippo", " judge", " no verdict on Gout"],
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match="no verdict .*on (Flu|Gout)"):
+        one.verdicts(cases[:19])
+    assert one.verdicts(cases[2:]) == [True] * 18
+
+
 def test_a_call_that_fails_for_good_names_the_case_and_the_reason_and_a_spent_budget_is_the_callers(llm_server):
     server = llm_server(lambda body: llm_server.module.error(500, "out of order"))
     with pytest.raises(RuntimeError, match="judge: no verdict on row 7: m at .* HTTP 500: out of order"):

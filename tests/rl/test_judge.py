@@ -57,6 +57,13 @@ def test_without_a_verdict_nothing_is_scored_and_the_problem_is_named(llm_server
         judge(server).score([final("Pneumonia"), final("Asthma", index=7)])
 
 
+def test_a_response_without_a_verdict_among_many_is_wrong_and_counted(llm_server):
+    server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
+    verifier = judge(server)
+    assert verifier.score([final("Pneumonia"), final("Asthma"), *[final("Pneumonia")] * 8]) == [3.0, 2.0] + [3.0] * 8
+    assert verifier.num_unjudged == 1
+
+
 def test_limits_are_shared_among_ranks():
     given = LLMConfig(concurrency=9, requests_per_minute=100, tokens_per_minute=3, budget_usd=1.0, price_in=1.0)
     shared = share_of_limits(given, 4)

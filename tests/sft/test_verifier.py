@@ -78,6 +78,16 @@ def test_rows_without_a_label_are_judged_by_an_llm_once(
     assert len(server.bodies) == 3
 
 
+def test_rows_on_which_no_verdict_is_to_be_had_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"response": text, "reference": "Heparin"} for text in ("Heparin", "x", "Aspirin")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    answers, kinds = load_answers(
+        str(tmp_path / "rows.json"), limit=None, seed=0, wrong_per_question=1, judge=lambda cases: [True, None, False]
+    )
+    assert [(answer.row, answer.response, answer.label) for answer in answers] == [(0, "Heparin", True), (2, "Aspirin", False)]
+    assert kinds == {"unlabelled": 3, "unjudged (left out)": 1}
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
