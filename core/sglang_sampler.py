@@ -106,10 +106,12 @@ class SglangSampler:
         self.config, self.progress, self.version = config, progress, 0
         self.fleet = Fleet([SglangServer(url, api_key=key) for url in dict.fromkeys(urls)], retries=config.retries)
         self.stops, self.vocabulary, self.context = tuple(stop_token_ids), vocabulary, context
+        self._started_with: set[str] | None = set()  # models of the servers; None once an update has succeeded
         for info in on_each(self.fleet.servers, SglangServer.info):
             if isinstance(info, ServerError):
                 self.fleet.leave_out(info)
                 continue
+            self._started_with.add(str(info.get("model_path")))
             if info.get("context_length"):
                 self.context = min(info["context_length"], self.context or math.inf)
             if config.sync != "disk" and int(info.get("dp_size", 1)) > 1:
@@ -184,8 +186,14 @@ class SglangSampler:
         failed = {url for urls in dist.all_gather(list(self.fleet.failures)) for url in urls}
         tensors = iter(named_tensors)
         what = f"weight version {version} was not sent ({self.config.sync}): "
-        self.fleet.start_again(_by_main(lambda: self._send(tensors, version, failed), meanwhile=tensors, what=what))
-        self.version = version
+        try:
+            self.fleet.start_again(_by_main(lambda: self._send(tensors, version, failed), meanwhile=tensors, what=what))
+        except RuntimeError as error:
+            if not self._started_with:
+                raise
+            models = ", ".join(sorted(self._started_with))
+            raise RuntimeError(f"{error} (is the policy of another shape than what they were started with, {models}?)") from None
+        self.version, self._started_with = version, None
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]) -> dict[str, str]:
         """Returns the servers that failed, each with the reason."""

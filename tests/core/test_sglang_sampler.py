@@ -574,6 +574,26 @@ def test_a_failed_update_says_why_once_every_tensor_was_taken(serve, connect):
     assert taken == list(WEIGHTS)
 
 
+def test_only_a_first_update_that_fails_asks_whether_the_servers_run_such_a_model(serve, connect):
+    full = threading.Event()
+    full.set()
+
+    def answer(path, body):
+        if path == "/server_info":
+            return as_json({"model_path": "/models/70b"})
+        return (400, b'{"message": "no space"}') if "begin" in path and full.is_set() else None
+
+    sampler, hint = connect(serve(answer), sync="tensor", push=False), "what they were started with, /models/70b"
+    with pytest.raises(RuntimeError, match=hint):
+        sampler.update_weights(WEIGHTS.items(), 1)
+    full.clear()
+    sampler.update_weights(WEIGHTS.items(), 1)
+    full.set()
+    with pytest.raises(RuntimeError, match="no space") as caught:
+        sampler.update_weights(WEIGHTS.items(), 2)
+    assert hint not in str(caught.value)
+
+
 def test_a_server_that_keeps_its_old_version_after_an_update_is_refused(serve, connect):
     server = serve(lambda path, body: as_json({"success": True}) if path == "/update_weights_from_disk" else None)
     with pytest.raises(RuntimeError, match=f"{server.url}: holds weight version default after the update to 0"):
