@@ -72,7 +72,7 @@ def parity_gap(ours: Tensor, batch: PackedBatch, theirs: list[list[float]], *, n
     if gap > limit:
         raise RuntimeError(
             f"{name} does not hold the trainer's weights: token {index} of gate sequence {number} has log-prob {b:.6f} there, "
-            f"{a:.6f} in the trainer, a gap of {gap:.2g} over sampler.parity_tolerance={limit:g} (or its dtype or shape is another)"
+            f"{a:.6f} in the trainer, a gap of {gap:.2g} over sampler.parity_tolerance={limit:g} (or its dtype or shape differs)"
         )
     return gap
 
