@@ -218,6 +218,6 @@ def fake_sglang(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("fake")
     (folder / "config.json").write_text("{}")
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {ROOT}/tests/fake_sglang.py "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{ROOT}/tests/fake_sglang.py" "$@"\n')
     python.chmod(0o755)
     return {"python": str(python), "model": str(folder), "device": "cpu", "start_timeout_seconds": 30.0}

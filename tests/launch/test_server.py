@@ -104,6 +104,7 @@ def test_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path, stays
     with foreground(fake_sglang, tmp_path, "--environment", '{"FAKE": "hangs"}', "--foreground", stays) as process:
         assert next(line for line in iter(process.stdout.readline, "") if line.startswith("starting"))
         while not (listed := servers(str(tmp_path))):
+            assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
         assert process.wait(20) == status
