@@ -477,9 +477,9 @@ def test_two_ranks_under_the_deepspeed_launcher_do_what_one_does(taught_policy, 
     }  # fmt: skip
     scripts = Path(sys.executable).parent
     port = str(random.randrange(20000, 30000))  # the default port may be taken by another run on this machine
-    launcher = [str(scripts / "deepspeed"), "--num_accelerators", "2", "--master_port", port, "--no_local_rank", "--module"]
+    launcher = ["--num_accelerators", "2", "--master_port", port, "--no_local_rank", "--module"]
     done = subprocess.run(
-        [*launcher, "verippo.launch.cli", *arguments(tmp_path / "two", **changes)],
+        [sys.executable, str(scripts / "deepspeed"), *launcher, "verippo.launch.cli", *arguments(tmp_path / "two", **changes)],
         capture_output=True, text=True, timeout=150, env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
