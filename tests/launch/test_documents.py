@@ -28,7 +28,7 @@ def commands(text):
     text, stages = re.sub(r"\\\n\s*", " ", text), "|".join(sorted(cli.COMMANDS, reverse=True))
     for span in [*re.findall(r"^    (.*)$", text, re.MULTILINE), *re.findall(r"`([^`]*)`", text)]:
         if found := re.search(rf"(?:\bverippo|verippo\.launch\.cli|\.\.\.)\s+({stages})\b(.*)", span, re.DOTALL):
-            yield found[1], re.findall(r"(?<=\s)--[\w.]+", found[2])
+            yield found[1], re.findall(r"(?<=\s)--[\w.]+", found[2].split(" #")[0])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
