@@ -180,4 +180,6 @@ def _fail(message: str) -> None:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):  # `python -m` puts the working directory first
+        del sys.path[0]
     main()

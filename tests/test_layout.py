@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -116,13 +117,17 @@ def test_files_stay_within_their_length():
     assert not too_long
 
 
-def test_kernels_imported_from_the_repository_root_are_not_ours():
-    """transformers and sglang import a distribution of that name; PYTHONSAFEPATH keeps our folder from shadowing it."""
-    code = (
-        "import importlib.util; spec = importlib.util.find_spec('kernels');"
-        f"assert spec is None or {str(ROOT / 'kernels')!r} not in [spec.origin, *(spec.submodule_search_locations or [])], spec"
+def test_kernels_imported_from_the_repository_root_are_not_ours(tmp_path):
+    """transformers and sglang import a distribution of that name, which our folder must not shadow."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, importlib.util; atexit.register(lambda: print('found', importlib.util.find_spec('kernels')))"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "verippo.launch.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.stdout.startswith("usage: verippo COMMAND")
+    assert "found " in done.stdout
+    assert str(ROOT / "kernels") not in done.stdout
 
 
 def test_the_interface_imports_without_deepspeed_flash_attn_sglang_or_wandb():
@@ -142,7 +147,7 @@ for name in {modules!r} + ["rl.train", "launch.cli", "core.engine"]:
 imported = {{"flash_attn", "sglang", "wandb"}} & set(sys.modules)
 assert not imported, imported
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -174,5 +179,5 @@ def test_the_wheel_holds_every_source_and_data_file_and_works_when_installed(tmp
     # -S leaves the editable install's finder out; the libraries come by path
     site = next(path for path in sys.path if path.endswith("site-packages"))
     environment = {"PYTHONPATH": f"{target}:{site}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-P", "-S", "-c", code], capture_output=True, text=True, env=environment, cwd="/")
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment, cwd="/")
     assert done.returncode == 0, done.stderr
