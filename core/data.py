@@ -61,7 +61,7 @@ def _load_source(source: str) -> list[dict[str, Any]]:
 
 def _load_json(path: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"data {path}: not valid JSON: {error}") from None
     if isinstance(content, dict) and content and all(isinstance(part, list) for part in content.values()):
@@ -77,7 +77,7 @@ def _load_jsonl(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line.decode("utf-8")))
+                    rows.append(json.loads(line.decode("utf-8-sig")))
                 except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     raise ValueError(f"data {path}: line {number} is not valid JSON: {error}") from None
     return _checked_objects(rows, path)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import openai
 from tqdm import tqdm
@@ -74,7 +75,7 @@ class LLMConfig:
                 raise ValueError(f"llm.{name}={getattr(self, name)}: must be above 0")
         if self.budget_usd and not self.price_in + self.price_out:
             raise ValueError("llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)")
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+        if self.base_url is not None and not _is_address(self.base_url):
             raise ValueError(f"llm.base_url={self.base_url}: give http://HOST:PORT/v1, or https")
         if not self.api_key_env.isidentifier():
             raise ValueError("llm.api_key_env: give the name of the variable that holds the key, not the key")
@@ -88,7 +89,7 @@ class LLMConfig:
         """The key, from the file or the environment; "" for a server that needs none. Raises ValueError where one is missing."""
         if self.api_key_file:
             try:
-                key = Path(self.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+                key = Path(self.api_key_file).expanduser().read_text(encoding="utf-8", errors="replace").strip()
             except OSError as error:
                 raise ValueError(f"llm.api_key_file={self.api_key_file}: {error.strerror}") from None
         else:
@@ -98,6 +99,14 @@ class LLMConfig:
         if not (key.isascii() and key.isprintable()) or " " in key:  # it would be quoted by the error of whoever sends it
             raise ValueError(f"the API key in {self.api_key_file or self.api_key_env} holds a blank or an odd character")
         return key
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half a bracket, or a port that is none
+        return False
 
 
 class LLMError(RuntimeError):

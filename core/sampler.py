@@ -96,5 +96,8 @@ def check_prompts(prompts: Sequence[Prompt], params: SamplingParams, *, vocabula
 
 def draw_seed(*parts: int) -> int:
     """A seed of 63 bits from integers such as (seed, step, prompt, sample): equal parts, equal seed, on any machine."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    try:
+        digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
+    except struct.error:
+        raise ValueError(f"seed={parts[0]}: must fit 64 bits") from None
     return int.from_bytes(digest, "little") >> 1

@@ -91,6 +91,6 @@ def parse_verdict(text: str) -> bool | None:
         return VERDICTS.get(text.casefold())
     try:
         verdict = json.loads(text)["verdict"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):  # the last for what repeats a bracket until it is cut off
         return None
     return verdict if isinstance(verdict, bool) else VERDICTS.get(str(verdict).strip().casefold())

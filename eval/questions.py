@@ -50,7 +50,7 @@ def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Ques
             for index, item in enumerate(items[:limit]):
                 where = f"{file}: {source} item {index}"
                 problem = _problem(item)
-                own = str(item.get("id", f"{source}-{num_before[source] + index}")) if problem is None else ""
+                own = f"{source}-{num_before[source] + index}" if problem or item.get("id") is None else str(item["id"])
                 if problem is None and (source, own) in seen:
                     problem = f"id {own!r} is used twice"
                 if problem:
@@ -75,7 +75,7 @@ def _read(file: str) -> dict[str, list[Any]]:
     if path.suffix != ".json" or not path.is_file():
         return {path.stem: list(load_rows(file))}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"data {file}: not valid JSON: {error}") from None
     content = {path.stem: content} if isinstance(content, list) else content

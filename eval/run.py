@@ -34,10 +34,10 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
         total = len(malformed) + len(questions)
         raise ValueError(f"{config.data}: {len(malformed)} malformed of {total} items: mend them, or give --skip_bad true")
     cases = make_cases(questions, runs=config.runs, permutations=config.permutations, seed=config.seed)
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     started = time.monotonic()
     with Journal(folder / "journal.jsonl") as journal, Progress(len(cases)) as progress:
         check_weights(journal, config.model)
+        _write(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         answers = ask(config, cases, journal, progress.update)
     items = item_rows(questions, cases, answers, config.scoring)
     results = summary(config, items, malformed) | {"seconds": round(time.monotonic() - started, 1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -102,16 +103,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         _fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="replace")
     try:
         command = COMMANDS[name]
         config, resolved = parse(_named(command.config), _by_name(command, rest), program=f"verippo {name}")
         _named(command.run)(config, resolved=resolved)
+        sys.stdout.flush()
     except ValueError as error:
         if "VERIPPO_TRACEBACK" in os.environ:  # for those whose own functions run inside
             raise
         _fail(f"{name}: {error}")
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at exit
+        sys.exit("verippo: standard output was closed; the same command goes on from here")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
             raise
         _fail(f"{name}: {error}")
     except KeyboardInterrupt:

@@ -91,7 +91,7 @@ async def _finish(
             result = {"outcome": outcome, "reason": str(error), "trajectory": asker.steps}
             if isinstance(error, LLMError):  # the journal holds the call as failed, or says nothing as no server was reached
                 for usage in [llm.usage for llm in llms]:
-                    if usage.failures >= config.llm.concurrency and not usage.completion_tokens + usage.cached_calls:
+                    if usage.failures >= min(config.llm.concurrency, len(by_key)) and not usage.completion_tokens + usage.cached_calls:
                         raise ValueError(f"none of the first {usage.failures} calls got an answer; the last: {error}") from None
                 await journal.record_error(key, str(error))
             if not isinstance(error, Fault):
@@ -115,12 +115,13 @@ async def _finish(
 def write_json(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """A JSON list, a row a line; written aside and renamed, so that a kill leaves the old file or the new one.
 
-    Half characters (lone surrogates), which UTF-8 cannot hold, are written as JSON's escapes.
+    Half characters (lone surrogates), which UTF-8 cannot hold, are written as JSON's escapes; what JSON has no type for, such
+    as Parquet's dates, as text.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("[")
         for number, row in enumerate(rows):
-            file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))
+            file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False, default=str))
         file.write("\n]\n")
     temporary.replace(path)

@@ -40,6 +40,8 @@ def test_every_format_gives_the_same_rows(write, tmp_path):
         write("list.json", ROWS),
         write("dict.json", {"en": ROWS[:2], "zh": ROWS[2:]}),
         write("rows.jsonl", jsonl(ROWS)),
+        write("byte_order_mark.json", "\ufeff" + json.dumps(ROWS)),
+        write("byte_order_mark.jsonl", "\ufeff" + jsonl(ROWS)),
         write("blank_lines.jsonl", "\n" + jsonl(ROWS).replace("\n", "\n\n").rstrip()),
         str(tmp_path / "rows.parquet"),
         saved_folder(tmp_path, parts=False),

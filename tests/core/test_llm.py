@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import email.utils
 import json
+import re
 import subprocess
 import sys
 import time
@@ -498,7 +499,9 @@ def test_a_key_that_no_header_takes_is_refused_without_being_shown(tmp_path, key
         ({"max_retries": -1}, "llm.max_retries=-1: must be 0 or more"),
         ({"timeout_seconds": 0.0}, "llm.timeout_seconds=0.0: must be above 0"),
         ({"base_url": "127.0.0.1:30000"}, "llm.base_url=127.0.0.1:30000: give http://HOST:PORT/v1, or https"),
-        ({"base_url": ""}, "llm.base_url=: give http://HOST:PORT/v1"),
+        *[({"base_url": url}, f"llm.base_url={re.escape(url)}: give http://HOST:PORT/v1") for url in (
+            "", "http://", "http://[::1", "http://host:99999/v1", "http://host:port/v1",
+        )],
         ({"budget_usd": 0.0, "price_in": 1.0}, "llm.budget_usd=0.0: must be above 0"),
     ],
 )  # fmt: skip

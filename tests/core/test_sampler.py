@@ -18,6 +18,11 @@ def test_draw_seed_is_stable_across_machines_and_versions():
     assert draw_seed(42, 7, 3, 0) == SEED
 
 
+def test_a_seed_of_more_than_64_bits_is_refused():
+    with pytest.raises(ValueError, match="^seed=9223372036854775808: must fit 64 bits$"):
+        draw_seed(2**63, 1)
+
+
 @given(parts)
 def test_draw_seed_fits_in_63_bits(numbers):
     assert 0 <= draw_seed(*numbers) < 2**63

@@ -97,7 +97,7 @@ def test_a_verdict_is_one_whole_word_in_any_wrapping(form, word, verdict):
     " ", "...", "**", "```\n```", "yes", "1", "不正确", "不真", "非真", "正确错误", "True?", "T rue", "true\nfalse", "nottrue",
     "null", "<think>True</think>", "<think>True", '{"verdict": "untrue"}', '{"verdict": 1}', '{"verdict": null}',
     '{"verdict": [true]}', '{"answer": true}', '{"verdict": tr', '[true]', '{"verdict": true} or false',
-    "```json\ntrue\nfalse\n```",
+    "```json\ntrue\nfalse\n```", '{"verdict": ' + "[" * 3000,
 ])  # fmt: skip
 def test_anything_else_is_no_verdict(text):
     assert parse_verdict(text) is None

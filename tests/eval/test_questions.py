@@ -87,6 +87,11 @@ def test_a_malformed_item_is_named_with_its_file_and_place(tmp_path, fault):
     assert "\n" not in bad[0]
 
 
+def test_an_id_that_is_null_is_none(tmp_path):
+    questions, bad = load_questions(write(tmp_path / "e.json", {"x": [GOOD | {"id": None}] * 2}))
+    assert ([question.id for question in questions], bad) == (["x-0", "x-1"], [])
+
+
 def test_an_id_used_twice_in_a_source_is_malformed_the_second_time(tmp_path):
     path = write(tmp_path / "e.json", {"x": [GOOD | {"id": "1"}, GOOD | {"id": 1}], "y": [GOOD | {"id": "1"}]})
     questions, bad = load_questions(path)

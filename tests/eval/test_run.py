@@ -389,3 +389,4 @@ def test_a_journal_that_another_process_holds_is_refused(ask, mixed, tmp_path):
         asyncio.run(journal.record("x", 1))
         with pytest.raises(ValueError, match="another process"):
             ask(mixed)
+    assert not (tmp_path / "eval" / "config.yaml").exists()  # that run's stays

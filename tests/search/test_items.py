@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
+import pyarrow.parquet
 import pytest
 
 from verippo.core.data import ANSWER_KEY, QUESTION_KEY
@@ -205,10 +210,34 @@ def test_a_server_that_never_answers_is_named_in_one_line(llm_server, command, s
     monkeypatch.setattr("verippo.core.llm.FIRST_WAIT_SECONDS", 0.001)
     server = llm_server(lambda body: "")
     server.close()
-    with pytest.raises(SystemExit) as caught:
-        command("search", [scripted.problem(n) for n in range(40)], server, **{"llm.max_retries": 1})
-    assert caught.value.code == 2
-    assert "none of the first 16 calls got an answer" in capsys.readouterr().err
+    for num, failed in (40, 16), (3, 3):
+        with pytest.raises(SystemExit) as caught:
+            command("search", [scripted.problem(n) for n in range(num)], server, **{"llm.max_retries": 1})
+        assert caught.value.code == 2
+        assert f"none of the first {failed} calls got an answer" in capsys.readouterr().err
+
+
+def test_an_output_that_is_closed_or_cannot_show_a_letter_ends_no_run_in_a_traceback(model, llm_server, command, scripted):
+    folder = command("search", [scripted.problem(0) | {QUESTION_KEY: "What ails patient 0? é"}], llm_server(lambda _: "no"))
+    for closed in (True, False):
+        read, write = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "verippo.launch.cli", "search", "--config", str(folder / "config.yaml")],
+            stdout=write, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        os.close(write)
+        if closed:
+            os.close(read)
+        _, complaint = process.communicate(timeout=60)
+        assert process.returncode == (1 if closed else 0)
+        assert complaint.splitlines()[-1].startswith("verippo: standard output was closed") == closed
+
+
+def test_values_that_json_has_no_type_for_are_written_as_text(model, llm_server, command, scripted, tmp_path):
+    table = pyarrow.Table.from_pylist([scripted.problem(0) | {"when": datetime.date(2020, 1, 2)}])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    folder = command("search", [], llm_server(model), data=tmp_path / "rows.parquet")
+    assert [record["when"] for record in scripted.load(folder, "search.json")] == ["2020-01-02"]
 
 
 def test_failures_of_an_earlier_run_are_no_sign_of_a_server_that_never_answers(model, llm_server, command, scripted, capsys):
