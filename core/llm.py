@@ -130,6 +130,8 @@ class Usage:
 
     calls: int = 0
     """asked of the server, however many tries each took"""
+    answers: int = 0
+    """calls that got one"""
     cached_calls: int = 0
     """answered from the journal, failures too"""
     retries: int = 0
@@ -259,6 +261,7 @@ class LLM:
         async with self._slots:
             outcome = await self._tries(body, schema)
         if isinstance(outcome, Reply):
+            self.usage.answers += 1
             if self.journal is not None:
                 await self.journal.record(key, outcome._asdict())
             return outcome

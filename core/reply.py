@@ -56,6 +56,8 @@ def read_reply(data: bytes, *, most_in: int, most_out: int, may_be_empty: bool =
     tokens = (num_in if isinstance(num_in, int) else most_in, num_out if isinstance(num_out, int) else most_out)
     if message.get("refusal") or finish == "content_filter":
         return Fault(f"refused: {message.get('refusal') or 'content_filter'}", tokens=tokens)
+    if isinstance(text, list) and all(isinstance(part, dict) for part in text):  # a thought is a part without "text"
+        text = "".join(str(part.get("text") or "") for part in text)
     if not isinstance(text, str) and text is not None:
         return Fault(f"the answer's content is {type(text).__name__}, not text", "passing", tokens=tokens)
     if not may_be_empty and "message" in choice and finish != "length" and not (text or "").strip():

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = COMMANDS[name]
         config, resolved = parse(_named(command.config), _by_name(command, rest), program=f"verippo {name}")
         _named(command.run)(config, resolved=resolved)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except ValueError as error:
         if "VERIPPO_TRACEBACK" in os.environ:  # for those whose own functions run inside
             raise

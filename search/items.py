@@ -91,7 +91,7 @@ async def _finish(
             result = {"outcome": outcome, "reason": str(error), "trajectory": asker.steps}
             if isinstance(error, LLMError):  # the journal holds the call as failed, or says nothing as no server was reached
                 for usage in [llm.usage for llm in llms]:
-                    if usage.failures >= min(config.llm.concurrency, len(by_key)) and not usage.completion_tokens + usage.cached_calls:
+                    if usage.failures >= min(config.llm.concurrency, len(by_key)) and not usage.answers + usage.cached_calls:
                         raise ValueError(f"none of the first {usage.failures} calls got an answer; the last: {error}") from None
                 await journal.record_error(key, str(error))
             if not isinstance(error, Fault):

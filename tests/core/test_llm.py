@@ -63,7 +63,7 @@ def test_an_ask_sends_what_was_given_and_returns_what_was_counted(llm_server):
         {"model": "m", "messages": question(), "temperature": 0.5, "top_p": 0.9, "max_tokens": 20, "seed": 5}
     ]
     assert server.paths == ["/v1/chat/completions"]
-    assert usage == Usage(calls=1, prompt_tokens=7, completion_tokens=3, usd=pytest.approx((7 * 2 + 3 * 10) / 1e6))
+    assert usage == Usage(calls=1, answers=1, prompt_tokens=7, completion_tokens=3, usd=pytest.approx((7 * 2 + 3 * 10) / 1e6))
 
 
 def test_settings_hold_where_the_ask_names_none(llm_server):
@@ -86,6 +86,12 @@ def test_an_answer_cut_at_its_limit_is_returned_as_such_even_when_nothing_was_sa
     server = llm_server(scripted(Answer("half an", "length"), Answer(None, "length")))
     assert ask(server, "a")[0][:2] == ("half an", "length")
     assert ask(server, "b")[0][:2] == ("", "length")
+
+
+def test_content_in_parts_is_the_text_of_its_parts(llm_server):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "It "}, {"type": "text", "text": "is."}]
+    body = json.dumps({"choices": [{"message": {"content": parts}}]}).encode()
+    assert ask(llm_server(lambda _: llm_server.module.Answer(body=body)))[0].text == "It is."
 
 
 def test_half_characters_become_replacement_marks(llm_server):

@@ -217,6 +217,14 @@ def test_a_server_that_never_answers_is_named_in_one_line(llm_server, command, s
         assert f"none of the first {failed} calls got an answer" in capsys.readouterr().err
 
 
+def test_a_server_that_answers_nothing_that_can_be_read_is_not_paid_for_every_item(llm_server, command, scripted, capsys):
+    server = llm_server(lambda body: llm_server.module.Answer(body=b'{"error": "overloaded"}'))
+    with pytest.raises(SystemExit):
+        command("search", [scripted.problem(n) for n in range(40)], server, **{"llm.max_retries": 0, "llm.concurrency": 4})
+    assert "none of the first 4 calls got an answer" in capsys.readouterr().err
+    assert len(server.bodies) < 10
+
+
 def test_an_output_that_is_closed_or_cannot_show_a_letter_ends_no_run_in_a_traceback(model, llm_server, command, scripted):
     folder = command("search", [scripted.problem(0) | {QUESTION_KEY: "What ails patient 0? é"}], llm_server(lambda _: "no"))
     for closed in (True, False):
