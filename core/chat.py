@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jinja2 import TemplateError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,11 +55,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: 
 def render_text(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> str:
-    """The text of a conversation under the tokenizer's chat template, or DEFAULT_TEMPLATE when it has none."""
+    """The text of a conversation under the tokenizer's chat template, or DEFAULT_TEMPLATE when it has none.
+
+    Raises ValueError when the template does."""
     template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
-    text: Any = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:  # some templates refuse a system turn in this way
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
     return text
 
 

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from verippo.core import dist
 
 
 def prepare_output(output: str, *, resume: str) -> Path:
-    """Makes the run's folder. Raises ValueError when it cannot be written, or holds another run and resume is "never"."""
+    """Makes the run's folder and keeps it from other processes until this one ends. Raises ValueError when it cannot be
+    written, is another process's at this moment, or holds another run and resume is "never"."""
     folder = Path(output).expanduser()
     problem = None
     if dist.is_main():
@@ -27,6 +30,8 @@ def prepare_output(output: str, *, resume: str) -> Path:
             probe = folder / ".writable"
             probe.write_bytes(bytes(1 << 16))
             probe.unlink()
+            if not _lock(folder / ".lock"):
+                problem = f"output {folder}: another run writes there: choose another folder, or end that run"
         except OSError as error:
             problem = f"output {folder}: cannot write there: {error.strerror or error}"
         if problem is None and resume == "never" and (folder / "metrics.jsonl").exists():
@@ -35,6 +40,19 @@ def prepare_output(output: str, *, resume: str) -> Path:
     if problem:
         raise ValueError(problem)
     return folder
+
+
+def _lock(path: Path) -> bool:
+    """False when another process holds it. Held to the end of this process: its descriptor is left open on purpose."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: this process may open the folder again
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def find_resume(folder: Path, resume: str) -> Path | None:
@@ -55,6 +73,19 @@ def find_resume(folder: Path, resume: str) -> Path | None:
     pointer = checkpoints / "latest"
     pointed = whole.get(pointer.read_text().strip()) if pointer.exists() else None
     return pointed or whole.get(max(whole, default=""))
+
+
+@contextlib.contextmanager
+def taking_up(checkpoint: Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: whatever fails there is a ValueError that says how to go on."""
+    try:
+        yield
+    except Exception as error:  # a torn file raises a dozen kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"cannot go on from {checkpoint} ({reason}): it is damaged, or of a run with other settings; give --resume an older "
+            "step folder, or another --output to start afresh"
+        ) from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

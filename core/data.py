@@ -130,6 +130,8 @@ def text_field(row: dict[str, Any], key: str, *, where: str) -> str:
         raise ValueError(f"{where}: {key!r} is {type(value).__name__}, expected text")
     if not value.strip():
         raise ValueError(f"{where}: {key!r} is empty")
+    if not value.isascii() and value != value.encode(errors="ignore").decode():
+        raise ValueError(f"{where}: {key!r} holds half of a character (a lone surrogate)")
     return value
 
 

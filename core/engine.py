@@ -166,7 +166,8 @@ class TrainEngine:
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=name)
         except Exception as error:
-            raise ValueError(f"checkpoint {folder / name}: {' '.join(str(error).split())[:300]}") from None
+            reason = " ".join(str(error).split())[:300] or f"not there, or not whole ({type(error).__name__})"
+            raise ValueError(f"checkpoint {folder / name}: {reason}") from None
         if path is None:
             raise ValueError(f"checkpoint {folder / name}: not found")
 

@@ -90,7 +90,8 @@ class _Rows:
         config, parameter = model.config, next(model.parameters())
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         capacity = longest_prompt + params.max_new_tokens
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, head_dim)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads  # GPT-2 has no such field
+        shape = (config.num_hidden_layers, slots, kv_heads, capacity, head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in "kv")
         self.model, self.params, self.device = model, params, parameter.device
         self.items: list[int] = []

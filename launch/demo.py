@@ -72,6 +72,11 @@ class DemoConfig:
         for name in ("num_train", "num_eval", "sft_steps", "verifier_steps", "ppo_steps", "rollouts_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.num_eval < 2 or self.num_train < self.rollouts_per_step:
+            raise ValueError(
+                f"num_eval={self.num_eval}, num_train={self.num_train}, rollouts_per_step={self.rollouts_per_step}: evaluation "
+                "needs 2 problems, training as many as rollouts_per_step"
+            )
         if not 3 <= self.findings <= 8:
             raise ValueError(f"findings={self.findings}: must lie in 3..8")
 
@@ -277,4 +282,4 @@ class StageClock:
 
 
 def _write(path: Path, rows: list[Record]) -> None:
-    path.write_text(json.dumps(rows, ensure_ascii=False))
+    path.write_text(json.dumps(rows))

@@ -209,6 +209,8 @@ class PPOConfig:
         for name in ("policy_learning_rate", "critic_learning_rate", "weight_decay", "eval_temperature", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed}: must be under 2**63")
         for name in ("gamma", "lam", "clip_low", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must lie in 0..1")

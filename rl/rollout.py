@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ def rollout(
     """Draws one response for each prompt, in order. This rank's prompts only; other ranks draw theirs."""
     requests = [Prompt(token_ids=prompt.token_ids, seed=prompt.seed) for prompt in prompts]
     completions = sampler.generate(requests, sampling)
+    if len(completions) != len(prompts):
+        raise ValueError(f"the sampler gave {len(completions)} completions for {len(prompts)} prompts: it must give one each")
     return [
         Rollout(
             problem=prompt.problem,
@@ -87,6 +90,22 @@ def rollout(
         )
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int) -> None:
+    """Raises ValueError, naming the rollout, for what would train wrongly: log-probs that are not one finite number a token,
+    and ids outside the vocabulary. Raises RuntimeError for a response drawn with other weights than `version`."""
+    for number, rollout in enumerate(rollouts):
+        if rollout.version != version:
+            raise RuntimeError(f"rollout {number} was drawn with weight version {rollout.version}, the trainer's is {version}")
+        ids, logprobs = rollout.response_ids, rollout.sampler_logprobs
+        if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+            raise ValueError(
+                f"rollout {number} has {len(ids)} response tokens and {len(logprobs)} sampler log-probs: each token needs a "
+                "finite one"
+            )
+        if not all(0 <= token < vocabulary for token in ids):
+            raise ValueError(f"rollout {number} has a token id outside the vocabulary of {vocabulary}")
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

@@ -196,7 +196,7 @@ def open_log(
             print(f"dropped {len(problems.dropped)} {part} problems over {limit}: rows {rows}")
     if step > 0:
         print(f"goes on after step {step} of {config.total_steps} (another --output starts afresh)")
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
     calibration = Path(config.verifier.model or "") / "calibration.json"
     if config.verifier.kind == "classifier" and calibration.exists():  # the report shows it beside the reward curve

@@ -23,7 +23,7 @@ from verippo.rl import ppo, sync
 from verippo.rl.config import PPOConfig
 from verippo.rl.experience import Experience, compute
 from verippo.rl.measure import UpdateMeter, evaluation_metrics, sample_row, step_metrics
-from verippo.rl.rollout import Rollout, RolloutPrompt
+from verippo.rl.rollout import Rollout, RolloutPrompt, check_rollouts
 from verippo.rl.setup import Run, open_log, set_up
 
 
@@ -150,7 +150,7 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
 
 
 def _roll_out(run: Run, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, version: int) -> list[Rollout]:
-    """Each rank draws its part; every rank gets all, in the prompts' order. Refuses responses from other weights."""
+    """Each rank draws its part; every rank gets all, in the prompts' order, checked."""
     rank, world = dist.rank(), dist.world_size()
     part = prompts[rank::world]
     mine = run.rollout(run.sampler, part, sampling, tokenizer=run.tokenizer)
@@ -158,9 +158,7 @@ def _roll_out(run: Run, prompts: Sequence[RolloutPrompt], sampling: SamplingPara
         raise ValueError(f"the rollout function gave {len(mine)} rollouts for {len(part)} prompts: it must give one each")
     parts = dist.all_gather(mine)
     rollouts = [parts[n % world][n // world] for n in range(len(prompts))]
-    for number, rollout in enumerate(rollouts):
-        if rollout.version != version:
-            raise RuntimeError(f"rollout {number} was drawn with weight version {rollout.version}, the trainer's is {version}")
+    check_rollouts(rollouts, vocabulary=run.policy.module.hf.config.vocab_size, version=version)
     return rollouts
 
 
@@ -212,7 +210,7 @@ def _count_skips(config: PPOConfig, state: State, applied: bool, folder: Path, r
     if state.skipped_in_a_row >= config.max_skipped_steps:
         file = folder / f"rollouts-step-{state.step + 1}.json"
         if dist.is_main():
-            file.write_text(json.dumps([vars(r) | {"problem": vars(r.problem)} for r in rollouts], ensure_ascii=False))
+            file.write_text(json.dumps([vars(r) | {"problem": vars(r.problem)} for r in rollouts]))
         raise RuntimeError(f"{state.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite; see {file}")
 
 
@@ -227,10 +225,11 @@ def _stop_on_gap(config: PPOConfig, row: dict[str, Any]) -> None:
 def _resume(run: Run, found: Path | None) -> State:
     if found is None:
         return State()
-    run.policy.load(found, "policy")
-    run.critic.load(found, "critic")
-    torch.set_rng_state(torch.load(found / f"rng-{dist.rank()}.pt"))
-    return State(**checkpoint.load_state(found))
+    with checkpoint.taking_up(found):
+        run.policy.load(found, "policy")
+        run.critic.load(found, "critic")
+        torch.set_rng_state(torch.load(found / f"rng-{dist.rank()}.pt"))
+        return State(**checkpoint.load_state(found))
 
 
 def _save(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLog | None, *, best: bool) -> None:

@@ -59,9 +59,13 @@ class FunctionVerifier:
         self.function = function
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Raises ValueError when the function gives another count of scores, or one that is not finite."""
+        """Raises ValueError when the function gives no numbers, another count of scores, or one that is not finite."""
         name = getattr(self.function, "__name__", "the verifier function")
-        scores = [float(score) for score in self.function(rollouts)]
+        given = self.function(rollouts)
+        try:
+            scores = [float(score) for score in given]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must give a list of numbers: {error}") from None
         if len(scores) != len(rollouts):
             raise ValueError(f"{name} gave {len(scores)} scores for {len(rollouts)} rollouts: it must give one each")
         for number, score in enumerate(scores):

@@ -84,8 +84,14 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "eval_every", "save_every", "save_total_limit", "max_seq_len", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: must be at least 1")
+        for name in ("max_steps", "limit", "timeout_seconds"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("learning_rate", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio}: must lie in 0..1")
         if self.max_seq_len > self.max_tokens_per_gpu:
             raise ValueError(
                 f"max_seq_len={self.max_seq_len}, over max_tokens_per_gpu={self.max_tokens_per_gpu}: a row must fit in a pack"
@@ -99,10 +105,11 @@ class TrainingConfig:
         parse_loggers(self.log_to)
         self.engine  # noqa: B018 its own checks
 
-    def total_steps(self, num_rows: int) -> int:
-        """Optimizer steps in all; the last batch may be smaller, so that every row is seen `epochs` times."""
-        steps = math.ceil(num_rows * self.epochs / self.batch_size)
-        return self.max_steps if self.max_steps is not None else steps
+    def total_steps(self, num_rows: int, *, step: int = 0, position: int = 0) -> int:
+        """Optimizer steps in all of a run that has taken `position` rows in `step` steps, perhaps under other settings; the
+        last batch may be smaller, so that every row is seen `epochs` times."""
+        left = math.ceil((num_rows * self.epochs - position) / self.batch_size)
+        return self.max_steps if self.max_steps is not None else step + max(0, left)
 
     @property
     def engine(self) -> EngineConfig:

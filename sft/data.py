@@ -53,7 +53,7 @@ def conversation(row: dict[str, Any], *, where: str, system: str | None = None) 
 
 def _turn(turn: dict[str, Any], *, where: str) -> dict[str, str]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES or not isinstance(content, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         raise ValueError(f"{where}: needs a role of {', '.join(sorted(set(ROLES.values())))} and text content")
     return {"role": ROLES[role], "content": content}
 

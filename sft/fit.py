@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,8 @@ def fit(
     """Trains to the end, or on from the newest checkpoint. Leaves model/ (the last) and model-best/ (the best evaluated)."""
     state = _resume(engine, checkpoint.find_resume(folder, config.resume))
     log = _open_log(config, folder, state, resolved)
-    total_steps = config.total_steps(len(rows))
-    last_position = total_steps * config.batch_size if config.max_steps else len(rows) * config.epochs
+    total_steps = config.total_steps(len(rows), step=state.step, position=state.position)
+    last_position = sys.maxsize if config.max_steps else len(rows) * config.epochs
     order, watch = Order(len(rows), seed=config.seed, position=state.position), Stopwatch()
     if state.step == 0:
         _evaluate(task, engine, eval_rows, state, log)
@@ -152,8 +153,9 @@ def _count_skips(config: TrainingConfig, state: State, applied: bool) -> None:
 def _resume(engine: TrainEngine, found: Path | None) -> State:
     if found is None:
         return State()
-    engine.load(found, "engine")
-    return State(**checkpoint.load_state(found))
+    with checkpoint.taking_up(found):
+        engine.load(found, "engine")
+        return State(**checkpoint.load_state(found))
 
 
 def _save(config: TrainingConfig, engine: TrainEngine, state: State, folder: Path, log: MetricLog | None, *, best: bool) -> None:
@@ -171,7 +173,7 @@ def _save(config: TrainingConfig, engine: TrainEngine, state: State, folder: Pat
 def _open_log(config: TrainingConfig, folder: Path, state: State, resolved: dict[str, Any]) -> MetricLog | None:
     if not dist.is_main():
         return None
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
     loggers = parse_loggers(config.log_to)
     return MetricLog(folder, loggers=loggers, first_step=state.step, config=resolved, run_id=state.run_id)

@@ -99,10 +99,11 @@ def load_answers(
 def from_question(row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int) -> list[LabelledAnswer]:
     """As many right answers as wrong ones, phrased alike, so that the wording gives nothing away."""
     options, letter = row["options"], row["answer_idx"]
-    if not isinstance(options, dict) or len(options) < 2 or letter not in options:
+    if not isinstance(options, dict) or len(options) < 2 or letter not in list(options):
         raise ValueError(f"{where}: answer_idx {letter!r} is not among at least two options")
-    reference = str(options[letter]).strip()
-    others = sorted({str(text).strip() for key, text in options.items() if key != letter} - {reference, ""})
+    texts = {key: "" if text is None else str(text).strip() for key, text in options.items()}  # tables fill gaps with None
+    reference = texts.pop(letter)
+    others = sorted(set(texts.values()) - {reference, ""})
     if not reference or not others:
         raise ValueError(f"{where}: its options are blank or all alike")
     wrong = [others[n % len(others)] for n in range(num_wrong)] if num_wrong > len(others) else rng.sample(others, num_wrong)
@@ -128,10 +129,12 @@ def _reworded(text: str, rng: random.Random) -> str:
 
 def from_search_record(row: dict[str, Any], *, where: str) -> list[LabelledAnswer]:
     """The judge's verdicts on the conclusions that the search went through; unparsed verdicts give no row."""
-    reference = text_field(row, ANSWER_KEY, where=where)
+    reference, steps = text_field(row, ANSWER_KEY, where=where), row["trajectory"]
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"{where}: its trajectory is not a list of objects")
     return [
         LabelledAnswer(response=str(step["conclusion"]), reference=reference, label=step["verdict"])
-        for step in row["trajectory"]
+        for step in steps
         if isinstance(step.get("verdict"), bool) and str(step.get("conclusion", "")).strip()
     ]
 

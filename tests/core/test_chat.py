@@ -133,6 +133,13 @@ def test_an_example_without_an_answer_is_refused(tokenizer, messages, reason):
         render_example(tokenizer, messages)
 
 
+def test_a_conversation_that_the_template_refuses_is_a_value_error(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match="the chat template refuses the conversation: System role not supported"):
+        render_prompt(tokenizer, "q", system="s")
+
+
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

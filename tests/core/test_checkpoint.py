@@ -1,10 +1,12 @@
 import functools
 import os
+import subprocess
+import sys
 
 import pytest
 
 from verippo.core import checkpoint
-from verippo.core.checkpoint import find_resume, load_state, prepare_output
+from verippo.core.checkpoint import find_resume, load_state, prepare_output, taking_up
 
 
 def write_weights(text, folder):
@@ -140,7 +142,23 @@ def test_a_given_folder_is_taken_and_any_other_refused(tmp_path):
 def test_the_output_folder_is_made_and_left_clean(tmp_path):
     folder = prepare_output(str(tmp_path / "a" / "b"), resume="auto")
     assert folder == tmp_path / "a" / "b"
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_that_one_ends(tmp_path):
+    prepare_output(str(tmp_path), resume="auto")
+    prepare_output(str(tmp_path), resume="auto")  # the same process may go on
+    code = "import sys; from verippo.core.checkpoint import prepare_output; prepare_output(sys.argv[1], resume='auto')"
+    other = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert f"output {tmp_path}: another run writes there" in other.stderr
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=True, timeout=60)
+    prepare_output(str(tmp_path / "a"), resume="auto")
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_way_on(tmp_path):
+    (tmp_path / "state.json").write_text("")
+    with pytest.raises(ValueError, match=r"cannot go on from .*\(JSONDecodeError: .*--resume an older step"), taking_up(tmp_path):
+        load_state(tmp_path)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):

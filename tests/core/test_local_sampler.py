@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from verippo.core import local_sampler
 from verippo.core.local_sampler import LocalSampler, draw, uniform
@@ -62,6 +62,20 @@ def test_greedy_is_transformers_greedy_token_for_token(make_model, kind, max_bat
         assert completion.token_ids == theirs[0, ids.shape[1] :].tolist()
         reasons[completion.finish_reason] += 1
     assert len(reasons) == 2  # or the test would not see rows leave at different times
+
+
+def test_a_model_without_grouped_heads_is_sampled_too(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(50)  # or one token would be drawn for ever
+    model.save_pretrained(tmp_path)
+    ids = [5, 6, 7]
+    theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=0)
+    params = SamplingParams(temperature=0, max_new_tokens=20)
+    (ours,) = sampler_of(tmp_path).generate([Prompt(token_ids=ids)], params)
+    assert ours.token_ids == theirs[0, 3:].tolist()
+    assert len(set(ours.token_ids)) > 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

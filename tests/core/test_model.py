@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -243,6 +244,20 @@ def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
             load(tmp_path, dtype="fp32")
     with pytest.raises(ValueError, match=f"model {tmp_path}: no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_damaged_model_is_refused_by_name(make_model, tmp_path):
+    folder = shutil.copytree(make_model(), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=f"model {folder}: cannot be loaded: "):
+        load_policy(folder, dtype="fp32")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 320', '"vocab_size": "many"'))
+    with pytest.raises(ValueError, match=f"model {folder}: cannot be loaded: "):
+        load_config(folder)
+    with pytest.raises(ValueError, match=f"model {folder}: no tokenizer: "):
+        load_tokenizer(folder)
 
 
 def test_dropout_is_off_even_while_training(tmp_path):

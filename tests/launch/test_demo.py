@@ -70,3 +70,5 @@ def test_the_demo_differs_from_the_papers_ppo_only_where_it_says(tmp_path: Path)
     assert config.lam == 1.0
     with pytest.raises(ValueError, match="findings=9"):
         DemoConfig(findings=9)
+    with pytest.raises(ValueError, match="num_train=100, rollouts_per_step=128: evaluation needs 2"):
+        DemoConfig(num_train=100)

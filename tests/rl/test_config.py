@@ -39,6 +39,7 @@ def config(**changes):
             "policy_learning_rate", "critic_learning_rate", "weight_decay", "eval_temperature",
         )],
         ({"seed": -1}, "seed=-1: must be 0 or more"),
+        ({"seed": 2**63}, f"seed={2**63}: must be under"),
         *[({name: 1.1}, f"{name}=1.1: must lie in 0..1") for name in ("gamma", "lam", "clip_low", "warmup_ratio")],
         ({"gamma": math.nan}, "gamma=nan: must lie in 0..1"),
         ({"policy_learning_rate": math.nan}, "policy_learning_rate=nan: must be 0 or more"),

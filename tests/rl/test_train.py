@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,7 +31,8 @@ def a_run(function):
     def rollout(sampler, prompts, sampling, *, tokenizer):
         return function(prompts)
 
-    return SimpleNamespace(rollout=rollout, sampler=None, tokenizer=None)
+    policy = SimpleNamespace(module=SimpleNamespace(hf=SimpleNamespace(config=SimpleNamespace(vocab_size=10))))
+    return SimpleNamespace(rollout=rollout, sampler=None, tokenizer=None, policy=policy)
 
 
 def test_rollouts_come_in_the_prompts_order():
@@ -51,6 +53,22 @@ def test_rollouts_of_another_weight_version_are_refused():
 
     with pytest.raises(RuntimeError, match="rollout 2 was drawn with weight version 3, the trainer's is 4"):
         _roll_out(a_run(stale), PROMPTS, SamplingParams(), version=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampler_logprobs": [-1.0, -1.0]}, "has 1 response tokens and 2 sampler log-probs"),
+        ({"sampler_logprobs": []}, "has 1 response tokens and 0 sampler log-probs"),
+        ({"sampler_logprobs": [math.nan]}, "each token needs a finite one"),
+        ({"response_ids": [10]}, "has a token id outside the vocabulary of 10"),
+        ({"response_ids": [-1]}, "has a token id outside the vocabulary of 10"),
+    ],
+)
+def test_what_would_train_wrongly_is_refused_by_number(changes, said):
+    run = a_run(lambda prompts: [*drawn(prompts[:1]), replace(drawn(prompts)[1], **changes), *drawn(prompts[2:])])
+    with pytest.raises(ValueError, match=f"rollout 1 .*{said}"):
+        _roll_out(run, PROMPTS, SamplingParams(), version=4)
 
 
 def test_skipped_steps_are_counted_and_several_in_a_row_end_the_run_with_its_rollouts_saved(tmp_path):

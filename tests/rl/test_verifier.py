@@ -63,6 +63,15 @@ def test_a_functions_numbers_are_used_as_they_are():
     assert FunctionVerifier(lambda _: torch.tensor([1, 2])).score([answered(""), answered("")]) == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("given", [None, ["right"], [None]])
+def test_a_function_that_gives_no_numbers_is_refused_by_name(given):
+    def oracle(rollouts):
+        return given
+
+    with pytest.raises(ValueError, match="oracle must give a list of numbers: "):
+        FunctionVerifier(oracle).score([answered("")])
+
+
 def test_a_function_that_gives_another_count_is_refused_by_name():
     def oracle(rollouts):
         return [1.0]

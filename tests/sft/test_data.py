@@ -59,6 +59,8 @@ def test_both_conversation_forms_give_the_same_turns() -> None:
         ({"messages": [{"role": "user", "content": "q"}]}, "row 1: the last turn is not the assistant's"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\n"}]}, "row 1: the assistant's turn"),
         ({"messages": [{"role": "doctor", "content": "q"}]}, "row 1, turn 0: needs a role of assistant, system, user"),
+        ({"messages": [{"role": ["user"], "content": "q"}]}, "row 1, turn 0: needs a role of assistant, system, user"),
+        ({"Question": "q\ud800", "Response": "a"}, "row 1: 'Question' holds half of a character"),
         ({"messages": "text"}, "row 1: its turns are not a list"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,35 @@ def test_a_run_taken_up_from_a_checkpoint_ends_with_the_same_bits(make_model: Ca
     assert [row["step"] for row in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
     # 16 rows to train on, twice, in batches of 8: 4 steps, and every token twice
     assert lines(run / "metrics.jsonl")[-1]["epoch"] == 2.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_goes_on_with_another_batch_size_sees_all_rows(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = SFTConfig(
+        model=str(make_model()), data=str(write_rows(tmp_path / "rows.json", 20)), output=str(tmp_path / "run"), epochs=1,
+        batch_size=8, save_every=1, save_total_limit=9, **SMALL,
+    )  # fmt: skip
+    train(config, resolved={})
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    train(replace(config, batch_size=5), resolved={})
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0.4, 0.65, 0.9, 1.0]  # 8, then 5, 5 and the last 2
+    train(replace(config, batch_size=2, max_steps=6), resolved={})
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["epoch"] == 1.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        *[({name: 0}, f"{name}=0: must be above 0") for name in ("max_steps", "limit", "timeout_seconds")],
+        *[({name: -1}, f"{name}=-1: must be 0 or more") for name in ("learning_rate", "weight_decay", "seed")],
+        ({"warmup_ratio": 1.1}, "warmup_ratio=1.1: must lie in 0..1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SFTConfig(model="m", data="d", output="o", **changes)
 
 
 @pytest.mark.filterwarnings("ignore")
