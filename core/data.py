@@ -88,7 +88,7 @@ def _load_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return [_present(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"data {path}: not a Parquet file: {str(error).splitlines()[0]}") from None
 
@@ -101,17 +101,23 @@ def _load_folder(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise ValueError(f"data {path}: a folder, but not one saved by datasets") from None
     parts = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
-    return [row for part in parts for row in part]
+    return [_present(row) for part in parts for row in part]
 
 
 def _load_hub(name: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(name, split="train"))
+        return [_present(row) for row in datasets.load_dataset(name, split="train")]
     except Exception as error:  # the hub client raises a dozen kinds; each means: this name cannot be had
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"data {name}: neither a file nor a hub data set that can be loaded: {reason}") from None
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the nulls by which a table says that the object in a cell lacks a key, such as a fifth option."""
+    return {key: {name: part for name, part in cell.items() if part is not None} if isinstance(cell, dict) else cell
+            for key, cell in row.items()}  # fmt: skip
 
 
 def _checked_objects(content: list[Any], path: Path) -> list[dict[str, Any]]:

@@ -100,6 +100,10 @@ def _problem(item: Any) -> str | None:
             return f"option {key!r}: expected a letter from A to Z"
         if not isinstance(text, str) or not text.strip():
             return f"option {key} is {text!r}, expected text"
+    try:
+        "".join((question, *options.values())).encode()
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate), which no tokenizer takes"
     if not isinstance(letter, str) or letter not in options:
         return f"answer_idx {letter!r} is not among the options {', '.join(options)}"
     answer = "" if item.get("answer") is None else item["answer"]

@@ -50,6 +50,14 @@ def test_every_format_gives_the_same_rows(write, tmp_path):
         assert load_rows(source) == ROWS, source
 
 
+def test_a_table_of_objects_with_different_keys_gives_each_its_own(tmp_path):
+    rows = [{"options": {"A": "a", "B": "b"}, "note": None}, {"options": {"A": "a", "B": "b", "C": "c"}, "note": "n"}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    assert load_rows(str(tmp_path / "rows.parquet")) == load_rows(str(tmp_path / "saved")) == rows
+
+
 def test_a_folder_of_several_parts_gives_all_of_them(tmp_path):
     assert load_rows(saved_folder(tmp_path, parts=True)) == ROWS
 

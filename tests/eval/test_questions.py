@@ -23,6 +23,7 @@ FAULTS = {
     "option 'b': expected a letter from A to Z": GOOD | {"options": {"A": "Aspirin", "b": "Heparin"}},
     "option A is None, expected text": GOOD | {"options": {"A": None, "B": "Heparin"}},
     "option A is ' ', expected text": GOOD | {"options": {"A": " ", "B": "Heparin"}},
+    "holds half a character": GOOD | {"options": {"A": "half \ud800", "B": "Heparin"}},
     "answer_idx 'C' is not among the options A, B": GOOD | {"answer_idx": "C"},
     "answer_idx None is not among the options A, B": GOOD | {"answer_idx": None},
     "answer_idx 1 is not among the options A, B": GOOD | {"answer_idx": 1},

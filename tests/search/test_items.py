@@ -261,13 +261,15 @@ def test_failures_of_an_earlier_run_are_no_sign_of_a_server_that_never_answers(m
     assert "asked 0 calls, 20 more were in the journal" in capsys.readouterr().out
 
 
-def test_half_characters_in_the_data_fail_their_item_alone(model, llm_server, command, scripted, tmp_path):
-    rows = [scripted.problem(0) | {"note": "half \ud800"}, scripted.problem(1) | {QUESTION_KEY: "half \ud800?"}]
+def test_half_a_character_is_refused_in_a_question_and_passed_on_elsewhere(model, llm_server, command, scripted, tmp_path, capsys):
+    rows, server = [scripted.problem(0) | {"note": "half \ud800"}], llm_server(model)
+    (tmp_path / "half.json").write_text(json.dumps([*rows, scripted.problem(1) | {QUESTION_KEY: "half \ud800?"}]))
+    with pytest.raises(SystemExit):
+        command("search", [], server, data=tmp_path / "half.json")
+    assert re.search(r"half.json: row 1: .* half of a character", capsys.readouterr().err)
     (tmp_path / "half.json").write_text(json.dumps(rows))
-    folder = command("search", [], llm_server(model), data=tmp_path / "half.json")
-    (record,) = scripted.load(folder, "search.json")
+    (record,) = scripted.load(command("search", [], server, data=tmp_path / "half.json"), "search.json")
     assert record["note"] == "half \ud800"
-    assert "| half ?? |" in (folder / "report.md").read_text()
 
 
 def test_a_mistake_leaves_no_folder(command, scripted, llm_server, tmp_path, capsys, monkeypatch):
