@@ -108,12 +108,8 @@ def save(
             shutil.rmtree(abandoned)
         temporary.mkdir(parents=True)
     dist.barrier()
-    try:
+    with naming_a_full_disk(checkpoints, "a checkpoint"):
         write(temporary)
-    except (OSError, RuntimeError):  # torch reports a full disk as a RuntimeError about streams
-        if shutil.disk_usage(checkpoints).free > 1 << 20:
-            raise
-        raise ValueError(f"{checkpoints}: no space left for a checkpoint: make some; the run goes on from the last") from None
     dist.barrier()
     if dist.is_main():
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
@@ -126,6 +122,17 @@ def save(
         _prune(checkpoints, total_limit)
     dist.barrier()
     return final
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(folder: Path, what: str) -> Iterator[None]:
+    """Around the writing of large files under `folder`: a full disk is a ValueError that names it and what was written."""
+    try:
+        yield
+    except Exception:  # torch and safetensors have errors of their own for it
+        if shutil.disk_usage(folder).free > 1 << 20:
+            raise
+        raise ValueError(f"{folder}: no space left for {what}: make some; the run goes on from its last checkpoint") from None
 
 
 def _point(pointer: Path, name: str) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from verippo.core.checkpoint import naming_a_full_disk
 from verippo.core.packing import PackedBatch
 from verippo.kernels.attention import varlen_attention
 from verippo.kernels.logprob import linear_greedy, linear_logprobs
@@ -304,8 +305,9 @@ def save_model(folder: Path, hf: PreTrainedModel, state: dict[str, Tensor], toke
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     attention = hf.config._attn_implementation
     hf.config._attn_implementation = "eager"
-    try:
-        hf.save_pretrained(folder, state_dict=state)
-    finally:
-        hf.config._attn_implementation = attention
-    tokenizer.save_pretrained(folder)
+    with naming_a_full_disk(folder.parent, folder.name):
+        try:
+            hf.save_pretrained(folder, state_dict=state)
+        finally:
+            hf.config._attn_implementation = attention
+        tokenizer.save_pretrained(folder)

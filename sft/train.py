@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
             fit(config, _task(config, tokenizer), engine, rows, eval_rows, folder, resolved=resolved)
         finally:
             if dist.is_main():
-                write_report(folder, title="Supervised fine-tuning")
+                with contextlib.suppress(OSError):  # a full disk must not hide what ended the loop
+                    write_report(folder, title="Supervised fine-tuning")
         return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -64,7 +65,8 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
                 _write_calibration(folder, report)
         finally:
             if dist.is_main():
-                write_report(folder, title="Verifier training")
+                with contextlib.suppress(OSError):  # a full disk must not hide what ended the loop
+                    write_report(folder, title="Verifier training")
         return folder
 
 

@@ -344,6 +344,15 @@ def test_an_exported_policy_loads_in_transformers_with_equal_logits(make_model, 
         assert torch.equal(policy(batch), load_policy(tmp_path, dtype="fp32")(batch))
 
 
+def test_a_full_disk_is_named_while_a_model_is_exported(make_model, tmp_path, monkeypatch):
+    policy = load_policy(make_model(), dtype="fp32")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").mkdir()  # safetensors fails on it with an error of its own, as on a full disk
+    with pytest.raises(ValueError, match=f"{tmp_path}: no space left for model: make some"):
+        save_model(tmp_path / "model", policy.hf, policy.hf.state_dict(), load_tokenizer(make_model()))
+
+
 def test_an_exported_classifier_loads_again_with_equal_logits(make_model, tmp_path):
     classifier, batch = load_classifier(make_model("qwen2", classes=2), dtype="fp32"), pack(random_rows())
     tokenizer = load_tokenizer(make_model("qwen2"))
