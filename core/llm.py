@@ -175,12 +175,16 @@ class LLM:
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=config.concurrency, max_keepalive_connections=config.concurrency
         )
+        try:
+            http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=config.timeout_seconds)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"a proxy that the environment names cannot be used: {error}") from None
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
             api_key=config.api_key() or "no-key",
             max_retries=0,
             timeout=config.timeout_seconds,
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=config.timeout_seconds),
+            http_client=http,
         )
         self._slots = asyncio.Semaphore(config.concurrency)
         self._requests, self._tokens = _Pace(config.requests_per_minute), _Pace(config.tokens_per_minute)

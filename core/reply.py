@@ -49,7 +49,7 @@ def read_reply(data: bytes, *, most_in: int, most_out: int, may_be_empty: bool =
         num_in, num_out = counts.get("prompt_tokens"), counts.get("completion_tokens")
     except UnicodeDecodeError:
         return unreadable("is not UTF-8")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return unreadable(f"is cut off or not JSON ({len(data)} bytes)")
     except (LookupError, TypeError, AttributeError):
         return unreadable(f"has no choices: {data[:100]!r}")

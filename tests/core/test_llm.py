@@ -117,6 +117,7 @@ def test_half_characters_become_replacement_marks(llm_server):
         ({"missing_bytes": 5}, "connection failed: RemoteProtocolError"),
         ({"hang": True}, "no answer within timeout_seconds=0.3"),
         ({"body": b'{"choices": [{"mess'}, "the answer is cut off or not JSON \\(19 bytes\\)"),
+        ({"body": b"[" * 9999}, "the answer is cut off or not JSON"),
         ({"body": b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'}, "the answer is not UTF-8"),
         ({"body": b"\x00\xff\xfe"}, "the answer is not UTF-8"),
         ({"body": b""}, "the answer is cut off or not JSON \\(0 bytes\\)"),
@@ -518,6 +519,12 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 def test_more_items_than_calls_are_worked_on_where_calls_are_many():
     assert [LLMConfig(concurrency=n).items_at_once for n in (1, 3, 16, 64)] == [1, 3, 20, 80]
+
+
+def test_a_proxy_that_cannot_be_used_is_refused(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
+    with pytest.raises(ValueError, match="a proxy that the environment names cannot be used: .*gopher"):
+        LLM(LLMConfig(base_url="http://127.0.0.1:1/v1", model="m"))
 
 
 def test_a_client_without_a_model_is_refused():

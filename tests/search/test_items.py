@@ -261,7 +261,7 @@ def test_failures_of_an_earlier_run_are_no_sign_of_a_server_that_never_answers(m
     assert "asked 0 calls, 20 more were in the journal" in capsys.readouterr().out
 
 
-def test_half_a_character_is_refused_in_a_question_and_passed_on_elsewhere(model, llm_server, command, scripted, tmp_path, capsys):
+def test_half_a_character_is_refused_in_a_question_and_kept_elsewhere(model, llm_server, command, scripted, tmp_path, capsys):
     rows, server = [scripted.problem(0) | {"note": "half \ud800"}], llm_server(model)
     (tmp_path / "half.json").write_text(json.dumps([*rows, scripted.problem(1) | {QUESTION_KEY: "half \ud800?"}]))
     with pytest.raises(SystemExit):
