@@ -148,7 +148,7 @@ def test_the_rl_half_takes_in_the_papers_share_of_unconverted_and_general_questi
     choice, general = tmp_path / "choice.json", tmp_path / "general.json"
     # half of this pool became problems; one is contaminated
     choice.write_text(json.dumps([exam(n) for n in range(20, 59)] + [exam(99, text=f"Case 99: {SHARED}")]))
-    general.write_text(json.dumps([{QUESTION_KEY: f"What is {n} times two?", ANSWER_KEY: str(2 * n)} for n in range(3)]))
+    general.write_text(json.dumps([{QUESTION_KEY: f"What is {n} times two?", ANSWER_KEY: str(2 * n)} for n in (0, 1, 2, 2, 1)]))
     evaluation = tmp_path / "eval.json"
     evaluation.write_text(json.dumps([{"question": SHARED}]))
     options = {"mix.choice": choice, "mix.general": general, "decontaminate": evaluation}
@@ -164,7 +164,7 @@ def test_the_rl_half_takes_in_the_papers_share_of_unconverted_and_general_questi
     assert {row[ANSWER_KEY] for row in rl[24:]} == {"0", "2", "4"}
     report = (folder / "report.md").read_text()
     assert "| RL, choice (wanted 4, 19 of 40 could be drawn) | 4 |" in report
-    assert "| RL, general (wanted 5, 3 of 3 could be drawn) | 3 |" in report
+    assert "| RL, general (wanted 5, 3 of 5 could be drawn) | 3 |" in report
     other = command("problems", rows, server, seed=1, output="seed1", **options)
     assert scripted.load(other, "problems.json") == scripted.load(folder, "problems.json")
     assert scripted.load(other, "problems_search.json") != search
