@@ -229,7 +229,7 @@ def write_problems(
         wanted = round(getattr(config.mix, f"{kind}_ratio") * (len(records) - len(halves[0])))
         shares = contaminated([row[QUESTION_KEY] for row in pool], evaluation)
         free = list({row[QUESTION_KEY]: row for row, bad in zip(pool, shares, strict=True)
-                     if not bad and normalise(row.get("question", "")) not in taken}.values())  # fmt: skip
+                     if not bad and normalise(str(row.get("question"))) not in taken}.values())  # fmt: skip
         drawn = random.Random(f"{config.seed}/{kind}").sample(free, min(wanted, len(free)))
         halves[1] += drawn
         sizes.append((f"RL, {kind} (wanted {wanted}, {len(free)} of {len(pool)} could be drawn)", len(drawn)))

@@ -148,7 +148,8 @@ def test_the_rl_half_takes_in_the_papers_share_of_unconverted_and_general_questi
     choice, general = tmp_path / "choice.json", tmp_path / "general.json"
     # half of this pool became problems; one is contaminated
     choice.write_text(json.dumps([exam(n) for n in range(20, 59)] + [exam(99, text=f"Case 99: {SHARED}")]))
-    general.write_text(json.dumps([{QUESTION_KEY: f"What is {n} times two?", ANSWER_KEY: str(2 * n)} for n in (0, 1, 2, 2, 1)]))
+    general.write_text(json.dumps([{QUESTION_KEY: f"What is {n} times two?", ANSWER_KEY: str(2 * n), "question": None}
+                                   for n in (0, 1, 2, 2, 1)]))  # fmt: skip
     evaluation = tmp_path / "eval.json"
     evaluation.write_text(json.dumps([{"question": SHARED}]))
     options = {"mix.choice": choice, "mix.general": general, "decontaminate": evaluation}
