@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 os.environ.setdefault("PYTHONSAFEPATH", "1")  # for launched children: our kernels/ must not shadow the package of that name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -155,10 +155,20 @@ def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[An
         namespace = parser.parse_args(_spelled_out(config_class, arguments))
         plain = namespace.clone()
         plain.pop("config", None)
+        _refuse_nulls(config_class, plain)
         config = config_class(**vars(parser.instantiate(plain)))
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(error)) from None
     return config, dataclasses.asdict(config)
+
+
+def _refuse_nulls(config_class: type, values: Any, prefix: str = "") -> None:
+    """jsonargparse takes null for any type."""
+    for name, kind in get_type_hints(config_class).items():
+        if values[name] is None and type(None) not in get_args(kind):
+            raise ValueError(f"{prefix}{name} is null: give a value, or leave it out for the default")
+        if dataclasses.is_dataclass(kind):
+            _refuse_nulls(kind, values[name], f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def _spelled_out(config_class: type, arguments: list[str]) -> list[str]:

@@ -332,6 +332,12 @@ def test_an_unknown_key_in_the_yaml_file_is_refused(capsys, given, tmp_path):
     assert "cofe" in refused(capsys, given(config=tmp_path / "run.yaml"))
 
 
+@pytest.mark.parametrize(("text", "name"), [("epochs: null", "epochs"), ("kl: null", "kl"), ("kl: {coef: null}", "kl.coef")])
+def test_a_null_where_a_value_is_needed_is_refused(capsys, given, tmp_path, text, name):
+    (tmp_path / "run.yaml").write_text(text)
+    assert f"ppo: {name} is null: give a value" in refused(capsys, given(config=tmp_path / "run.yaml"))
+
+
 def test_an_unknown_command_is_refused_and_the_known_ones_listed(capsys):
     line = refused(capsys, ["pppo"])
     assert "unknown command 'pppo'" in line
