@@ -75,7 +75,8 @@ class LLMConfig:
                 raise ValueError(f"llm.{name}={getattr(self, name)}: must be above 0")
         if self.budget_usd and not self.price_in + self.price_out:
             raise ValueError("llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)")
-        if self.base_url is not None and not _is_address(self.base_url):
+        url = urlsplit("https://default" if self.base_url is None else self.base_url)  # a ValueError for what is no port
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
             raise ValueError(f"llm.base_url={self.base_url}: give http://HOST:PORT/v1, or https")
         if not self.api_key_env.isidentifier():
             raise ValueError("llm.api_key_env: give the name of the variable that holds the key, not the key")
@@ -99,14 +100,6 @@ class LLMConfig:
         if not (key.isascii() and key.isprintable()) or " " in key:  # it would be quoted by the error of whoever sends it
             raise ValueError(f"the API key in {self.api_key_file or self.api_key_env} holds a blank or an odd character")
         return key
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # half a bracket, or a port that is none
-        return False
 
 
 class LLMError(RuntimeError):
@@ -172,19 +165,14 @@ class LLM:
             raise ValueError("llm.model is not set: give the model's name at the server")
         self.config, self.journal, self.retry_failed, self.may_be_empty = config, journal, retry_failed, may_be_empty
         self.usage = Usage()
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-            max_connections=config.concurrency, max_keepalive_connections=config.concurrency
-        )
-        try:
-            http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=config.timeout_seconds)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"a proxy that the environment names cannot be used: {error}") from None
+        most = config.concurrency
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most, max_keepalive_connections=most)
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
             api_key=config.api_key() or "no-key",
             max_retries=0,
             timeout=config.timeout_seconds,
-            http_client=http,
+            http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=config.timeout_seconds),
         )
         self._slots = asyncio.Semaphore(config.concurrency)
         self._requests, self._tokens = _Pace(config.requests_per_minute), _Pace(config.tokens_per_minute)

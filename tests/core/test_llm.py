@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import email.utils
 import json
-import re
 import subprocess
 import sys
 import time
@@ -506,9 +505,9 @@ def test_a_key_that_no_header_takes_is_refused_without_being_shown(tmp_path, key
         ({"max_retries": -1}, "llm.max_retries=-1: must be 0 or more"),
         ({"timeout_seconds": 0.0}, "llm.timeout_seconds=0.0: must be above 0"),
         ({"base_url": "127.0.0.1:30000"}, "llm.base_url=127.0.0.1:30000: give http://HOST:PORT/v1, or https"),
-        *[({"base_url": url}, f"llm.base_url={re.escape(url)}: give http://HOST:PORT/v1") for url in (
-            "", "http://", "http://[::1", "http://host:99999/v1", "http://host:port/v1",
-        )],
+        *[({"base_url": url}, f"llm.base_url={url}: give http://HOST:PORT/v1") for url in ("", "http://", "http://host:0")],
+        ({"base_url": "http://[::1"}, "Invalid IPv6 URL"),
+        ({"base_url": "http://host:99999/v1"}, "Port out of range"),
         ({"budget_usd": 0.0, "price_in": 1.0}, "llm.budget_usd=0.0: must be above 0"),
     ],
 )  # fmt: skip
@@ -519,12 +518,6 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 def test_more_items_than_calls_are_worked_on_where_calls_are_many():
     assert [LLMConfig(concurrency=n).items_at_once for n in (1, 3, 16, 64)] == [1, 3, 20, 80]
-
-
-def test_a_proxy_that_cannot_be_used_is_refused(monkeypatch):
-    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
-    with pytest.raises(ValueError, match="a proxy that the environment names cannot be used: .*gopher"):
-        LLM(LLMConfig(base_url="http://127.0.0.1:1/v1", model="m"))
 
 
 def test_a_client_without_a_model_is_refused():
