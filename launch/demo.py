@@ -134,11 +134,17 @@ def prepare(config: DemoConfig, folder: Path, clock: StageClock) -> Paths:
 
 
 def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
-    """Writes data/*.json and a random Llama with a tokenizer of these words to base/, and returns base/."""
+    """Writes data/*.json and a random Llama with a tokenizer of these words to base/, and returns base/.
+
+    Raises ValueError when the folder holds those of another seed or size."""
     data, base = folder / "data", folder / "base"
+    made_with = json.dumps({name: getattr(config, name) for name in ("seed", "num_train", "num_eval", "findings")})
     if (base / "config.json").exists():
+        if (found := (data / "made_with.json").read_text()) != made_with:
+            raise ValueError(f"output {folder}: holds a demo with {found}, not {made_with}: choose another folder")
         return base
     data.mkdir(exist_ok=True)
+    (data / "made_with.json").write_text(made_with)
     sizes: dict[Literal["train", "eval"], int] = {"train": config.num_train, "eval": config.num_eval}
     records = {
         split: generate(num, seed=config.seed, split=split, kinds=KINDS, difficulty=config.findings)

@@ -10,7 +10,7 @@ import pytest
 
 from verippo.core.chat import parse_response
 from verippo.launch.ablation import VARIANTS, ablate
-from verippo.launch.demo import DemoConfig, demo, half_without_reasoning, ppo_config, verifier_rows
+from verippo.launch.demo import DemoConfig, demo, half_without_reasoning, make_data_and_model, ppo_config, verifier_rows
 from verippo.search.calculations import generate
 from verippo.sft.data import conversation
 
@@ -72,3 +72,10 @@ def test_the_demo_differs_from_the_papers_ppo_only_where_it_says(tmp_path: Path)
         DemoConfig(findings=9)
     with pytest.raises(ValueError, match="num_train=100, rollouts_per_step=128: evaluation needs 2"):
         DemoConfig(num_train=100)
+
+
+def test_a_folder_of_another_seed_is_refused_not_reported_as_this_one(tmp_path: Path) -> None:
+    config = DemoConfig(num_train=8, num_eval=2, rollouts_per_step=8)
+    assert make_data_and_model(config, tmp_path) == make_data_and_model(config, tmp_path)
+    with pytest.raises(ValueError, match='holds a demo with .*"seed": 0, .*not .*"seed": 1, .*: choose another folder'):
+        make_data_and_model(replace(config, seed=1), tmp_path)
