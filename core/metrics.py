@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 LOGGERS = ("jsonl", "tensorboard", "wandb")
 FILES = ("metrics", "eval", "samples")
 
@@ -73,6 +75,39 @@ class MetricLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def start_log(
+    folder: Path, *, log_to: str, step: int, total_steps: int, config: dict[str, Any], world_size: int, run_id: str | None
+) -> MetricLog:
+    """The log of a run after `step` steps, with config.yaml and environment.json beside it. Says where a run goes on, and
+    which of its settings are others than before."""
+    record = folder / "config.yaml"
+    if step > 0:
+        before, now = _flat(_settings(record)), _flat(config)
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+        print(f"goes on after step {step} of {total_steps} (another --output starts afresh)")
+        if changed:
+            print(f"changed since the last start: {', '.join(changed)}")
+    record.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(world_size), indent=1))
+    return MetricLog(folder, loggers=parse_loggers(log_to), first_step=step, config=config, run_id=run_id)
+
+
+def _settings(record: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # never written, or torn by a kill
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _drop_rows_after(file: Path, step: int) -> None:

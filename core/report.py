@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -333,6 +334,14 @@ def choose_samples(samples: list[Row]) -> list[Row]:
         for step in sorted({min(row["step"] for row in mine), max(row["step"] for row in mine)}):
             chosen += [row for row in mine if row["step"] == step][:MAX_SAMPLES]
     return chosen
+
+
+def try_report(folder: Path, *, title: str) -> None:
+    """At a run's end, well or not: a full disk is said, and must not hide what ended the run."""
+    try:
+        write_report(folder, title=title)
+    except OSError as error:
+        print(f"verippo: no report: {error}", file=sys.stderr)
 
 
 def write_report(folder: Path, *, title: str, output: Path | None = None) -> Path:

@@ -140,7 +140,8 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
     data, base = folder / "data", folder / "base"
     made_with = json.dumps({name: getattr(config, name) for name in ("seed", "num_train", "num_eval", "findings")})
     if (base / "config.json").exists():
-        if (found := (data / "made_with.json").read_text()) != made_with:
+        record = data / "made_with.json"
+        if (found := record.read_text() if record.exists() else "other data") != made_with:
             raise ValueError(f"output {folder}: holds a demo with {found}, not {made_with}: choose another folder")
         return base
     data.mkdir(exist_ok=True)

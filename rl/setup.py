@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from verippo.core import dist
 from verippo.core.data import Order, Problem, load_problems, split
 from verippo.core.engine import FrozenEngine, TrainEngine
 from verippo.core.local_sampler import LocalSampler
-from verippo.core.metrics import MetricLog, environment, parse_loggers
+from verippo.core.metrics import MetricLog, start_log
 from verippo.core.model import (
     check_embedding,
     check_same_vocabulary,
@@ -186,7 +184,7 @@ def _verifier(config: PPOConfig) -> Verifier:
 def open_log(
     config: PPOConfig, run: Run, folder: Path, *, step: int, run_id: str | None, resolved: dict[str, Any]
 ) -> MetricLog | None:
-    """On the main rank: says what was dropped and where the run goes on, and writes config.yaml and environment.json."""
+    """On the main rank: says what was dropped and starts the log."""
     if not dist.is_main():
         return None
     for part, problems in (("training", run.train_set), ("evaluation", run.eval_set)):
@@ -194,15 +192,13 @@ def open_log(
             rows = ", ".join(map(str, problems.dropped[:20])) + (" ..." if len(problems.dropped) > 20 else "")
             limit = f"max_prompt_tokens={config.max_prompt_tokens}"
             print(f"dropped {len(problems.dropped)} {part} problems over {limit}: rows {rows}")
-    if step > 0:
-        print(f"goes on after step {step} of {config.total_steps} (another --output starts afresh)")
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
     calibration = Path(config.verifier.model or "") / "calibration.json"
     if config.verifier.kind == "classifier" and calibration.exists():  # the report shows it beside the reward curve
         shutil.copy(calibration, folder)
-    loggers = parse_loggers(config.log_to)
-    return MetricLog(folder, loggers=loggers, first_step=step, config=resolved, run_id=run_id)
+    return start_log(
+        folder, log_to=config.log_to, step=step, total_steps=config.total_steps, config=resolved,
+        world_size=dist.world_size(), run_id=run_id,
+    )  # fmt: skip
 
 
 def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from verippo.core import checkpoint, dist
 from verippo.core.metrics import MetricLog, Stopwatch, finite
 from verippo.core.model import save_model
 from verippo.core.packing import pack
-from verippo.core.report import write_report
+from verippo.core.report import try_report
 from verippo.core.sampler import SamplingParams
 from verippo.rl import ppo, sync
 from verippo.rl.config import PPOConfig
@@ -45,8 +44,7 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
             sync.close(run.sampler)
             if log is not None:
                 log.close()
-                with contextlib.suppress(OSError):                      # a full disk must not hide what ended the loop
-                    write_report(folder, title="PPO run")
+                try_report(folder, title="PPO run")
         return folder
 
 

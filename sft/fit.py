@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from verippo.core import checkpoint, dist
 from verippo.core.data import Order
 from verippo.core.engine import TrainEngine
-from verippo.core.metrics import MetricLog, Stopwatch, environment, finite, parse_loggers, peak_memory_gib
+from verippo.core.metrics import MetricLog, Stopwatch, finite, peak_memory_gib, start_log
 from verippo.core.packing import share_out
 from verippo.core.schedule import learning_rate
 from verippo.sft.config import TrainingConfig
@@ -68,8 +66,8 @@ def fit(
 ) -> State:
     """Trains to the end, or on from the newest checkpoint. Leaves model/ (the last) and model-best/ (the best evaluated)."""
     state = _resume(engine, checkpoint.find_resume(folder, config.resume))
-    log = _open_log(config, folder, state, resolved)
     total_steps = config.total_steps(len(rows), step=state.step, position=state.position)
+    log = _open_log(config, folder, state, total_steps, resolved)
     last_position = sys.maxsize if config.max_steps else len(rows) * config.epochs
     order, watch = Order(len(rows), seed=config.seed, position=state.position), Stopwatch()
     if state.step == 0:
@@ -170,10 +168,12 @@ def _save(config: TrainingConfig, engine: TrainEngine, state: State, folder: Pat
     )
 
 
-def _open_log(config: TrainingConfig, folder: Path, state: State, resolved: dict[str, Any]) -> MetricLog | None:
+def _open_log(
+    config: TrainingConfig, folder: Path, state: State, total_steps: int, resolved: dict[str, Any]
+) -> MetricLog | None:
     if not dist.is_main():
         return None
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(dist.world_size()), indent=1))
-    loggers = parse_loggers(config.log_to)
-    return MetricLog(folder, loggers=loggers, first_step=state.step, config=resolved, run_id=state.run_id)
+    return start_log(
+        folder, log_to=config.log_to, step=state.step, total_steps=total_steps, config=resolved,
+        world_size=dist.world_size(), run_id=state.run_id,
+    )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from verippo.core.data import split
 from verippo.core.engine import TrainEngine
 from verippo.core.model import check_embedding, load_policy, load_tokenizer, save_model
 from verippo.core.packing import PackedBatch, empty_batch, pack, share_out
-from verippo.core.report import write_report
+from verippo.core.report import try_report
 from verippo.sft.config import SFTConfig, TrainingConfig
 from verippo.sft.data import Example, load_examples
 from verippo.sft.fit import Task, fit
@@ -48,8 +47,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
             fit(config, _task(config, tokenizer), engine, rows, eval_rows, folder, resolved=resolved)
         finally:
             if dist.is_main():
-                with contextlib.suppress(OSError):  # a full disk must not hide what ended the loop
-                    write_report(folder, title="Supervised fine-tuning")
+                try_report(folder, title="Supervised fine-tuning")
         return folder
 
 

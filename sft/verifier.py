@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from verippo.core.engine import TrainEngine
 from verippo.core.judge import Case, Judge
 from verippo.core.model import check_embedding, load_classifier, load_tokenizer, save_model
 from verippo.core.packing import PackedBatch, empty_batch, share_out
-from verippo.core.report import wilson_interval, write_report
+from verippo.core.report import try_report, wilson_interval
 from verippo.core.verdict import load_template
 from verippo.sft.config import VerifierTrainingConfig
 from verippo.sft.fit import Task, fit
@@ -65,8 +64,7 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
                 _write_calibration(folder, report)
         finally:
             if dist.is_main():
-                with contextlib.suppress(OSError):  # a full disk must not hide what ended the loop
-                    write_report(folder, title="Verifier training")
+                try_report(folder, title="Verifier training")
         return folder
 
 

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from verippo.core import metrics
-from verippo.core.metrics import MetricLog, Stopwatch, finite, parse_loggers
+from verippo.core.metrics import MetricLog, Stopwatch, finite, parse_loggers, start_log
 
 
 def open_log(folder, *, first_step=0, loggers=()):
@@ -23,6 +23,23 @@ def test_every_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
         log.write("metrics", {"step": step, "score_mean": step / 2})
         assert rows(tmp_path / "metrics.jsonl")[-1] == {"step": step, "score_mean": step / 2}
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
+
+
+def start(folder, step, **config):
+    start_log(folder, log_to="jsonl", step=step, total_steps=9, config=config, world_size=1, run_id=None)
+
+
+def test_a_run_that_goes_on_says_where_and_what_has_changed(tmp_path, capsys):
+    start(tmp_path, 0, data="a", lr=1e-6, kl={"coef": 0.03, "estimator": None})
+    assert capsys.readouterr().out == ""
+    start(tmp_path, 3, data="a", lr=1e-6, kl={"coef": 0.03, "estimator": None})
+    assert capsys.readouterr().out == "goes on after step 3 of 9 (another --output starts afresh)\n"
+    start(tmp_path, 3, data="b", lr=1e-6, kl={"coef": 0.03, "estimator": "k1"}, new=1)
+    assert capsys.readouterr().out.splitlines()[1] == "changed since the last start: data a -> b, kl.estimator None -> k1"
+    for torn in (b"data: [", b"data", b"\xff"):
+        (tmp_path / "config.yaml").write_bytes(torn)
+        start(tmp_path, 3, data="c")
+        assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_rows_after_the_resumed_step_are_dropped_from_every_file(tmp_path):
