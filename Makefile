@@ -15,6 +15,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed links
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	MYPYPATH=links $(BIN)/mypy --explicit-package-bases -p verippo
 
 # torch goes first, by itself: asked for by another package, pip takes the newest build with gigabytes of CUDA.

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from verippo.core.engine import Dtype
-from verippo.core.llm import LLMConfig
-from verippo.core.server import ServerConfig
+from ..core.llm.client import LLMConfig
+from ..core.sampling.server import ServerConfig
+from ..core.training.engine import Dtype
 
 PromptKind = Literal["free", "strict", "thinking"]
 Scoring = Literal["strict_cascade", "original"]
@@ -71,7 +71,13 @@ class EvalConfig:
     """of the client: concurrency, retries, timeouts, keys, budget. Its base_url, temperature and max_new_tokens are set above"""
 
     def __post_init__(self) -> None:
-        for name, least in (("runs", 1), ("permutations", 0), ("max_new_tokens", 1), ("max_batch", 1), ("limit", 1)):
+        for name, least in (
+            ("runs", 1),
+            ("permutations", 0),
+            ("max_new_tokens", 1),
+            ("max_batch", 1),
+            ("limit", 1),
+        ):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if not 0 <= self.temperature < math.inf:
@@ -79,7 +85,9 @@ class EvalConfig:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.temperature == 0 and self.runs > 1:
-            raise ValueError(f"runs={self.runs} at temperature=0 draws one answer {self.runs} times: raise it, or runs=1")
+            raise ValueError(
+                f"runs={self.runs} at temperature=0 draws one answer {self.runs} times: raise it, or runs=1"
+            )
         for name in ("base_url", "temperature", "max_new_tokens"):
             if getattr(self.llm, name) != getattr(LLMConfig(), name):
                 raise ValueError(f"llm.{name}={getattr(self.llm, name)}: give --{name} itself")
@@ -88,17 +96,23 @@ class EvalConfig:
     def _check_engine(self) -> None:
         served_chat = self.engine == "openai" and self.endpoint == "chat"
         if not self.model and not (served_chat and self.llm.model):
-            raise ValueError("model is missing: give --model a folder or hub id (with --endpoint chat, --llm.model will do)")
+            raise ValueError(
+                "model is missing: give --model a folder or hub id (with --endpoint chat, --llm.model will do)"
+            )
         if self.engine == "openai" and self.endpoint == "completions" and not self.base_url:
             raise ValueError("engine openai needs the server: give --base_url http://HOST:PORT/v1")
         if self.engine != "openai" and self.base_url:
-            raise ValueError(f"engine {self.engine} asks no running server: drop --base_url, or say --engine openai")
+            raise ValueError(
+                f"engine {self.engine} asks no running server: drop --base_url, or say --engine openai"
+            )
         if self.server.model:
             raise ValueError(f"server.model={self.server.model}: give --model itself")
         if self.engine == "local" and self.endpoint == "chat":
             raise ValueError("engine local has no endpoint chat: drop --endpoint")
         if self.engine == "local" and self.top_p not in (None, 1.0):
-            raise ValueError(f"top_p={self.top_p}: the local engine draws from the whole distribution: drop it, or use a server")
+            raise ValueError(
+                f"top_p={self.top_p}: the local engine draws from the whole distribution: drop it, or use a server"
+            )
 
     @property
     def nucleus(self) -> float:
@@ -109,9 +123,12 @@ class EvalConfig:
     def client(self) -> LLMConfig:
         """The client's configuration, with the fields that are given once, above."""
         return replace(
-            self.llm, base_url=self.base_url, model=self.llm.model or self.model, temperature=self.temperature,
+            self.llm,
+            base_url=self.base_url,
+            model=self.llm.model or self.model,
+            temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

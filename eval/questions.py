@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verippo.core.data import load_rows
+from ..core.text.data import load_rows
 
 MIN_OPTIONS, MAX_OPTIONS = 2, 14
 
@@ -50,7 +50,11 @@ def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Ques
             for index, item in enumerate(items[:limit]):
                 where = f"{file}: {source} item {index}"
                 problem = _problem(item)
-                own = f"{source}-{num_before[source] + index}" if problem or item.get("id") is None else str(item["id"])
+                own = (
+                    f"{source}-{num_before[source] + index}"
+                    if problem or item.get("id") is None
+                    else str(item["id"])
+                )
                 if problem is None and (source, own) in seen:
                     problem = f"id {own!r} is used twice"
                 if problem:
@@ -63,7 +67,9 @@ def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Ques
                 questions.append(Question(id=own, source=source, index=index, file=file, **fields))
             num_before[source] += len(items)
     if not questions:
-        raise ValueError(f"data {sources!r} holds no questions" + (f"; malformed: {bad[0]}" if bad else ""))
+        raise ValueError(
+            f"data {sources!r} holds no questions" + (f"; malformed: {bad[0]}" if bad else "")
+        )
     if unlike:
         text = f"{unlike[0]}: its answer is none of its options ({len(unlike)} such items): answer_idx counts"
         warnings.warn(text, stacklevel=2)
@@ -79,7 +85,9 @@ def _read(file: str) -> dict[str, list[Any]]:
     except ValueError as error:
         raise ValueError(f"data {file}: not valid JSON: {error}") from None
     content = {path.stem: content} if isinstance(content, list) else content
-    if not isinstance(content, dict) or not all(isinstance(items, list) for items in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(items, list) for items in content.values()
+    ):
         raise ValueError(f'data {file}: expected {{"source": [items]}} or a list of items')
     return content
 

@@ -19,8 +19,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from verippo.core.chat import FINAL, THINKING
-from verippo.eval import wording as w
+from ..core.text.chat import FINAL, THINKING
+from . import wording as w
 
 
 class Extraction(NamedTuple):
@@ -77,7 +77,10 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
     texts = _option_texts(tuple(options.items()))
     mentions = _labels(text, texts)
     listed = _listed(text, mentions, options)
-    labels = [(m, _context(text, m)._replace(left="") if m in listed else _context(text, m)) for m in mentions]
+    labels = [
+        (m, _context(text, m)._replace(left="") if m in listed else _context(text, m))
+        for m in mentions
+    ]
     if claims := [m for m, c in labels if _claimed(c)]:
         return _last(claims, "statement", options)
     labels = [(m, c) for m, c in labels if m.letter is None or m.letter in options]
@@ -94,13 +97,20 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
 
 def _last(claims: list[Mention], rule: str, options: dict[str, str]) -> Extraction:
     letter = claims[-1].letter
-    return Extraction(letter if letter in options else None, rule, len(claims), len({m.letter for m in claims}) > 1)
+    return Extraction(
+        letter if letter in options else None,
+        rule,
+        len(claims),
+        len({m.letter for m in claims}) > 1,
+    )
 
 
 def _plain(text: str) -> str:
     """Width forms folded (Ｂ is B), emphasis and LaTeX's text commands removed."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).replace("İ", "I")  # the one letter that is longer in lower case
+        text = unicodedata.normalize("NFKC", text).replace(
+            "İ", "I"
+        )  # the one letter that is longer in lower case
     while "\\" in text and (shorter := w.LATEX.sub(r"\1", text)) != text:
         text = shorter
     return w.MARKUP.sub("", text).strip()
@@ -113,7 +123,12 @@ def _option_texts(items: tuple[tuple[str, str], ...]) -> OptionTexts:
     for letter, text in items:
         key = w.ARTICLE.sub("", " ".join(_plain(text).lower().split()).strip(" .。;,\"'“”"))
         texts[key] = None if key in texts else letter
-    return tuple(sorted(((text, letter) for text, letter in texts.items() if text), key=lambda pair: -len(pair[0])))
+    return tuple(
+        sorted(
+            ((text, letter) for text, letter in texts.items() if text),
+            key=lambda pair: -len(pair[0]),
+        )
+    )
 
 
 def _labels(text: str, texts: OptionTexts) -> list[Mention]:
@@ -121,7 +136,9 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
     mentions: list[Mention] = []
     lower, end = text.lower(), 0
     own = {letter: words for words, letter in texts}
-    names = _text_mentions(lower, tuple(pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0])))
+    names = _text_mentions(
+        lower, tuple(pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0]))
+    )
     for match in w.LABEL.finditer(text):
         at = match.start("letter")
         if at < end or any(name.start <= at < name.end for name in names):
@@ -137,8 +154,15 @@ def _labels(text: str, texts: OptionTexts) -> list[Mention]:
             mentions.append(Mention(match.start(), end, None))
             continue
         words, gap = own.get(letter.upper()), w.GAP.match(lower, end)
-        own_words, follows = False, w.FOLLOWS.match(text, end) and not (letter == "I" and w.PRONOUN.match(text, end))
-        if words and gap and (starts := [at for at in (gap.end(1), gap.end()) if lower.startswith(words, at)]):
+        own_words, follows = (
+            False,
+            w.FOLLOWS.match(text, end) and not (letter == "I" and w.PRONOUN.match(text, end)),
+        )
+        if (
+            words
+            and gap
+            and (starts := [at for at in (gap.end(1), gap.end()) if lower.startswith(words, at)])
+        ):
             if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
                 continue  # an article: the option's words count by themselves
             own_words, end = True, starts[0] + len(words)
@@ -153,9 +177,15 @@ def _listed(text: str, mentions: list[Mention], options: dict[str, str]) -> set[
     order, runs = list(options), [mentions[:1]]
     for m, n in pairwise(mentions):
         between = text[m.end : n.start]
-        lines = not text[text.rfind("\n", 0, m.start) + 1 : m.start].strip(" -•>#") and bool(w.NEXT_LINE.fullmatch(between))
+        lines = not text[text.rfind("\n", 0, m.start) + 1 : m.start].strip(" -•>#") and bool(
+            w.NEXT_LINE.fullmatch(between)
+        )
         bare = m.own_words and n.own_words and not between.strip(" \n\t.;,:•->|\"'[]{}(")
-        successive = m.letter in order and n.letter in order and order.index(n.letter) == order.index(m.letter) + 1
+        successive = (
+            m.letter in order
+            and n.letter in order
+            and order.index(n.letter) == order.index(m.letter) + 1
+        )
         if successive and (bare or lines):
             runs[-1].append(n)
         else:
@@ -167,10 +197,14 @@ def _context(text: str, mention: Mention) -> Context:
     """A line break directly before the mention does not end what is to its left."""
     left = text[max(0, mention.start - _WINDOW) : mention.start].rstrip()
     left = w.SENTENCE_END.split(left)[-1]
-    left = re.sub(r"(?<![A-Za-z])A(?![A-Za-z])", "_", left).lower()  # else an option A would read as an article
+    left = re.sub(
+        r"(?<![A-Za-z])A(?![A-Za-z])", "_", left
+    ).lower()  # else an option A would read as an article
     right = text[mention.end : mention.end + _WINDOW]
     stop = w.SENTENCE_END.search(right)
-    return Context(left, (right[: stop.start()] if stop else right).lower(), stop[0] if stop else "")
+    return Context(
+        left, (right[: stop.start()] if stop else right).lower(), stop[0] if stop else ""
+    )
 
 
 def _claimed(context: Context) -> bool:
@@ -193,7 +227,9 @@ def _weakly_claimed(context: Context) -> bool:
 def _denied(context: Context) -> bool:
     clause = w.TURN.split(context.left)[-1]
     return bool(
-        w.DENIED_LEFT.search(clause) or w.DENIED_RIGHT.match(context.right) or w.SUPPOSED.search(f"{clause} _ {context.right}")
+        w.DENIED_LEFT.search(clause)
+        or w.DENIED_RIGHT.match(context.right)
+        or w.SUPPOSED.search(f"{clause} _ {context.right}")
     )
 
 
@@ -206,17 +242,25 @@ def _complete(text: str) -> bool:
     return text.endswith((".", "!", "。", ")", '"'))
 
 
-def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention]) -> Mention | None:
+def _alone(
+    text: str, labels: list[tuple[Mention, Context]], listed: set[Mention]
+) -> Mention | None:
     """The letter that is the whole response, begins its first or last line, is its last word, or is the only one spoken for."""
     first_end, last_start = (text + "\n").index("\n"), text.rfind("\n") + 1
     heads = []
     for m, context in labels:
         line_start = text.rfind("\n", 0, m.start) + 1
-        if m not in listed and w.LEADS_IN.fullmatch(text[line_start : m.start].lower().strip(" •→➡️✅👉.0123456789")):
+        if m not in listed and w.LEADS_IN.fullmatch(
+            text[line_start : m.start].lower().strip(" •→➡️✅👉.0123456789")
+        ):
             heads.append((m, context))
     for m, context in heads:
         line_end = (text + "\n").index("\n", m.end)
-        if (m.start < first_end or m.start >= last_start) and context.mark != "?" and not _denied(context):
+        if (
+            (m.start < first_end or m.start >= last_start)
+            and context.mark != "?"
+            and not _denied(context)
+        ):
             bare = not m.own_words and not text[m.end : line_end].strip(" .,、。:)!")
             set_off = w.SETS_OFF.match(text, m.end) or text[m.end - 1] == ")" or m.own_words
             if bare or (m.letter and set_off and {n.letter for n, _ in heads} == {m.letter}):
@@ -225,7 +269,9 @@ def _alone(text: str, labels: list[tuple[Mention, Context]], listed: set[Mention
     if len({m.letter for m, _ in spoken}) == 1:
         m, c = spoken[-1]
         is_last_word = m not in listed and text[m.end :] in (".", "。") and not c.left
-        if is_last_word or (_complete(text) and (w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right))):
+        if is_last_word or (
+            _complete(text) and (w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right))
+        ):
             return m
     return None
 
@@ -235,7 +281,11 @@ def _words(text: str, texts: OptionTexts, labels: list[Mention]) -> list[tuple[M
     by_letter = bytearray(len(text))
     for label in (label for label in labels if label.own_words):
         by_letter[label.start : label.end] = bytes([1]) * (label.end - label.start)
-    return [(m, _context(text, m)) for m in _text_mentions(text.lower(), texts) if not by_letter[m.start]]
+    return [
+        (m, _context(text, m))
+        for m in _text_mentions(text.lower(), texts)
+        if not by_letter[m.start]
+    ]
 
 
 def _neighbours(text: str, words: list[tuple[Mention, Context]]) -> set[Mention]:
@@ -247,7 +297,11 @@ def _neighbours(text: str, words: list[tuple[Mention, Context]]) -> set[Mention]
 def _claimed_words(text: str, words: list[tuple[Mention, Context]]) -> list[Mention]:
     """The options' words that are claimed, else those that are weakly claimed."""
     listed = _neighbours(text, words)
-    firm = [(m, c) for m, c in words if not _common(text[m.start : m.end]) or w.STANDS_APART.match(c.right)]
+    firm = [
+        (m, c)
+        for m, c in words
+        if not _common(text[m.start : m.end]) or w.STANDS_APART.match(c.right)
+    ]
     single = [(m, c) for m, c in firm if m.letter and m not in listed]
     weak = [m for m, c in single if w.WEAK_LEFT.search(c.left) and not _denied(c)]
     return [m for m, c in single if _claimed(c)] or weak
@@ -262,13 +316,21 @@ def _words_alone(text: str, words: list[tuple[Mention, Context]]) -> list[Mentio
         begins = w.LEADS_IN.fullmatch(text[text.rfind("\n", 0, m.start) + 1 : m.start].lower())
         rest = text[m.end : (text + "\n").index("\n", m.end)]
         leads = m.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", rest)
-        if begins and (m.start < first_end or m.end > last_start) and (leads or not rest.strip(" .!\"'。")):
+        if (
+            begins
+            and (m.start < first_end or m.end > last_start)
+            and (leads or not rest.strip(" .!\"'。"))
+        ):
             return [m]
     spoken = [(m, c) for m, c in words if not _denied(c) and not w.EXAMPLE_LEFT.search(c.left)]
     sure = [(m, c) for m, c in spoken if not _common(text[m.start : m.end]) and not _unsure(c)]
     only = [m for m, _ in sure]
     made = any(w.SETS_OFF.match(c.right) or w.PRAISES.search(c.left + c.right) for _, c in sure)
-    stops = [0, *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)), len(text)]
+    stops = [
+        0,
+        *(stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)),
+        len(text),
+    ]
     outer_sentence = any(m.start < stops[1] or m.start >= stops[-2] for m in only)
     alone = len({m.letter for m in only}) == 1 and not listed.intersection(only)
     return only if alone and made and outer_sentence and _complete(text) else []
@@ -312,24 +374,38 @@ def extract_original(output: str, options: dict[str, str]) -> tuple[str | None, 
     if not text:
         return None
     plain = _plain(text)
-    named = [(m.start(), m[0]) for m in re.finditer(r"(?<![A-Za-z0-9])[A-Z](?=[.,:)\s]|$)", plain) if m[0] in options]
+    named = [
+        (m.start(), m[0])
+        for m in re.finditer(r"(?<![A-Za-z0-9])[A-Z](?=[.,:)\s]|$)", plain)
+        if m[0] in options
+    ]
     words = _text_mentions(plain.lower(), _option_texts(tuple(options.items())))
-    letters = [letter for _, letter in sorted(named + [(m.start, m.letter) for m in words if m.letter])]
+    letters = [
+        letter for _, letter in sorted(named + [(m.start, m.letter) for m in words if m.letter])
+    ]
     return (letters[0], letters[-1]) if letters else (None, None)
 
 
 def accuracy(letters: Sequence[str | None], answers: Sequence[str]) -> float:
     """Share of items whose letter is the answer; None, no answer, is wrong. Raises ValueError without items, or on a mismatch."""
     if len(letters) != len(answers) or not answers:
-        raise ValueError(f"accuracy needs as many letters as answers, at least one; got {len(letters)} and {len(answers)}")
-    return sum(letter == answer for letter, answer in zip(letters, answers, strict=True)) / len(answers)
+        raise ValueError(
+            f"accuracy needs as many letters as answers, at least one; got {len(letters)} and {len(answers)}"
+        )
+    return sum(letter == answer for letter, answer in zip(letters, answers, strict=True)) / len(
+        answers
+    )
 
 
-def accuracy_original(readings: Sequence[tuple[str | None, str | None] | None], answers: Sequence[str]) -> tuple[float, int]:
+def accuracy_original(
+    readings: Sequence[tuple[str | None, str | None] | None], answers: Sequence[str]
+) -> tuple[float, int]:
     """Accuracy as the original counts it, and of how many items: empty answers dropped, the better of the two rules kept.
 
     For comparison with published numbers alone: it is biased upwards twice. NaN when every answer is empty.
     """
-    kept = [(pair, answer) for pair, answer in zip(readings, answers, strict=True) if pair is not None]
+    kept = [
+        (pair, answer) for pair, answer in zip(readings, answers, strict=True) if pair is not None
+    ]
     right = max(sum(pair[rule] == answer for pair, answer in kept) for rule in (0, 1))
     return (right / len(kept) if kept else float("nan")), len(kept)

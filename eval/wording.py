@@ -36,7 +36,9 @@ MORE = re.compile(
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|might|can)\b|[\"'\]}]|都|均|三|两))"
 )
 """Further letters of a list: "A and C"."""
-BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?")
+BETWEEN = re.compile(
+    r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?"
+)
 """Between the options' words of a list: "aspirin, or heparin"."""
 GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 """Between a letter and its option's own words."""
@@ -113,7 +115,9 @@ CLAIM_RIGHT = re.compile(
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
 """The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
-DENIED_GAP = re.compile(r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非")
+DENIED_GAP = re.compile(
+    r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非"
+)
 
 DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
@@ -163,5 +167,19 @@ TURN = re.compile(
 )
 """What is denied or supposed before this does not bear on what comes after."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
-COMMON_WORDS = {"yes", "no", "maybe", "none", "all", "both", "true", "false", "n/a", "never", "always", "是", "否"}
+COMMON_WORDS = {
+    "yes",
+    "no",
+    "maybe",
+    "none",
+    "all",
+    "both",
+    "true",
+    "false",
+    "n/a",
+    "never",
+    "always",
+    "是",
+    "否",
+}
 """Options whose words occur in any text: they count only where they stand apart."""

@@ -8,12 +8,14 @@ This one wraps transformers' `generate`, one prompt at a time: slow, and as plai
 import torch
 from transformers import AutoModelForCausalLM
 
-from verippo.core.sampler import Completion
+from verippo.core.sampling.sampler import Completion
 
 
 def make(model_path, stop_token_ids):
     """What --sampler.factory names: called once on every rank."""
-    return PlainEngine(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval(), stop_token_ids)
+    return PlainEngine(
+        AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval(), stop_token_ids
+    )
 
 
 class PlainEngine:
@@ -33,17 +35,33 @@ class PlainEngine:
         return [self.complete(prompt, params) for prompt in prompts]
 
     def complete(self, prompt, params):
-        torch.manual_seed(prompt.seed)  # the prompt's own seed makes a resumed run draw what the unbroken one would have
-        settings = {"do_sample": True, "temperature": params.temperature} if params.temperature else {"do_sample": False}
+        torch.manual_seed(
+            prompt.seed
+        )  # the prompt's own seed makes a resumed run draw what the unbroken one would have
+        settings = (
+            {"do_sample": True, "temperature": params.temperature}
+            if params.temperature
+            else {"do_sample": False}
+        )
         ids = torch.tensor([prompt.token_ids])
         out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_new_tokens, eos_token_id=self.stops,
-            top_k=0, top_p=1.0, return_dict_in_generate=True, output_logits=True, **settings,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=params.max_new_tokens,
+            eos_token_id=self.stops,
+            top_k=0,
+            top_p=1.0,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **settings,
+        )
         tokens = out.sequences[0, ids.shape[1] :]
         logprobs = (torch.cat(out.logits).float() / (params.temperature or 1.0)).log_softmax(-1)
         logprobs = logprobs[torch.arange(len(tokens)), tokens]
         reason = "stop" if int(tokens[-1]) in self.stops else "length"
         return Completion(
-            token_ids=tokens.tolist(), logprobs=logprobs.tolist(), finish_reason=reason, version=self.version
+            token_ids=tokens.tolist(),
+            logprobs=logprobs.tolist(),
+            finish_reason=reason,
+            version=self.version,
         )

@@ -8,7 +8,7 @@ call `sampler.generate` yourself. Under several ranks each calls it with its own
 
 from dataclasses import replace
 
-from verippo.core.sampler import draw_seed
+from verippo.core.sampling.sampler import draw_seed
 from verippo.rl import rollout as verippo_rollout
 
 

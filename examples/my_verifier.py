@@ -25,5 +25,8 @@ def score_one(final, reference):
     said = NUMBER.findall(final or "")
     if not said:
         return 0.0
-    value, wanted = float(said[-1]), float(NUMBER.findall(reference)[-1])  # the last number is the conclusion
+    value, wanted = (
+        float(said[-1]),
+        float(NUMBER.findall(reference)[-1]),
+    )  # the last number is the conclusion
     return 1.0 if abs(value - wanted) <= TOLERANCE * abs(wanted) else 0.1

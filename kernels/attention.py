@@ -41,12 +41,25 @@ def varlen_attention(
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(query, key, value, cu, cu, max_seqlen, max_seqlen, softmax_scale=scale, causal=True)
+        return flash_attn_varlen_func(
+            query, key, value, cu, cu, max_seqlen, max_seqlen, softmax_scale=scale, causal=True
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     gqa = key.shape[1] != query.shape[1]
     causal = (-1, 0)
-    out = varlen_attn(query, key, value, cu, cu, max_seqlen, max_seqlen, scale=scale, window_size=causal, enable_gqa=gqa)
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        cu,
+        cu,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=causal,
+        enable_gqa=gqa,
+    )
     assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
     return out
 
@@ -77,27 +90,47 @@ def _fused_backend() -> Backend:
     return "torch_varlen" if wanted <= inspect.signature(varlen_attn).parameters.keys() else "sdpa"
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int], scale: float | None) -> Tensor:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int], scale: float | None
+) -> Tensor:
     """One call per segment: a [tokens, tokens] mask would cost several times the work and the memory."""
     sizes = [stop - start for start, stop in pairwise(boundaries) if stop > start] or [0]
     gqa = key.shape[1] != query.shape[1]
     q, k, v = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))
-    attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=gqa)
+    attend = functools.partial(
+        F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=gqa
+    )
     outs = [attend(*segment) for segment in zip(q, k, v, strict=True)]
     return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
 
 
 def _boundaries(cu_seqlens: Tensor | Sequence[int], tokens: int) -> list[int]:
     boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    if not boundaries or boundaries[0] != 0 or boundaries[-1] != tokens or any(b < a for a, b in pairwise(boundaries)):
-        raise ValueError(f"cu_seqlens is {boundaries}, must rise from 0 to the {tokens} tokens of the query")
+    if (
+        not boundaries
+        or boundaries[0] != 0
+        or boundaries[-1] != tokens
+        or any(b < a for a, b in pairwise(boundaries))
+    ):
+        raise ValueError(
+            f"cu_seqlens is {boundaries}, must rise from 0 to the {tokens} tokens of the query"
+        )
     return boundaries
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Sequence[int]) -> None:
-    shapes = f"query, key, value have shapes {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-    if query.ndim != 3 or key.ndim != 3 or value.shape != key.shape or query.shape[0] != key.shape[0]:
-        raise ValueError(f"{shapes}: must be [tokens, heads, dim] and twice [tokens, kv_heads, dim]")
+    shapes = (
+        f"query, key, value have shapes {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+    )
+    if (
+        query.ndim != 3
+        or key.ndim != 3
+        or value.shape != key.shape
+        or query.shape[0] != key.shape[0]
+    ):
+        raise ValueError(
+            f"{shapes}: must be [tokens, heads, dim] and twice [tokens, kv_heads, dim]"
+        )
     if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1] != 0:
         raise ValueError(f"{shapes}: dim must be the same, and heads a multiple of kv_heads")
     if not isinstance(cu_seqlens, Tensor):

@@ -19,16 +19,25 @@ def discounted_suffix_sums(x: Tensor, decay: Tensor, *, max_length: int | None =
     dtypes, or a max_length < 0.
     """
     if x.ndim != 1 or decay.shape != x.shape:
-        raise ValueError(f"x and decay have shapes {list(x.shape)} and {list(decay.shape)}, must both be [n]")
+        raise ValueError(
+            f"x and decay have shapes {list(x.shape)} and {list(decay.shape)}, must both be [n]"
+        )
     if not x.is_floating_point() or decay.dtype != x.dtype:
-        raise ValueError(f"x and decay are {x.dtype} and {decay.dtype}, must be of one floating-point dtype")
+        raise ValueError(
+            f"x and decay are {x.dtype} and {decay.dtype}, must be of one floating-point dtype"
+        )
     if max_length is not None and max_length < 0:
-        raise ValueError(f"max_length is {max_length}, must be at least 0: leave it out for the whole length")
+        raise ValueError(
+            f"max_length is {max_length}, must be at least 0: leave it out for the whole length"
+        )
     y, a = x, decay
     longest = x.shape[0] if max_length is None else min(max_length, x.shape[0])
     k = 1
     while k < longest:
-        near, far = a[:-k], torch.where(a[:-k] == 0, 0.0, y[k:])  # 0 * NaN is NaN: one bad sequence stays alone
+        near, far = (
+            a[:-k],
+            torch.where(a[:-k] == 0, 0.0, y[k:]),
+        )  # 0 * NaN is NaN: one bad sequence stays alone
         y = torch.cat([y[:-k] + near * far, y[-k:]])
         a = torch.cat([near * a[k:], torch.zeros_like(a[-k:])])
         k *= 2

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_TOKENS = {"cpu": 128, "cuda": 512}  # a CPU's chunk should stay near its cache, a GPU's product wants more rows
+_CHUNK_TOKENS = {
+    "cpu": 128,
+    "cuda": 512,
+}  # a CPU's chunk should stay near its cache, a GPU's product wants more rows
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -21,14 +24,24 @@ class TokenLogprobs(NamedTuple):
 
 @overload
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0,
-    with_entropy: Literal[False] = False, chunk_tokens: int | None = None,
-) -> Tensor: ...  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: Literal[False] = False,
+    chunk_tokens: int | None = None,
+) -> Tensor: ...
 @overload
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0,
-    with_entropy: Literal[True], chunk_tokens: int | None = None,
-) -> TokenLogprobs: ...  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: Literal[True],
+    chunk_tokens: int | None = None,
+) -> TokenLogprobs: ...
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -51,12 +64,16 @@ def linear_logprobs(
     """
     _check(hidden, weight, targets, temperature, chunk_tokens)
     chunk = chunk_tokens or _CHUNK_TOKENS.get(hidden.device.type, 512)
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, temperature, with_entropy, chunk)
+    logprobs, entropy = _LinearLogprobs.apply(
+        hidden, weight, targets, temperature, with_entropy, chunk
+    )
     return TokenLogprobs(logprobs, entropy) if with_entropy else logprobs
 
 
 @torch.no_grad()
-def linear_greedy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+def linear_greedy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
+) -> Tensor:
     """Whether targets[i] is the likeliest token under hidden[i] @ weight.T: [n] bool, in chunks as `linear_logprobs`.
 
     hidden [n, h], weight [v, h], targets [n] int64. Raises ValueError as `linear_logprobs` does.
@@ -64,14 +81,22 @@ def linear_greedy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_toke
     _check(hidden, weight, targets, 1.0, chunk_tokens)
     chunk = chunk_tokens or _CHUNK_TOKENS.get(hidden.device.type, 512)
     head = _Head(hidden, weight, 1.0, chunk)
-    parts = [head.logits(rows).argmax(-1) == targets[rows] for rows in _chunks(hidden.shape[0], chunk)]
+    parts = [
+        head.logits(rows).argmax(-1) == targets[rows] for rows in _chunks(hidden.shape[0], chunk)
+    ]
     return torch.cat(parts) if parts else targets.bool()
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        chunk: int,
     ) -> tuple[Tensor, Tensor | None]:
         head = _Head(hidden, weight, temperature, chunk)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
@@ -90,27 +115,37 @@ class _LinearLogprobs(torch.autograd.Function):
         # Not their sum, the log-sum-exp: rounded at the size of the largest logit it would cost digits of the gradient.
         ctx.save_for_backward(hidden, weight, targets, top, total, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.set_materialize_grads(False)  # the gradient of an unused output is None, and its share of the work left out
+        ctx.set_materialize_grads(
+            False
+        )  # the gradient of an unused output is None, and its share of the work left out
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, top, total, entropy = ctx.saved_tensors
         head = _Head(hidden, weight, ctx.temperature, ctx.chunk)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=head.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=head.dtype) if ctx.needs_input_grad[1] else None
+        )
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(top)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
-            d = head.logits(rows).sub_(top[rows, None])  # made in place into the gradient of hidden @ weight.T
+            d = head.logits(rows).sub_(
+                top[rows, None]
+            )  # made in place into the gradient of hidden @ weight.T
             g = (grad_logprobs[rows] / ctx.temperature)[:, None]
             if grad_entropy is None:
                 d.exp_().mul_(-g / total[rows, None])
             else:  # d entropy / d z_j = -p_j (log p_j + entropy); p = exps / total, log p = d - log(total)
                 g_entropy = (grad_entropy[rows] / ctx.temperature)[:, None]
                 exps = head.exp(d)
-                d.add_((entropy[rows] - total[rows].log())[:, None]).mul_(-g_entropy / total[rows, None])
+                d.add_((entropy[rows] - total[rows].log())[:, None]).mul_(
+                    -g_entropy / total[rows, None]
+                )
                 d.sub_(g / total[rows, None]).mul_(exps)
             d.scatter_add_(1, targets[rows, None], g)
             d = d.to(head.weight.dtype)
@@ -118,20 +153,33 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = d @ head.weight
             if grad_weight is not None:
                 _add_product(grad_weight, d.t(), hidden[rows].to(d.dtype))
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Head:
     """Logits of a chunk of rows over the temperature, in the accumulation dtype; one buffer serves all chunks."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> None:
-        self.dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+        self.dtype = (
+            torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+        )
         # Only CUDA multiplies low precision into fp32; elsewhere the operands are cast, the weight once for all chunks.
-        self.mixed = hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in _LOW_PRECISION
+        self.mixed = (
+            hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in _LOW_PRECISION
+        )
         self.hidden = hidden
         self.weight = weight if self.mixed else weight.to(self.dtype)
         self.temperature = temperature
-        self.buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0], dtype=self.dtype)
+        self.buffer = hidden.new_empty(
+            min(chunk, hidden.shape[0]), weight.shape[0], dtype=self.dtype
+        )
         self.spare: Tensor | None = None
 
     def logits(self, rows: slice) -> Tensor:
@@ -164,17 +212,31 @@ def _chunks(n: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None) -> None:
-    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None
+) -> None:
+    if (
+        hidden.ndim != 2
+        or weight.shape[1:] != hidden.shape[1:]
+        or targets.shape != hidden.shape[:1]
+    ):
         shapes = f"{list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}"
-        raise ValueError(f"hidden, weight, targets have shapes {shapes}, not [n, h], [v, h], [n]: flatten the batch")
+        raise ValueError(
+            f"hidden, weight, targets have shapes {shapes}, not [n, h], [v, h], [n]: flatten the batch"
+        )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}, not torch.int64: convert them with .long()")
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, must be over 0: greedy decoding has no log-probabilities")
+        raise ValueError(
+            f"temperature is {temperature}, must be over 0: greedy decoding has no log-probabilities"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1: leave it out for the default")
+        raise ValueError(
+            f"chunk_tokens is {chunk_tokens}, must be at least 1: leave it out for the default"
+        )
     outside = (targets < 0) | (targets >= weight.shape[0])
     if bool(outside.any()):
         i = int(outside.nonzero()[0])
-        raise ValueError(f"targets[{i}] is {int(targets[i])}, outside the vocabulary 0..{weight.shape[0] - 1}: drop it")
+        raise ValueError(
+            f"targets[{i}] is {int(targets[i])}, outside the vocabulary 0..{weight.shape[0] - 1}: drop it"
+        )

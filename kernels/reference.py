@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(log-probs, entropies), both [n] and fp32 (float64 for float64), through dense [n, v] tensors."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T / temperature
@@ -19,7 +21,12 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperat
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Sequence[int], *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention, sequence by sequence and head by head, with the softmax written out. [tokens, heads, dim]."""
     heads, dim = query.shape[1:]
@@ -30,7 +37,9 @@ def varlen_attention(
         for head in range(heads):
             q = query[start:stop, head]
             k, v = key[start:stop, head // group], value[start:stop, head // group]
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(
+                1
+            )
             scores = (scale * q @ k.T).masked_fill(future, float("-inf"))
             out[start:stop, head] = torch.softmax(scores, dim=-1) @ v
     return out

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from verippo.launch.demo import DemoConfig, StageClock, ppo_config, prepare, stage_table
-from verippo.rl.config import KLConfig
-from verippo.rl.train import train
+from ..rl.config import KLConfig
+from ..rl.train import train
+from .demo import DemoConfig, StageClock, ppo_config, prepare, stage_table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default (critic, KL 0.03, whitening, value clip)": {},
@@ -35,7 +35,13 @@ def ablate(config: DemoConfig, folder: Path) -> Path:
         for number, (name, changes) in enumerate(VARIANTS.items()):
             output = home / f"ppo-{number}"
             samples = changes.get("samples_per_prompt", 1)
-            run = ppo_config(seeded, paths, output, prompts_per_step=config.rollouts_per_step // samples, **changes)
+            run = ppo_config(
+                seeded,
+                paths,
+                output,
+                prompts_per_step=config.rollouts_per_step // samples,
+                **changes,
+            )
             train(run, resolved={"variant": name, "seed": seed})
             results[name].append(_summary(output))
             print(f"seed {seed}: {name}: {results[name][-1]}", flush=True)

@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-os.environ.setdefault("PYTHONSAFEPATH", "1")  # for launched children: our kernels/ must not shadow the package of that name
+os.environ.setdefault(
+    "PYTHONSAFEPATH", "1"
+)  # for launched children: our kernels/ must not shadow the package of that name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -42,12 +44,12 @@ COMMANDS = {
     "sft": Command(
         "stage 1: packed fine-tuning on answers that think first",
         "verippo.sft.config:SFTConfig",
-        "verippo.sft.train:train",
+        "verippo.sft.finetune:train",
     ),
     "verifier": Command(
         "trains the two-class verifier that rewards PPO",
         "verippo.sft.config:VerifierTrainingConfig",
-        "verippo.sft.verifier:train",
+        "verippo.sft.train_verifier:train",
     ),
     "ppo": Command(
         "stage 2: PPO with a frozen verifier",
@@ -57,7 +59,7 @@ COMMANDS = {
     "eval": Command(
         "multiple-choice accuracy of a model, with a report",
         "verippo.eval.config:EvalConfig",
-        "verippo.eval.run:evaluate",
+        "verippo.eval.evaluate:evaluate",
     ),
     "eval compare": Command(
         "two evaluations of the same items, item by item: eval compare A B",
@@ -67,18 +69,18 @@ COMMANDS = {
     ),
     "serve start": Command(
         "starts sglang servers and waits until they answer",
-        "verippo.launch.server:ServeConfig",
-        "verippo.launch.server:start",
+        "verippo.launch.serve:ServeConfig",
+        "verippo.launch.serve:start",
     ),
     "serve status": Command(
         "lists the servers that were started",
-        "verippo.launch.server:ServedConfig",
-        "verippo.launch.server:status",
+        "verippo.launch.serve:ServedConfig",
+        "verippo.launch.serve:status",
     ),
     "serve stop": Command(
         "stops them, children and all",
-        "verippo.launch.server:ServedConfig",
-        "verippo.launch.server:stop",
+        "verippo.launch.serve:ServedConfig",
+        "verippo.launch.serve:stop",
     ),
     "bench": Command(
         "how fast responses are drawn, in this process and from servers",
@@ -107,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")
     try:
         command = COMMANDS[name]
-        config, resolved = parse(_named(command.config), _by_name(command, rest), program=f"verippo {name}")
+        config, resolved = parse(
+            _named(command.config), _by_name(command, rest), program=f"verippo {name}"
+        )
         _named(command.run)(config, resolved=resolved)
         print(end="", flush=True)
     except ValueError as error:
@@ -118,7 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at exit
         sys.exit("verippo: standard output was closed; the same command goes on from here")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+            errno.ENAMETOOLONG,
+        ):
             raise
         _fail(f"{name}: {error}")
     except KeyboardInterrupt:
@@ -148,7 +159,9 @@ def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[An
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, description=config_class.__doc__)
+    parser = jsonargparse.ArgumentParser(
+        prog=program, exit_on_error=False, description=config_class.__doc__
+    )
     parser.add_argument("--config", action="config", help="a YAML file with any of these fields")
     parser.add_class_arguments(config_class, None, fail_untyped=False)
     try:
@@ -166,16 +179,26 @@ def _refuse_nulls(config_class: type, values: Any, prefix: str = "") -> None:
     """jsonargparse takes null for any type."""
     for name, kind in get_type_hints(config_class).items():
         if values[name] is None and type(None) not in get_args(kind):
-            raise ValueError(f"{prefix}{name} is null: give a value, or leave it out for the default")
+            raise ValueError(
+                f"{prefix}{name} is null: give a value, or leave it out for the default"
+            )
         if dataclasses.is_dataclass(kind):
             _refuse_nulls(kind, values[name], f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def _spelled_out(config_class: type, arguments: list[str]) -> list[str]:
     """A yes-or-no option without a value means true: --retry_failed."""
-    switches = {f"--{field.name}" for field in dataclasses.fields(config_class) if isinstance(field.default, bool)}
+    switches = {
+        f"--{field.name}"
+        for field in dataclasses.fields(config_class)
+        if isinstance(field.default, bool)
+    }
     pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
-    return [part for name, after in pairs for part in ([name, "true"] if name in switches and after[:2] == "--" else [name])]
+    return [
+        part
+        for name, after in pairs
+        for part in ([name, "true"] if name in switches and after[:2] == "--" else [name])
+    ]
 
 
 def _one_line(error: Exception) -> str:
@@ -185,9 +208,13 @@ def _one_line(error: Exception) -> str:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "usage: verippo COMMAND [--config FILE.yaml] [--FIELD VALUE ...]\n\ncommands:\n" + "\n".join(lines) + (
-        "\n\n`verippo COMMAND --help` lists the fields; `--print_config` prints them as YAML."
-        "\nVERIPPO_TRACEBACK=1 shows where an error comes from."
+    return (
+        "usage: verippo COMMAND [--config FILE.yaml] [--FIELD VALUE ...]\n\ncommands:\n"
+        + "\n".join(lines)
+        + (
+            "\n\n`verippo COMMAND --help` lists the fields; `--print_config` prints them as YAML."
+            "\nVERIPPO_TRACEBACK=1 shows where an error comes from."
+        )
     )
 
 

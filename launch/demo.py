@@ -19,15 +19,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from verippo.core.checkpoint import prepare_output
-from verippo.core.report import wilson_interval, write_report
-from verippo.core.sampler import SamplingParams
-from verippo.rl.config import KLConfig, PPOConfig, VerifierConfig
-from verippo.rl.train import train as train_ppo
-from verippo.search.calculations import generate, paraphrases, wrong_answers
-from verippo.sft.config import SFTConfig, VerifierTrainingConfig
-from verippo.sft.train import train as train_sft
-from verippo.sft.verifier import train as train_verifier
+from ..core.report.run_report import wilson_interval, write_report
+from ..core.sampling.sampler import SamplingParams
+from ..core.training.checkpoint import prepare_output
+from ..rl.config import KLConfig, PPOConfig, VerifierConfig
+from ..rl.train import train as train_ppo
+from ..search.calculations import generate, paraphrases, wrong_answers
+from ..sft.config import SFTConfig, VerifierTrainingConfig
+from ..sft.finetune import train as train_sft
+from ..sft.train_verifier import train as train_verifier
 
 Record = dict[str, Any]
 KINDS = ("bishop", "apgar", "child_pugh")
@@ -69,7 +69,14 @@ class DemoConfig:
     """instead of the demo: train every variant of the ablation table from this many seeds, the first being `seed`"""
 
     def __post_init__(self) -> None:
-        for name in ("num_train", "num_eval", "sft_steps", "verifier_steps", "ppo_steps", "rollouts_per_step"):
+        for name in (
+            "num_train",
+            "num_eval",
+            "sft_steps",
+            "verifier_steps",
+            "ppo_steps",
+            "rollouts_per_step",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.num_eval < 2 or self.num_train < self.rollouts_per_step:
@@ -85,7 +92,7 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
     """Runs every stage, or goes on where it was stopped, and returns the folder with report.html."""
     folder = prepare_output(config.output, resume="auto")
     if config.ablation_seeds:
-        from verippo.launch.ablation import ablate
+        from .ablation import ablate
 
         return ablate(config, folder)
     clock = StageClock()
@@ -95,12 +102,16 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
     stages = stage_table(folder / "ppo")
     stages["seconds"] = clock.seconds
     (folder / "ppo" / "stages.json").write_text(json.dumps(stages, indent=1))
-    report = write_report(folder / "ppo", title="verippo demo: SFT, verifier, PPO", output=folder / "report.html")
+    report = write_report(
+        folder / "ppo", title="verippo demo: SFT, verifier, PPO", output=folder / "report.html"
+    )
     for row in stages["rows"]:
         exact, score = row["exact_rate"], row["score_mean"]
-        print(f"{row['stage']:<10} exact answers {exact['value']:.3f} (95 % {exact['low']:.3f} to {exact['high']:.3f}), "
-              f"score {score['value']:.3f}, reasoned {row['reasoned_rate']['value']:.2f}, "
-              f"length {row['response_length_mean']:.1f} tokens")  # fmt: skip
+        print(
+            f"{row['stage']:<10} exact answers {exact['value']:.3f} (95 % {exact['low']:.3f} to {exact['high']:.3f}), "
+            f"score {score['value']:.3f}, reasoned {row['reasoned_rate']['value']:.2f}, "
+            f"length {row['response_length_mean']:.1f} tokens"
+        )
     print(f"report: {report}")
     return report
 
@@ -138,15 +149,22 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
 
     Raises ValueError when the folder holds those of another seed or size."""
     data, base = folder / "data", folder / "base"
-    made_with = json.dumps({name: getattr(config, name) for name in ("seed", "num_train", "num_eval", "findings")})
+    made_with = json.dumps(
+        {name: getattr(config, name) for name in ("seed", "num_train", "num_eval", "findings")}
+    )
     if (base / "config.json").exists():
         record = data / "made_with.json"
         if (found := record.read_text() if record.exists() else "other data") != made_with:
-            raise ValueError(f"output {folder}: holds a demo with {found}, not {made_with}: choose another folder")
+            raise ValueError(
+                f"output {folder}: holds a demo with {found}, not {made_with}: choose another folder"
+            )
         return base
     data.mkdir(exist_ok=True)
     (data / "made_with.json").write_text(made_with)
-    sizes: dict[Literal["train", "eval"], int] = {"train": config.num_train, "eval": config.num_eval}
+    sizes: dict[Literal["train", "eval"], int] = {
+        "train": config.num_train,
+        "eval": config.num_eval,
+    }
     records = {
         split: generate(num, seed=config.seed, split=split, kinds=KINDS, difficulty=config.findings)
         for split, num in sizes.items()
@@ -163,16 +181,27 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> Path:
 
 def half_without_reasoning(records: list[Record]) -> list[Record]:
     """Every second answer loses its reasoning: the mix that PPO is to decide about."""
-    return [record if n % 2 == 0 else {**record, "Complex_CoT": ""} for n, record in enumerate(records)]
+    return [
+        record if n % 2 == 0 else {**record, "Complex_CoT": ""} for n, record in enumerate(records)
+    ]
 
 
 def verifier_rows(records: list[Record], seed: int) -> list[Record]:
     """Right and wrong answers to each problem, phrased alike: half are the bare number, as the policy writes it."""
     rows = []
     for n, record in enumerate(records):
-        reference, right, wrong = record["Ground-True Answer"], paraphrases(record), wrong_answers(record, 2, seed + n)
+        reference, right, wrong = (
+            record["Ground-True Answer"],
+            paraphrases(record),
+            wrong_answers(record, 2, seed + n),
+        )
         bare_wrong = re.findall(r"\d+", wrong[0])[0]
-        for text, label in ((reference, True), (bare_wrong, False), (right[n % len(right)], True), (wrong[1], False)):
+        for text, label in (
+            (reference, True),
+            (bare_wrong, False),
+            (right[n % len(right)], True),
+            (wrong[1], False),
+        ):
             rows.append({"response": text, "reference": reference, "label": label})
     return rows
 
@@ -184,65 +213,134 @@ def make_base(folder: Path, records: list[Record], *, seed: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=640,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    texts = [f"## Thinking\n\n{r['Complex_CoT']}\n\n## Final Response\n\n{r['Response']} {r['Question']}" for r in records[:2048]]
-    tokenizer.train_from_iterator([*texts, *[VERIFIER_TEMPLATE] * 64, *sum(map(paraphrases, records[:256]), [])], trainer)
+    texts = [
+        f"## Thinking\n\n{r['Complex_CoT']}\n\n## Final Response\n\n{r['Response']} {r['Question']}"
+        for r in records[:2048]
+    ]
+    tokenizer.train_from_iterator(
+        [*texts, *[VERIFIER_TEMPLATE] * 64, *sum(map(paraphrases, records[:256]), [])], trainer
+    )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
     )
     torch.manual_seed(seed)
     llama = AutoModelForCausalLM.from_config(
         LlamaConfig(
-            vocab_size=len(fast), hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0, initializer_range=0.05,
-        )  # fmt: skip
+            vocab_size=len(fast),
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.05,
+        )
     )
     llama.save_pretrained(folder)
     fast.save_pretrained(folder)
 
 
 def sft_config(config: DemoConfig, folder: Path, base: Path) -> SFTConfig:
+    """Configuration of stage 1."""
     return SFTConfig(
-        model=str(base), data=str(folder / "data" / "sft_train.json"), eval_data=str(folder / "data" / "sft_eval.json"),
-        output=str(folder / "sft"), max_steps=config.sft_steps, batch_size=64, learning_rate=2e-3, schedule="constant",
-        warmup_ratio=0.1, weight_decay=0.01, eval_every=10, stop_at_loss=config.sft_loss, save_every=100, seed=config.seed,
+        model=str(base),
+        data=str(folder / "data" / "sft_train.json"),
+        eval_data=str(folder / "data" / "sft_eval.json"),
+        output=str(folder / "sft"),
+        max_steps=config.sft_steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        schedule="constant",
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        eval_every=10,
+        stop_at_loss=config.sft_loss,
+        save_every=100,
+        seed=config.seed,
         **_small(),
-    )  # fmt: skip
+    )
 
 
 def verifier_config(config: DemoConfig, folder: Path, base: Path) -> VerifierTrainingConfig:
+    """Configuration of the verifier's training."""
     return VerifierTrainingConfig(
-        model=str(base), data=str(folder / "data" / "verifier_train.json"),
-        eval_data=str(folder / "data" / "verifier_eval.json"), template=str(folder / "data" / "verifier_template.txt"),
-        output=str(folder / "verifier"), max_steps=config.verifier_steps, batch_size=64, learning_rate=5e-4,
-        warmup_ratio=0.1, weight_decay=0.01, eval_every=50, save_every=1000, seed=config.seed, **_small(),
-    )  # fmt: skip
+        model=str(base),
+        data=str(folder / "data" / "verifier_train.json"),
+        eval_data=str(folder / "data" / "verifier_eval.json"),
+        template=str(folder / "data" / "verifier_template.txt"),
+        output=str(folder / "verifier"),
+        max_steps=config.verifier_steps,
+        batch_size=64,
+        learning_rate=5e-4,
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        eval_every=50,
+        save_every=1000,
+        seed=config.seed,
+        **_small(),
+    )
 
 
 def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -> PPOConfig:
     """What the PPO stage is told; `changes` for its variants."""
     return replace(
         PPOConfig(
-            policy=str(paths.policy), data=str(paths.problems), eval_data=str(paths.held_out), output=str(output),
+            policy=str(paths.policy),
+            data=str(paths.problems),
+            eval_data=str(paths.held_out),
+            output=str(output),
             verifier=VerifierConfig(
-                kind="classifier", model=str(paths.verifier), template=str(paths.template), max_tokens=256
+                kind="classifier",
+                model=str(paths.verifier),
+                template=str(paths.template),
+                max_tokens=256,
             ),
-            sampling=SamplingParams(temperature=0.7, max_new_tokens=112), kl=KLConfig(coef=0.03),
-            steps=config.ppo_steps, prompts_per_step=config.rollouts_per_step, epochs=2, minibatches=1, lam=1.0,
-            policy_learning_rate=1.5e-4, critic_learning_rate=1e-3, warmup_ratio=0.05, schedule="constant",
-            max_prompt_tokens=80, eval_temperature=0.7, eval_every=8, save_every=8, seed=config.seed,
-            zero_stage=3, dtype="fp32", gradient_checkpointing=False, max_tokens_per_gpu=16384,
+            sampling=SamplingParams(temperature=0.7, max_new_tokens=112),
+            kl=KLConfig(coef=0.03),
+            steps=config.ppo_steps,
+            prompts_per_step=config.rollouts_per_step,
+            epochs=2,
+            minibatches=1,
+            lam=1.0,
+            policy_learning_rate=1.5e-4,
+            critic_learning_rate=1e-3,
+            warmup_ratio=0.05,
+            schedule="constant",
+            max_prompt_tokens=80,
+            eval_temperature=0.7,
+            eval_every=8,
+            save_every=8,
+            seed=config.seed,
+            zero_stage=3,
+            dtype="fp32",
+            gradient_checkpointing=False,
+            max_tokens_per_gpu=16384,
         ),
         **changes,
-    )  # fmt: skip
+    )
 
 
 def _small() -> dict[str, Any]:
     return {
-        "zero_stage": 0, "dtype": "fp32", "gradient_checkpointing": False, "max_seq_len": 256, "max_tokens_per_gpu": 16384,
-    }  # fmt: skip
+        "zero_stage": 0,
+        "dtype": "fp32",
+        "gradient_checkpointing": False,
+        "max_seq_len": 256,
+        "max_tokens_per_gpu": 16384,
+    }
 
 
 def stage_table(ppo_folder: Path) -> dict[str, Any]:
@@ -252,14 +350,16 @@ def stage_table(ppo_folder: Path) -> dict[str, Any]:
     for stage, line in (("after SFT", lines[0]), ("after PPO", lines[-1])):
         num, half = line["num"], 1.96 * line["score_std"] / line["num"] ** 0.5
         score = line["score_mean"]
-        rows.append({
-            "stage": stage,
-            "num": num,
-            "exact_rate": _with_interval(line["exact_rate"], num),
-            "score_mean": {"value": score, "low": score - half, "high": score + half},
-            "reasoned_rate": _with_interval(line["reasoned_rate"], num),
-            "response_length_mean": line["response_length_mean"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "stage": stage,
+                "num": num,
+                "exact_rate": _with_interval(line["exact_rate"], num),
+                "score_mean": {"value": score, "low": score - half, "high": score + half},
+                "reasoned_rate": _with_interval(line["reasoned_rate"], num),
+                "response_length_mean": line["response_length_mean"],
+            }
+        )
     note = (
         "Held-out problems share no set of findings with training problems. Evaluation samples at temperature 0.7, as training "
         "does. "

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verippo.core.engine import StepResult
-from verippo.core.packing import PackedBatch
-from verippo.rl import ppo
-from verippo.rl.config import PPOConfig
-from verippo.rl.rollout import Rollout
+from ..core.training.engine import StepResult
+from ..core.training.packing import PackedBatch
+from . import ppo
+from .config import PPOConfig
+from .rollout import Rollout
 
-AdvantageFunction = Callable[[Tensor, Tensor, PackedBatch, Sequence[Rollout]], tuple[Tensor, Tensor]]
+AdvantageFunction = Callable[
+    [Tensor, Tensor, PackedBatch, Sequence[Rollout]], tuple[Tensor, Tensor]
+]
 """(rewards [tokens], values [tokens], batch, rollouts) -> (advantages, returns) [tokens] each, 0 off the mask"""
 
 
@@ -27,19 +29,33 @@ def advantage_function(config: PPOConfig) -> AdvantageFunction:
 
 
 def _with_critic(
-    rewards: Tensor, values: Tensor, batch: PackedBatch, rollouts: Sequence[Rollout], *, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    batch: PackedBatch,
+    rollouts: Sequence[Rollout],
+    *,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     return ppo.gae(rewards, values, batch.response_mask, batch.cu_seqlens, gamma=gamma, lam=lam)
 
 
 def _within_groups(
-    rewards: Tensor, values: Tensor, batch: PackedBatch, rollouts: Sequence[Rollout], *, kind: str, alone: bool
+    rewards: Tensor,
+    values: Tensor,
+    batch: PackedBatch,
+    rollouts: Sequence[Rollout],
+    *,
+    kind: str,
+    alone: bool,
 ) -> tuple[Tensor, Tensor]:
     """Every token of a response gets its response's advantage; a response's reward is its tokens' sum, KL included.
 
     alone: one sample a prompt, each a group by itself, even where a step meets a problem twice."""
     totals = torch.zeros(batch.num_seqs, dtype=rewards.dtype).index_add(0, batch.seq_ids, rewards)
-    groups = torch.tensor([number if alone else rollout.problem.index for number, rollout in enumerate(rollouts)])
+    groups = torch.tensor(
+        [number if alone else rollout.problem.index for number, rollout in enumerate(rollouts)]
+    )
     advantages = ppo.group_advantages(totals, groups, kind=kind)[batch.seq_ids]
     return torch.where(batch.response_mask, advantages, 0.0), torch.zeros_like(rewards)
 

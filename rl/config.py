@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.engine import Dtype, EngineConfig, Offload
-from verippo.core.llm import LLMConfig
-from verippo.core.metrics import parse_loggers
-from verippo.core.sampler import SamplingParams
-from verippo.core.schedule import ScheduleKind
-from verippo.core.sglang_sampler import SglangConfig
+from ..core.llm.client import LLMConfig
+from ..core.sampling.sampler import SamplingParams
+from ..core.sampling.sglang_sampler import SglangConfig
+from ..core.text.data import ANSWER_KEY, QUESTION_KEY
+from ..core.training.engine import Dtype, EngineConfig, Offload
+from ..core.training.metrics import parse_loggers
+from ..core.training.schedule import ScheduleKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +198,42 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.episodes is None):
-            raise ValueError(f"give steps or episodes, one of the two; got steps={self.steps}, episodes={self.episodes}")
-        for name in ("prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "max_prompt_tokens", "eval_every",
-                     "save_every", "save_total_limit", "log_samples_every", "max_skipped_steps"):  # fmt: skip
+            raise ValueError(
+                f"give steps or episodes, one of the two; got steps={self.steps}, episodes={self.episodes}"
+            )
+        for name in (
+            "prompts_per_step",
+            "samples_per_prompt",
+            "epochs",
+            "minibatches",
+            "max_prompt_tokens",
+            "eval_every",
+            "save_every",
+            "save_total_limit",
+            "log_samples_every",
+            "max_skipped_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("steps", "episodes", "limit", "clip_low", "clip_high", "value_clip", "max_logprob_gap", "timeout_seconds"):
+        for name in (
+            "steps",
+            "episodes",
+            "limit",
+            "clip_low",
+            "clip_high",
+            "value_clip",
+            "max_logprob_gap",
+            "timeout_seconds",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("policy_learning_rate", "critic_learning_rate", "weight_decay", "eval_temperature", "seed"):
+        for name in (
+            "policy_learning_rate",
+            "critic_learning_rate",
+            "weight_decay",
+            "eval_temperature",
+            "seed",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.seed >= 2**63:
@@ -220,9 +247,13 @@ class PPOConfig:
                 f"minibatches={self.minibatches}: choose a divisor"
             )
         if self.advantage in ("rloo", "grpo") and self.samples_per_prompt < 2:
-            raise ValueError(f"advantage={self.advantage} compares the samples of a prompt: samples_per_prompt must be over 1")
+            raise ValueError(
+                f"advantage={self.advantage} compares the samples of a prompt: samples_per_prompt must be over 1"
+            )
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature=0: training needs samples from the policy; give a temperature above 0")
+            raise ValueError(
+                "sampling.temperature=0: training needs samples from the policy; give a temperature above 0"
+            )
         longest = self.max_prompt_tokens + self.sampling.max_new_tokens
         if longest > self.max_tokens_per_gpu:
             raise ValueError(
@@ -232,7 +263,9 @@ class PPOConfig:
         if self.verifier.kind == "classifier" and not self.verifier.model:
             raise ValueError("verifier.kind=classifier needs verifier.model")
         if self.verifier.kind == "judge" and not self.llm.model:
-            raise ValueError("verifier.kind=judge needs llm.model, and llm.base_url where it is not OpenAI's")
+            raise ValueError(
+                "verifier.kind=judge needs llm.model, and llm.base_url where it is not OpenAI's"
+            )
         if self.verifier.kind == "function" and not self.verifier.function:
             raise ValueError("verifier.kind=function needs verifier.function=module:name")
         if self.eval_data and self.eval_fraction:
@@ -248,7 +281,11 @@ class PPOConfig:
 
     @property
     def total_steps(self) -> int:
-        return self.steps if self.steps is not None else math.ceil((self.episodes or 0) / self.rollouts_per_step)
+        return (
+            self.steps
+            if self.steps is not None
+            else math.ceil((self.episodes or 0) / self.rollouts_per_step)
+        )
 
     @property
     def optimizer_steps(self) -> int:

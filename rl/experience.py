@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verippo.core import dist
-from verippo.core.packing import PackedBatch, empty_batch, share_out
+from ..core.training import dist
+from ..core.training.packing import PackedBatch, empty_batch, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,9 @@ class MiniBatch:
 
     @property
     def num_response_tokens(self) -> int:
-        return int(self.experience.batch.response_mask[self.experience.batch.token_index(self.seqs)].sum())
+        return int(
+            self.experience.batch.response_mask[self.experience.batch.token_index(self.seqs)].sum()
+        )
 
     def microbatches(self, max_tokens: int) -> Iterator[MicroBatch]:
         """This rank's share in micro-batches of at most `max_tokens` tokens: as many on every rank, some perhaps empty."""
@@ -76,7 +78,12 @@ def _micro(experience: Experience, seqs: Sequence[int], *, last: bool) -> MicroB
     if not seqs:
         nothing = torch.zeros(1, device=device)
         return MicroBatch(
-            batch=empty_batch().to(device), logprobs=nothing, values=nothing, advantages=nothing, returns=nothing, last=last
+            batch=empty_batch().to(device),
+            logprobs=nothing,
+            values=nothing,
+            advantages=nothing,
+            returns=nothing,
+            last=last,
         )
     index = experience.batch.token_index(seqs)
     return MicroBatch(
@@ -100,7 +107,9 @@ def share(batch: PackedBatch, seqs: Sequence[int], max_tokens: int) -> list[list
 
 
 @torch.no_grad()
-def compute(forward: Callable[[PackedBatch], Any], batch: PackedBatch, max_tokens: int) -> tuple[Tensor, ...]:
+def compute(
+    forward: Callable[[PackedBatch], Any], batch: PackedBatch, max_tokens: int
+) -> tuple[Tensor, ...]:
     """What `forward` gives for every token of the batch, each rank computing its share: [tokens] tensors on the host,
     the same on every rank. `forward` returns one [tokens] tensor or a tuple of them."""
     device, totals = dist.device(), None
@@ -108,7 +117,11 @@ def compute(forward: Callable[[PackedBatch], Any], batch: PackedBatch, max_token
         micro = batch.select(seqs) if seqs else empty_batch()
         result = forward(micro.to(device))
         parts = result if isinstance(result, tuple) else (result,)
-        totals = totals if totals is not None else [torch.zeros(batch.num_tokens, device=device) for _ in parts]
+        totals = (
+            totals
+            if totals is not None
+            else [torch.zeros(batch.num_tokens, device=device) for _ in parts]
+        )
         if seqs:
             index = batch.token_index(seqs).to(device)
             for total, part in zip(totals, parts, strict=True):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from verippo.kernels.gae import discounted_suffix_sums
+from ..kernels.gae import discounted_suffix_sums
 
 LOG_RATIO_LIMIT = 20.0  # nats; log-ratios are clamped to +- this before exp: e^20 leaves fp32 room for sums and squares
 
@@ -77,11 +77,15 @@ def token_rewards(
     index, segment, num_seqs = _response_tokens(logprobs, response_mask, cu_seqlens)
     score = torch.as_tensor(scores, dtype=_float(logprobs).dtype, device=logprobs.device)
     if score.shape != (num_seqs,):
-        raise ValueError(f"scores has shape {list(score.shape)}, must be [{num_seqs}], one for each sequence")
+        raise ValueError(
+            f"scores has shape {list(score.shape)}, must be [{num_seqs}], one for each sequence"
+        )
     lost = (torch.bincount(segment, minlength=num_seqs) == 0) & (score != 0)
     if bool(lost.any()):
         i = int(lost.nonzero()[0])
-        raise ValueError(f"sequence {i} has no response token to take its score {float(score[i])}: drop it, or score 0")
+        raise ValueError(
+            f"sequence {i} has no response token to take its score {float(score[i])}: drop it, or score 0"
+        )
     if not kl_coef >= 0 or (kl_coef > 0 and ref_logprobs is None):
         raise ValueError(f"kl_coef is {kl_coef}, must be at least 0, and 0 without ref_logprobs")
     rewards = torch.zeros_like(logprobs, dtype=score.dtype)
@@ -96,7 +100,13 @@ def token_rewards(
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float | Tensor
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates over the response tokens of each sequence; arXiv 1506.02438 eq. 16.
 
@@ -111,10 +121,16 @@ def gae(
     _check_shapes(rewards, values=values)
     reward, value = _float(rewards[index]), _float(values[index])
     lam_of = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device)
-    if lam_of.shape not in ((), (num_seqs,)) or not (0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())):
-        raise ValueError(f"gamma={gamma} and lam={lam} must lie in 0..1, and lam be a number or of shape [{num_seqs}]")
+    if lam_of.shape not in ((), (num_seqs,)) or not (
+        0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())
+    ):
+        raise ValueError(
+            f"gamma={gamma} and lam={lam} must lie in 0..1, and lam be a number or of shape [{num_seqs}]"
+        )
     continues = _continues(segment)
-    next_value = torch.where(continues, value.roll(-1), 0.0)  # roll brings the first to the end; continues[-1] is False
+    next_value = torch.where(
+        continues, value.roll(-1), 0.0
+    )  # roll brings the first to the end; continues[-1] is False
     delta = reward + gamma * next_value - value
     decay = torch.where(continues, gamma * lam_of.expand(num_seqs)[segment], 0.0).to(delta.dtype)
     longest = int(torch.bincount(segment).max()) if len(segment) > 0 else 0
@@ -124,7 +140,13 @@ def gae(
 
 
 @torch.no_grad()
-def whiten(x: Tensor, mask: Tensor, *, mean: Tensor | float | None = None, var: Tensor | float | None = None) -> Tensor:
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    mean: Tensor | float | None = None,
+    var: Tensor | float | None = None,
+) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) on the mask, 0 off it. The mean goes too.
 
     The moments are those over the mask, var with divisor n - 1, unless given: give those of all ranks. A lone token has
@@ -164,7 +186,9 @@ def policy_loss(
     mask = _check_mask(logprobs, mask)
     _check_shapes(logprobs, old_logprobs=old_logprobs, advantages=advantages)
     if not (0 < clip_low <= 1 and clip_high > 0):
-        raise ValueError(f"clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} be over 0")
+        raise ValueError(
+            f"clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} be over 0"
+        )
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}, must be over 1: None turns it off")
     advantage = _select(advantages.detach(), mask)
@@ -182,10 +206,14 @@ def policy_loss(
         _check_shapes(logprobs, importance=importance)
         loss = loss * _select(importance.detach(), mask)
     approx_kl = torch.expm1(log_ratio.detach()) - log_ratio.detach()
-    return PolicyLoss(loss.sum(), mask.sum(), (clipped > plain).sum(), held.sum(), approx_kl.sum(), largest)
+    return PolicyLoss(
+        loss.sum(), mask.sum(), (clipped > plain).sum(), held.sum(), approx_kl.sum(), largest
+    )
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2) -> ValueLoss:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
+) -> ValueLoss:
     """Half the critic's squared error, its move from the old values bounded: arXiv 2005.12729, "value clipping".
 
         loss = 0.5 max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2)        clip=None: 0.5 (V - R)^2
@@ -221,7 +249,9 @@ def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
     """
     if scores.ndim != 1 or groups.shape != scores.shape or groups.is_floating_point():
         shapes = f"{list(scores.shape)} and {list(groups.shape)}"
-        raise ValueError(f"scores and groups have shapes {shapes}: must be [seqs] both, groups of integers")
+        raise ValueError(
+            f"scores and groups have shapes {shapes}: must be [seqs] both, groups of integers"
+        )
     if kind not in ("rloo", "grpo", "reinforce++"):
         raise ValueError(f"kind is {kind!r}, must be 'rloo', 'grpo' or 'reinforce++'")
     score, everything = _float(scores), torch.ones_like(scores, dtype=torch.bool)
@@ -229,7 +259,9 @@ def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
     if kind == "reinforce++" and bool((sizes == 1).all()):
         return whiten(score, everything)
     if bool((sizes == 1).any()):
-        raise ValueError(f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs 2: sample more or drop the group")
+        raise ValueError(
+            f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs 2: sample more or drop the group"
+        )
     mean = score.new_zeros(len(ids)).index_add(0, group, score) / sizes
     centred = score - mean[group]
     if kind == "rloo":  # s - (n mean - s) / (n - 1) = (s - mean) n / (n - 1)
@@ -267,7 +299,9 @@ def _response_tokens(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tenso
     """Positions of the response tokens, the number of each one's sequence, and how many sequences there are."""
     index, boundaries = _check_mask(x, mask).nonzero().squeeze(1), cu_seqlens.tolist()
     if boundaries[:1] != [0] or boundaries[-1] != len(mask) or boundaries != sorted(boundaries):
-        raise ValueError(f"cu_seqlens is {boundaries}, must rise from 0 to the {len(mask)} tokens of the mask")
+        raise ValueError(
+            f"cu_seqlens is {boundaries}, must rise from 0 to the {len(mask)} tokens of the mask"
+        )
     segment = torch.searchsorted(cu_seqlens.to(index.dtype), index, right=True) - 1
     return index, segment, len(boundaries) - 1
 
@@ -281,13 +315,19 @@ def _continues(segment: Tensor) -> Tensor:
 
 def _check_mask(x: Tensor, mask: Tensor) -> Tensor:
     if x.ndim != 1 or mask.shape != x.shape:
-        raise ValueError(f"the mask has shape {list(mask.shape)}, its tensor {list(x.shape)}: both must be [tokens]")
+        raise ValueError(
+            f"the mask has shape {list(mask.shape)}, its tensor {list(x.shape)}: both must be [tokens]"
+        )
     if mask.is_floating_point():
-        raise ValueError(f"the mask is {mask.dtype}, must be boolean or integer: was another tensor put in its place?")
+        raise ValueError(
+            f"the mask is {mask.dtype}, must be boolean or integer: was another tensor put in its place?"
+        )
     return mask.bool()
 
 
 def _check_shapes(x: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         if other.shape != x.shape:
-            raise ValueError(f"{name} has shape {list(other.shape)}, must have {list(x.shape)} like the first tensor")
+            raise ValueError(
+                f"{name} has shape {list(other.shape)}, must have {list(x.shape)} like the first tensor"
+            )

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from verippo.core.chat import parse_response, render_prompt
-from verippo.core.data import Problem
-from verippo.core.sampler import Prompt, Sampler, SamplingParams, draw_seed
+from ..core.sampling.sampler import Prompt, Sampler, SamplingParams, draw_seed
+from ..core.text.chat import parse_response, render_prompt
+from ..core.text.data import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,19 @@ class RolloutFunction(Protocol):
 
 
 def rollout(
-    sampler: Sampler, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler,
+    prompts: Sequence[RolloutPrompt],
+    sampling: SamplingParams,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Rollout]:
     """Draws one response for each prompt, in order. This rank's prompts only; other ranks draw theirs."""
     requests = [Prompt(token_ids=prompt.token_ids, seed=prompt.seed) for prompt in prompts]
     completions = sampler.generate(requests, sampling)
     if len(completions) != len(prompts):
-        raise ValueError(f"the sampler gave {len(completions)} completions for {len(prompts)} prompts: it must give one each")
+        raise ValueError(
+            f"the sampler gave {len(completions)} completions for {len(prompts)} prompts: it must give one each"
+        )
     return [
         Rollout(
             problem=prompt.problem,
@@ -97,7 +103,9 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
     and ids outside the vocabulary. Raises RuntimeError for a response drawn with other weights than `version`."""
     for number, rollout in enumerate(rollouts):
         if rollout.version != version:
-            raise RuntimeError(f"rollout {number} was drawn with weight version {rollout.version}, the trainer's is {version}")
+            raise RuntimeError(
+                f"rollout {number} was drawn with weight version {rollout.version}, the trainer's is {version}"
+            )
         ids, logprobs = rollout.response_ids, rollout.sampler_logprobs
         if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
             raise ValueError(
@@ -105,21 +113,32 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
                 "finite one"
             )
         if not all(0 <= token < vocabulary for token in ids):
-            raise ValueError(f"rollout {number} has a token id outside the vocabulary of {vocabulary}")
+            raise ValueError(
+                f"rollout {number} has a token id outside the vocabulary of {vocabulary}"
+            )
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    text: Any = tokenizer.decode(list(token_ids), skip_special_tokens=True)  # a list only for lists of lists
+    text: Any = tokenizer.decode(
+        list(token_ids), skip_special_tokens=True
+    )  # a list only for lists of lists
     return text
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], *, system: str | None) -> list[list[int]]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], *, system: str | None
+) -> list[list[int]]:
     """The chat-templated token ids of every problem."""
     return [render_prompt(tokenizer, problem.question, system=system) for problem in problems]
 
 
 def rollout_prompts(
-    problems: Sequence[Problem], token_ids: Sequence[Sequence[int]], *, seed: int, step: int, samples: int
+    problems: Sequence[Problem],
+    token_ids: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    step: int,
+    samples: int,
 ) -> list[RolloutPrompt]:
     """`samples` prompts a problem, problem after problem, each with its own seed. A problem that stands there twice (a step
     may end one pass over the data and begin the next) counts its samples on: equal seeds would draw equal responses."""
@@ -128,6 +147,8 @@ def rollout_prompts(
     for problem, ids in zip(problems, token_ids, strict=True):
         for sample in range(drawn[problem.index], drawn[problem.index] + samples):
             own_seed = draw_seed(seed, step, problem.index, sample)
-            prompts.append(RolloutPrompt(problem=problem, token_ids=ids, sample=sample, seed=own_seed))
+            prompts.append(
+                RolloutPrompt(problem=problem, token_ids=ids, sample=sample, seed=own_seed)
+            )
         drawn[problem.index] += samples
     return prompts

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verippo.core import dist
-from verippo.core.data import Order, Problem, load_problems, split
-from verippo.core.engine import FrozenEngine, TrainEngine
-from verippo.core.local_sampler import LocalSampler
-from verippo.core.metrics import MetricLog, start_log
-from verippo.core.model import (
+from ..core.sampling.local_sampler import LocalSampler
+from ..core.sampling.sampler import Sampler
+from ..core.sampling.sglang_sampler import SglangSampler
+from ..core.text.data import Order, Problem, load_problems, split
+from ..core.text.verifier_text import Tiers, load_template
+from ..core.training import dist
+from ..core.training.engine import FrozenEngine, TrainEngine
+from ..core.training.metrics import MetricLog, start_log
+from ..core.training.model import (
     check_embedding,
     check_same_vocabulary,
     context_length,
@@ -28,16 +31,19 @@ from verippo.core.model import (
     load_tokenizer,
     stop_token_ids,
 )
-from verippo.core.plugin import load_function
-from verippo.core.sampler import Sampler
-from verippo.core.schedule import learning_rate
-from verippo.core.sglang_sampler import SglangSampler
-from verippo.core.verdict import Tiers, load_template
-from verippo.rl.advantages import AdvantageFunction, NoCritic, advantage_function
-from verippo.rl.config import PPOConfig
-from verippo.rl.judge import share_of_limits
-from verippo.rl.rollout import RolloutFunction, RolloutPrompt, prompt_ids, rollout, rollout_prompts
-from verippo.rl.verifier import ClassifierVerifier, ExactMatchVerifier, FunctionVerifier, JudgeVerifier, Verifier
+from ..core.training.schedule import learning_rate
+from .advantages import AdvantageFunction, NoCritic, advantage_function
+from .config import PPOConfig
+from .hooks import load_function
+from .judge_verifier import share_of_limits
+from .rollout import RolloutFunction, RolloutPrompt, prompt_ids, rollout, rollout_prompts
+from .verifier import (
+    ClassifierVerifier,
+    ExactMatchVerifier,
+    FunctionVerifier,
+    JudgeVerifier,
+    Verifier,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,9 @@ class ProblemSet:
     dropped: list[int]
     """row numbers of the problems whose prompt is over the limit"""
 
-    def prompts(self, numbers: list[int], *, seed: int, step: int, samples: int = 1) -> list[RolloutPrompt]:
+    def prompts(
+        self, numbers: list[int], *, seed: int, step: int, samples: int = 1
+    ) -> list[RolloutPrompt]:
         problems, ids = [self.problems[n] for n in numbers], [self.token_ids[n] for n in numbers]
         return rollout_prompts(problems, ids, seed=seed, step=step, samples=samples)
 
@@ -98,7 +106,9 @@ def set_up(config: PPOConfig) -> Run:
         reference=FrozenEngine(load_policy(reference_path, dtype=config.dtype), engine),
         sampler=sampler,
         verifier=verifier,
-        rollout=load_function(config.rollout_function, option="rollout_function") if config.rollout_function else rollout,
+        rollout=load_function(config.rollout_function, option="rollout_function")
+        if config.rollout_function
+        else rollout,
         advantages=advantage_function(config),
         tokenizer=tokenizer,
         train_set=train_set,
@@ -119,15 +129,22 @@ def _rates(config: PPOConfig, step: int) -> tuple[float, float]:
     return rate(peak=config.policy_learning_rate), rate(peak=config.critic_learning_rate)
 
 
-def _problem_sets(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ProblemSet, ProblemSet]:
+def _problem_sets(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ProblemSet, ProblemSet]:
     load = functools.partial(
-        load_problems, limit=config.limit, question_key=config.question_key, answer_key=config.answer_key
+        load_problems,
+        limit=config.limit,
+        question_key=config.question_key,
+        answer_key=config.answer_key,
     )
     problems = load(config.data)
     if config.eval_data:
         train, held_out = problems, load(config.eval_data)
     else:
-        train_rows, eval_rows = split(len(problems), fraction=config.eval_fraction, seed=config.seed)
+        train_rows, eval_rows = split(
+            len(problems), fraction=config.eval_fraction, seed=config.seed
+        )
         train, held_out = [problems[n] for n in train_rows], [problems[n] for n in eval_rows]
     train_set, eval_set = (_problem_set(config, tokenizer, part) for part in (train, held_out))
     if len(train_set.problems) < config.prompts_per_step:
@@ -139,13 +156,19 @@ def _problem_sets(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
     return train_set, eval_set
 
 
-def _problem_set(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> ProblemSet:
+def _problem_set(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
+) -> ProblemSet:
     ids = prompt_ids(tokenizer, problems, system=config.system_prompt)
     fitting = [n for n, prompt in enumerate(ids) if len(prompt) <= config.max_prompt_tokens]
     return ProblemSet(
         problems=[problems[n] for n in fitting],
         token_ids=[ids[n] for n in fitting],
-        dropped=[problem.index for problem, prompt in zip(problems, ids, strict=True) if len(prompt) > config.max_prompt_tokens],
+        dropped=[
+            problem.index
+            for problem, prompt in zip(problems, ids, strict=True)
+            if len(prompt) > config.max_prompt_tokens
+        ],
     )
 
 
@@ -165,7 +188,9 @@ def _verifier(config: PPOConfig) -> Verifier:
         return ExactMatchVerifier(tiers=tiers)
     if options.kind == "judge":
         journal = Path(config.output).expanduser() / f"judge-journal-{dist.rank()}.jsonl"
-        return JudgeVerifier(share_of_limits(config.llm, dist.world_size()), journal=journal, tiers=tiers)
+        return JudgeVerifier(
+            share_of_limits(config.llm, dist.world_size()), journal=journal, tiers=tiers
+        )
     if options.kind == "function":
         assert options.function
         return FunctionVerifier(load_function(options.function, option="verifier.function"))
@@ -182,23 +207,38 @@ def _verifier(config: PPOConfig) -> Verifier:
 
 
 def open_log(
-    config: PPOConfig, run: Run, folder: Path, *, step: int, run_id: str | None, resolved: dict[str, Any]
+    config: PPOConfig,
+    run: Run,
+    folder: Path,
+    *,
+    step: int,
+    run_id: str | None,
+    resolved: dict[str, Any],
 ) -> MetricLog | None:
     """On the main rank: says what was dropped and starts the log."""
     if not dist.is_main():
         return None
     for part, problems in (("training", run.train_set), ("evaluation", run.eval_set)):
         if problems.dropped:
-            rows = ", ".join(map(str, problems.dropped[:20])) + (" ..." if len(problems.dropped) > 20 else "")
+            rows = ", ".join(map(str, problems.dropped[:20])) + (
+                " ..." if len(problems.dropped) > 20 else ""
+            )
             limit = f"max_prompt_tokens={config.max_prompt_tokens}"
             print(f"dropped {len(problems.dropped)} {part} problems over {limit}: rows {rows}")
     calibration = Path(config.verifier.model or "") / "calibration.json"
-    if config.verifier.kind == "classifier" and calibration.exists():  # the report shows it beside the reward curve
+    if (
+        config.verifier.kind == "classifier" and calibration.exists()
+    ):  # the report shows it beside the reward curve
         shutil.copy(calibration, folder)
     return start_log(
-        folder, log_to=config.log_to, step=step, total_steps=config.total_steps, config=resolved,
-        world_size=dist.world_size(), run_id=run_id,
-    )  # fmt: skip
+        folder,
+        log_to=config.log_to,
+        step=step,
+        total_steps=config.total_steps,
+        config=resolved,
+        world_size=dist.world_size(),
+        run_id=run_id,
+    )
 
 
 def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
@@ -211,9 +251,15 @@ def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
         return load_function(config.sampler.factory, option="sampler.factory")(config.policy, stops)
     if config.sampler.kind == "sglang":
         return SglangSampler(
-            config.sampler, stop_token_ids=stops, vocabulary=model.vocab_size, context=context_length(model),
-            folder=Path(config.output) / "sync", progress=dist.is_main(),
-        )  # fmt: skip
+            config.sampler,
+            stop_token_ids=stops,
+            vocabulary=model.vocab_size,
+            context=context_length(model),
+            folder=Path(config.output) / "sync",
+            progress=dist.is_main(),
+        )
     hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
     on_device = hf.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-    return LocalSampler(on_device, stop_token_ids=stops, max_batch=config.sampler.max_batch, progress=dist.is_main())
+    return LocalSampler(
+        on_device, stop_token_ids=stops, max_batch=config.sampler.max_batch, progress=dist.is_main()
+    )

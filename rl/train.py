@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from verippo.core import checkpoint, dist
-from verippo.core.metrics import MetricLog, Stopwatch, finite
-from verippo.core.model import save_model
-from verippo.core.packing import pack
-from verippo.core.report import try_report
-from verippo.core.sampler import SamplingParams
-from verippo.rl import ppo, sync
-from verippo.rl.config import PPOConfig
-from verippo.rl.experience import Experience, compute
-from verippo.rl.measure import UpdateMeter, evaluation_metrics, sample_row, step_metrics
-from verippo.rl.rollout import Rollout, RolloutPrompt, check_rollouts
-from verippo.rl.setup import Run, open_log, set_up
+from ..core.report.run_report import try_report
+from ..core.sampling.sampler import SamplingParams
+from ..core.training import checkpoint, dist
+from ..core.training.metrics import MetricLog, Stopwatch, finite
+from ..core.training.model import save_model
+from ..core.training.packing import pack
+from . import ppo
+from . import weight_push as sync
+from .config import PPOConfig
+from .experience import Experience, compute
+from .rollout import Rollout, RolloutPrompt, check_rollouts
+from .setup import Run, open_log, set_up
+from .step_metrics import UpdateMeter, evaluation_metrics, sample_row, step_metrics
 
 
 def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
@@ -68,43 +69,75 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
     if state.step == 0:
         _evaluate(config, run, state, log)
 
-    progress = tqdm(total=config.total_steps, initial=state.step, desc="ppo", unit="step", disable=not dist.is_main())
+    progress = tqdm(
+        total=config.total_steps,
+        initial=state.step,
+        desc="ppo",
+        unit="step",
+        disable=not dist.is_main(),
+    )
     while state.step < config.total_steps:
         step = state.step + 1
         with watch("rollout"):
             numbers = run.order.take(config.prompts_per_step)
-            prompts = run.train_set.prompts(numbers, seed=config.seed, step=step, samples=config.samples_per_prompt)
+            prompts = run.train_set.prompts(
+                numbers, seed=config.seed, step=step, samples=config.samples_per_prompt
+            )
             rollouts = _roll_out(run, prompts, config.sampling, version=state.step)
             sync.rest(config, run.sampler)
         with watch("score"):
-            scores = _score(run, rollouts)                              # [rollouts], the same on every rank
+            scores = _score(run, rollouts)  # [rollouts], the same on every rank
         batch = pack(rollouts)
         mask, cu_seqlens = batch.response_mask, batch.cu_seqlens
-        penalised = scores - config.missing_eos_penalty * torch.tensor([float(r.truncated) for r in rollouts])
+        penalised = scores - config.missing_eos_penalty * torch.tensor(
+            [float(r.truncated) for r in rollouts]
+        )
 
-        with watch("forward"):                                          # fix the targets before any weight moves
-            logprobs, entropy = compute(partial(policy, temperature=temperature, with_entropy=True), batch, max_tokens)
-            (ref_logprobs,) = compute(partial(reference, temperature=temperature), batch, max_tokens)
-            (values,) = compute(critic, batch, max_tokens)              # [tokens], as all these
+        with watch("forward"):  # fix the targets before any weight moves
+            logprobs, entropy = compute(
+                partial(policy, temperature=temperature, with_entropy=True), batch, max_tokens
+            )
+            (ref_logprobs,) = compute(
+                partial(reference, temperature=temperature), batch, max_tokens
+            )
+            (values,) = compute(critic, batch, max_tokens)  # [tokens], as all these
         rewards = ppo.token_rewards(
-            penalised, logprobs, ref_logprobs, mask, cu_seqlens, kl_coef=config.kl.coef, estimator=config.kl.estimator
+            penalised,
+            logprobs,
+            ref_logprobs,
+            mask,
+            cu_seqlens,
+            kl_coef=config.kl.coef,
+            estimator=config.kl.estimator,
         )
         advantages, returns = run.advantages(rewards, values, batch, rollouts)
         whitened = ppo.whiten(advantages, mask) if config.whiten else advantages
-        experience = Experience(batch=batch, logprobs=logprobs, values=values, advantages=whitened, returns=returns)
+        experience = Experience(
+            batch=batch, logprobs=logprobs, values=values, advantages=whitened, returns=returns
+        )
 
         meter, rates = UpdateMeter(), (0.0, 0.0)
-        with watch("train"):                                            # improve policy and critic
+        with watch("train"):  # improve policy and critic
             for epoch in range(config.epochs):
-                minibatches = experience.minibatches(config.minibatches, seed=(config.seed, step, epoch))
+                minibatches = experience.minibatches(
+                    config.minibatches, seed=(config.seed, step, epoch)
+                )
                 for number, mini in enumerate(minibatches):
                     for micro in mini.microbatches(max_tokens):
                         pg = ppo.policy_loss(
-                            policy(micro.batch, temperature=temperature), micro.logprobs, micro.advantages, micro.mask,
-                            clip_low=config.clip_low, clip_high=config.clip_high,
+                            policy(micro.batch, temperature=temperature),
+                            micro.logprobs,
+                            micro.advantages,
+                            micro.mask,
+                            clip_low=config.clip_low,
+                            clip_high=config.clip_high,
                         )
                         vf = ppo.value_loss(
-                            critic(micro.batch), micro.values, micro.returns, micro.mask, clip=config.value_clip
+                            critic(micro.batch),
+                            micro.values,
+                            micro.returns,
+                            micro.mask,
+                            clip=config.value_clip,
                         )
                         policy.backward(pg.loss_sum, mini.num_response_tokens, last=micro.last)
                         critic.backward(vf.loss_sum, mini.num_response_tokens, last=micro.last)
@@ -120,22 +153,37 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
             synced = sync.push_weights(config, run, step)
 
         row = step_metrics(
-            rollouts=rollouts, scores=scores, rewards=rewards, batch=batch, logprobs=logprobs, ref_logprobs=ref_logprobs,
-            entropy=entropy, values=values, returns=returns, right_score=config.verifier.right,
-        )  # fmt: skip
+            rollouts=rollouts,
+            scores=scores,
+            rewards=rewards,
+            batch=batch,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            entropy=entropy,
+            values=values,
+            returns=returns,
+            right_score=config.verifier.right,
+        )
         seconds = watch.take()
-        row |= meter.result() | seconds | synced | {
-            "step": step,
-            "episodes": step * config.rollouts_per_step,
-            "lr_policy": rates[0],
-            "lr_value": rates[1],
-            "skipped_steps": state.skipped_steps,
-            "verifier_inputs_cut": sum(dist.all_gather(run.verifier.num_cut)),
-            "verifier_unjudged": sum(dist.all_gather(run.verifier.num_unjudged)),
-            "tokens_per_second": row["tokens_generated"] / sum(seconds.values()),
-        }  # fmt: skip
+        row |= (
+            meter.result()
+            | seconds
+            | synced
+            | {
+                "step": step,
+                "episodes": step * config.rollouts_per_step,
+                "lr_policy": rates[0],
+                "lr_value": rates[1],
+                "skipped_steps": state.skipped_steps,
+                "verifier_inputs_cut": sum(dist.all_gather(run.verifier.num_cut)),
+                "verifier_unjudged": sum(dist.all_gather(run.verifier.num_unjudged)),
+                "tokens_per_second": row["tokens_generated"] / sum(seconds.values()),
+            }
+        )
         _record(config, row, rollouts, scores, log)
-        best = _evaluate(config, run, state, log) if _due(step, config.eval_every, config) else False
+        best = (
+            _evaluate(config, run, state, log) if _due(step, config.eval_every, config) else False
+        )
         if best:
             _export(run, folder / "model-best")
         if _due(step, config.save_every, config) or best:
@@ -147,13 +195,17 @@ def _loop(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLo
     _export(run, folder / "model")
 
 
-def _roll_out(run: Run, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, version: int) -> list[Rollout]:
+def _roll_out(
+    run: Run, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, version: int
+) -> list[Rollout]:
     """Each rank draws its part; every rank gets all, in the prompts' order, checked."""
     rank, world = dist.rank(), dist.world_size()
     part = prompts[rank::world]
     mine = run.rollout(run.sampler, part, sampling, tokenizer=run.tokenizer)
     if len(mine) != len(part):
-        raise ValueError(f"the rollout function gave {len(mine)} rollouts for {len(part)} prompts: it must give one each")
+        raise ValueError(
+            f"the rollout function gave {len(mine)} rollouts for {len(part)} prompts: it must give one each"
+        )
     parts = dist.all_gather(mine)
     rollouts = [parts[n % world][n // world] for n in range(len(prompts))]
     check_rollouts(rollouts, vocabulary=run.policy.module.hf.config.vocab_size, version=version)
@@ -164,7 +216,9 @@ def _score(run: Run, rollouts: Sequence[Rollout]) -> torch.Tensor:
     """[rollouts]: each rank scores its part; every rank gets all."""
     rank, world = dist.rank(), dist.world_size()
     parts = dist.all_gather(run.verifier.score(rollouts[rank::world]))
-    return torch.tensor([parts[n % world][n // world] for n in range(len(rollouts))], dtype=torch.float64)
+    return torch.tensor(
+        [parts[n % world][n // world] for n in range(len(rollouts))], dtype=torch.float64
+    )
 
 
 def _evaluate(config: PPOConfig, run: Run, state: State, log: MetricLog | None) -> bool:
@@ -173,13 +227,21 @@ def _evaluate(config: PPOConfig, run: Run, state: State, log: MetricLog | None) 
     if not problems.problems:
         return False
     prompts = problems.prompts(list(range(len(problems.problems))), seed=config.seed, step=-1)
-    rollouts = _roll_out(run, prompts, replace(config.sampling, temperature=config.eval_temperature), version=state.step)
+    rollouts = _roll_out(
+        run,
+        prompts,
+        replace(config.sampling, temperature=config.eval_temperature),
+        version=state.step,
+    )
     scores = _score(run, rollouts)
     row = {"step": state.step} | evaluation_metrics(rollouts, scores, config.verifier.right)
     if log is not None:
         log.write("eval", finite(row), prefix="eval/")
         for rollout, score in zip(rollouts[:4], scores.tolist(), strict=False):
-            log.write_text("samples", sample_row(rollout, score, config.verifier, step=state.step, split="eval"))
+            log.write_text(
+                "samples",
+                sample_row(rollout, score, config.verifier, step=state.step, split="eval"),
+            )
     best = state.best_score is None or row["score_mean"] > state.best_score
     if best:
         state.best_score = row["score_mean"]
@@ -187,21 +249,30 @@ def _evaluate(config: PPOConfig, run: Run, state: State, log: MetricLog | None) 
 
 
 def _record(
-    config: PPOConfig, row: dict[str, Any], rollouts: Sequence[Rollout], scores: torch.Tensor, log: MetricLog | None
+    config: PPOConfig,
+    row: dict[str, Any],
+    rollouts: Sequence[Rollout],
+    scores: torch.Tensor,
+    log: MetricLog | None,
 ) -> None:
     if log is None:
         return
     log.write("metrics", finite(row))
     if row["step"] == 1 or _due(row["step"], config.log_samples_every, config):
         for rollout, score in zip(rollouts[:4], scores.tolist(), strict=False):
-            log.write_text("samples", sample_row(rollout, score, config.verifier, step=row["step"], split="train"))
+            log.write_text(
+                "samples",
+                sample_row(rollout, score, config.verifier, step=row["step"], split="train"),
+            )
 
 
 def _due(step: int, every: int, config: PPOConfig) -> bool:
     return step % every == 0 or step == config.total_steps
 
 
-def _count_skips(config: PPOConfig, state: State, applied: bool, folder: Path, rollouts: Sequence[Rollout]) -> None:
+def _count_skips(
+    config: PPOConfig, state: State, applied: bool, folder: Path, rollouts: Sequence[Rollout]
+) -> None:
     """Counts optimizer steps whose gradient was not finite; several in a row end the run with its rollouts saved."""
     state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
     state.skipped_steps += not applied
@@ -209,7 +280,9 @@ def _count_skips(config: PPOConfig, state: State, applied: bool, folder: Path, r
         file = folder / f"rollouts-step-{state.step + 1}.json"
         if dist.is_main():
             file.write_text(json.dumps([vars(r) | {"problem": vars(r.problem)} for r in rollouts]))
-        raise RuntimeError(f"{state.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite; see {file}")
+        raise RuntimeError(
+            f"{state.skipped_in_a_row} optimizer steps in a row had a gradient that is not finite; see {file}"
+        )
 
 
 def _stop_on_gap(config: PPOConfig, row: dict[str, Any]) -> None:
@@ -230,14 +303,23 @@ def _resume(run: Run, found: Path | None) -> State:
         return State(**checkpoint.load_state(found))
 
 
-def _save(config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLog | None, *, best: bool) -> None:
+def _save(
+    config: PPOConfig, run: Run, state: State, folder: Path, log: MetricLog | None, *, best: bool
+) -> None:
     def write(temporary: Path) -> None:
         run.policy.save(temporary, "policy")
         run.critic.save(temporary, "critic")
         torch.save(torch.get_rng_state(), temporary / f"rng-{dist.rank()}.pt")
 
     state.run_id = log.run_id if log else None
-    checkpoint.save(folder, step=state.step, state=vars(state), write=write, best=best, total_limit=config.save_total_limit)
+    checkpoint.save(
+        folder,
+        step=state.step,
+        state=vars(state),
+        write=write,
+        best=best,
+        total_limit=config.save_total_limit,
+    )
 
 
 def _export(run: Run, folder: Path) -> None:

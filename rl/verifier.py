@@ -9,13 +9,19 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verippo.core import dist
-from verippo.core.engine import EngineConfig, FrozenEngine
-from verippo.core.model import load_classifier, load_tokenizer
-from verippo.core.packing import PackedBatch, empty_batch, microbatches
-from verippo.core.verdict import TEMPLATE, Tiers, check_template, normalise_answer, verifier_ids
-from verippo.rl.judge import JudgeVerifier as JudgeVerifier
-from verippo.rl.rollout import Rollout
+from ..core.text.verifier_text import (
+    TEMPLATE,
+    Tiers,
+    check_template,
+    normalise_answer,
+    verifier_ids,
+)
+from ..core.training import dist
+from ..core.training.engine import EngineConfig, FrozenEngine
+from ..core.training.model import load_classifier, load_tokenizer
+from ..core.training.packing import PackedBatch, empty_batch, microbatches
+from .judge_verifier import JudgeVerifier as JudgeVerifier
+from .rollout import Rollout
 
 
 class Verifier(Protocol):
@@ -45,7 +51,11 @@ class ExactMatchVerifier:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         return [
-            self.tiers.unparsable if r.final is None else self.tiers.right if is_right(r) else self.tiers.wrong
+            self.tiers.unparsable
+            if r.final is None
+            else self.tiers.right
+            if is_right(r)
+            else self.tiers.wrong
             for r in rollouts
         ]
 
@@ -67,7 +77,9 @@ class FunctionVerifier:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} must give a list of numbers: {error}") from None
         if len(scores) != len(rollouts):
-            raise ValueError(f"{name} gave {len(scores)} scores for {len(rollouts)} rollouts: it must give one each")
+            raise ValueError(
+                f"{name} gave {len(scores)} scores for {len(rollouts)} rollouts: it must give one each"
+            )
         for number, score in enumerate(scores):
             if not math.isfinite(score):
                 raise ValueError(f"{name} gave {score} for rollout {number}: scores must be finite")
@@ -93,8 +105,17 @@ class ClassifierVerifier:
         max_tokens_per_gpu: int = 16384,
     ) -> None:
         check_template(template)
-        self.engine, self.tokenizer, self.threshold, self.tiers = engine, tokenizer, threshold, tiers
-        self.template, self.max_tokens, self.max_tokens_per_gpu = template, max_tokens, max_tokens_per_gpu
+        self.engine, self.tokenizer, self.threshold, self.tiers = (
+            engine,
+            tokenizer,
+            threshold,
+            tiers,
+        )
+        self.template, self.max_tokens, self.max_tokens_per_gpu = (
+            template,
+            max_tokens,
+            max_tokens_per_gpu,
+        )
         self.num_cut = self.num_unjudged = 0
 
     @classmethod
@@ -108,23 +129,29 @@ class ClassifierVerifier:
         pairs = [(finals[number] or "", rollouts[number].problem.answer) for number in asked]
         right = dict(zip(asked, self.probabilities(pairs), strict=True))
         return [
-            self.tiers.unparsable if final is None
-            else self.tiers.right if right.get(number, 0.0) > self.threshold
+            self.tiers.unparsable
+            if final is None
+            else self.tiers.right
+            if right.get(number, 0.0) > self.threshold
             else self.tiers.wrong
             for number, final in enumerate(finals)
-        ]  # fmt: skip
+        ]
 
     def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """P(right) of each (final response, reference answer). Every rank must call, with its own pairs."""
         rows = []
         for final, reference in pairs:
-            ids, num_cut = verifier_ids(self._encode, final, reference, template=self.template, max_tokens=self.max_tokens)
+            ids, num_cut = verifier_ids(
+                self._encode, final, reference, template=self.template, max_tokens=self.max_tokens
+            )
             self.num_cut += num_cut > 0
             rows.append(ids)
         lengths = [len(ids) for ids in rows]
         plan = microbatches(lengths, max_tokens=self.max_tokens_per_gpu) if rows else []
         result = [0.0] * len(rows)
-        for turn in range(max(dist.all_gather(len(plan)))):  # ZeRO-3: every rank runs as many forwards as the busiest
+        for turn in range(
+            max(dist.all_gather(len(plan)))
+        ):  # ZeRO-3: every rank runs as many forwards as the busiest
             numbers = plan[turn] if turn < len(plan) else []
             batch = _inputs([rows[n] for n in numbers]) if numbers else empty_batch()
             logits = self.engine(batch.to(dist.device()))

@@ -133,8 +133,14 @@ CURB65 = Score(
     items=(
         _sign("confusion", "new confusion"),
         _measured("urea", "a urea of {} mmol/L", {0: (4, 5, 6), 1: (9, 12, 14)}),
-        _measured("breaths", "a respiratory rate of {} per minute", {0: (14, 18, 24), 1: (32, 36, 38)}),
-        _measured("pressure", "a blood pressure of {} mmHg", {0: ("130/80", "110/70"), 1: ("84/50", "96/54")}),
+        _measured(
+            "breaths", "a respiratory rate of {} per minute", {0: (14, 18, 24), 1: (32, 36, 38)}
+        ),
+        _measured(
+            "pressure",
+            "a blood pressure of {} mmHg",
+            {0: ("130/80", "110/70"), 1: ("84/50", "96/54")},
+        ),
         _measured("age", "an age of {} years", {0: (40, 50, 60), 1: (70, 80, 90)}),
     ),
 )
@@ -180,7 +186,9 @@ MCISAAC = Score(
     title="McIsaac (modified Centor) score",
     source="McIsaac et al., Canadian Medical Association Journal, 1998",
     items=(
-        _measured("temperature", "a temperature of {} C", {0: (36.2, 36.8, 37.4), 1: (38.6, 39.4, 40.2)}),
+        _measured(
+            "temperature", "a temperature of {} C", {0: (36.2, 36.8, 37.4), 1: (38.6, 39.4, 40.2)}
+        ),
         _graded(("cough", "a cough", 0), ("no cough", "no cough", 1)),
         _sign("tender nodes", "tender anterior cervical nodes"),
         _sign("tonsil exudate", "tonsillar exudate or swelling"),
@@ -194,12 +202,17 @@ HAS_BLED = Score(
     title="HAS-BLED score",
     source="Pisters et al., Chest, 2010",
     items=(
-        _measured("systolic", "a systolic blood pressure of {} mmHg", {0: (120, 140), 1: (170, 180)}),
+        _measured(
+            "systolic", "a systolic blood pressure of {} mmHg", {0: (120, 140), 1: (170, 180)}
+        ),
         _sign("dialysis", "chronic dialysis"),
         _sign("cirrhosis", "cirrhosis of the liver"),
         _sign("stroke", "previous stroke"),
         _sign("bleeding", "previous major bleeding"),
-        _graded(("stable INR", "a stable INR on warfarin", 0), ("labile INR", "a labile INR on warfarin", 1)),
+        _graded(
+            ("stable INR", "a stable INR on warfarin", 0),
+            ("labile INR", "a labile INR on warfarin", 1),
+        ),
         _measured("age", "an age of {} years", {0: (40, 60), 1: (70, 80)}),
         _sign("aspirin", "aspirin in the drug list"),
         _sign("alcohol", "alcohol intake of 12 drinks a week"),
@@ -229,9 +242,15 @@ CHILD_PUGH = Score(
     title="Child-Pugh score",
     source="Pugh et al., British Journal of Surgery, 1973",
     items=(
-        _measured("bilirubin", "a bilirubin of {} mg/dL", {1: (1.2, 1.6), 2: (2.4, 2.6), 3: (4, 6)}),
+        _measured(
+            "bilirubin", "a bilirubin of {} mg/dL", {1: (1.2, 1.6), 2: (2.4, 2.6), 3: (4, 6)}
+        ),
         _measured("albumin", "an albumin of {} g/dL", {1: (3.8, 4.2), 2: (3, 3.2), 3: (2.2, 2.4)}),
-        _measured("prothrombin", "a prothrombin time prolonged by {} seconds", {1: (2, 3), 2: (5,), 3: (8, 9)}),
+        _measured(
+            "prothrombin",
+            "a prothrombin time prolonged by {} seconds",
+            {1: (2, 3), 2: (5,), 3: (8, 9)},
+        ),
         _graded(
             ("no ascites", "no ascites", 1),
             ("slight ascites", "slight ascites", 2),
@@ -252,17 +271,27 @@ NEWS2 = Score(
             "a respiratory rate of {} per minute",
             {0: (14, 18), 1: (10,), 2: (22, 24), 3: (7, 32)},
         ),
-        _measured("saturation", "an oxygen saturation of {}%", {0: (97, 99), 1: (94, 95), 2: (92, 93), 3: (84, 88)}),
+        _measured(
+            "saturation",
+            "an oxygen saturation of {}%",
+            {0: (97, 99), 1: (94, 95), 2: (92, 93), 3: (84, 88)},
+        ),
         _graded(("on air", "breathing of room air", 0), ("on oxygen", "supplemental oxygen", 2)),
         _measured(
             "systolic",
             "a systolic blood pressure of {} mmHg",
             {0: (120, 140), 1: (104, 108), 2: (94, 98), 3: (80, 230)},
         ),
-        _measured("pulse", "a pulse of {} per minute", {0: (60, 80), 1: (46, 100), 2: (116, 124), 3: (36, 140)}),
+        _measured(
+            "pulse",
+            "a pulse of {} per minute",
+            {0: (60, 80), 1: (46, 100), 2: (116, 124), 3: (36, 140)},
+        ),
         _graded(("alert", "an alert patient", 0), ("new confusion", "new confusion", 3)),
         _measured(
-            "temperature", "a temperature of {} C", {0: (36.8, 37.4), 1: (35.6, 38.6), 2: (39.4, 40.2), 3: (34.2, 34.6)}
+            "temperature",
+            "a temperature of {} C",
+            {0: (36.8, 37.4), 1: (35.6, 38.6), 2: (39.4, 40.2), 3: (34.2, 34.6)},
         ),
     ),
 )
@@ -273,9 +302,19 @@ BISHOP = Score(
     title="Bishop score",
     source="Bishop, Obstetrics and Gynecology, 1964",
     items=(
-        _measured("dilation", "a cervical dilation of {} cm", {0: (0,), 1: (1, 2), 2: (3, 4), 3: (5, 6)}),
-        _measured("effacement", "an effacement of {}%", {0: (10, 20), 1: (40, 50), 2: (60, 70), 3: (80, 90)}),
-        _measured("station", "a fetal station of {}", {0: ("-3",), 1: ("-2",), 2: ("-1", "0"), 3: ("+1", "+2")}),
+        _measured(
+            "dilation", "a cervical dilation of {} cm", {0: (0,), 1: (1, 2), 2: (3, 4), 3: (5, 6)}
+        ),
+        _measured(
+            "effacement",
+            "an effacement of {}%",
+            {0: (10, 20), 1: (40, 50), 2: (60, 70), 3: (80, 90)},
+        ),
+        _measured(
+            "station",
+            "a fetal station of {}",
+            {0: ("-3",), 1: ("-2",), 2: ("-1", "0"), 3: ("+1", "+2")},
+        ),
         _graded(
             ("cervix firm", "a firm cervix", 0),
             ("cervix medium", "a cervix of medium consistency", 1),
@@ -296,7 +335,11 @@ ABCD2 = Score(
     source="Johnston et al., Lancet, 2007",
     items=(
         _measured("age", "an age of {} years", {0: (40, 50), 1: (70, 80)}),
-        _measured("pressure", "a blood pressure of {} mmHg", {0: ("130/80", "110/70"), 1: ("160/80", "130/96")}),
+        _measured(
+            "pressure",
+            "a blood pressure of {} mmHg",
+            {0: ("130/80", "110/70"), 1: ("160/80", "130/96")},
+        ),
         _graded(
             ("only dizziness", "dizziness without weakness or speech disturbance", 0),
             ("only speech", "speech disturbance without weakness", 1),
@@ -310,7 +353,17 @@ ABCD2 = Score(
 SCORES: Mapping[str, Score] = {
     score.kind: score
     for score in (
-        GLASGOW_COMA_SCALE, APGAR, CURB65, CHA2DS2_VASC, WELLS_DVT, MCISAAC, HAS_BLED, ALVARADO, CHILD_PUGH, NEWS2,
-        BISHOP, ABCD2,
+        GLASGOW_COMA_SCALE,
+        APGAR,
+        CURB65,
+        CHA2DS2_VASC,
+        WELLS_DVT,
+        MCISAAC,
+        HAS_BLED,
+        ALVARADO,
+        CHILD_PUGH,
+        NEWS2,
+        BISHOP,
+        ABCD2,
     )
-}  # fmt: skip
+}

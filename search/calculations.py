@@ -13,8 +13,8 @@ from decimal import ROUND_HALF_UP, Decimal
 from itertools import accumulate, count, islice, pairwise
 from typing import Any, Literal, NamedTuple
 
-from verippo.search.bedside_scores import IRRELEVANT, SCORES, Finding, Item, Score
-from verippo.search.clinical_formulas import FORMULAS, Formula, Working, plain
+from .bedside_scores import IRRELEVANT, SCORES, Finding, Item, Score
+from .clinical_formulas import FORMULAS, Formula, Working, plain
 
 Record = dict[str, Any]
 Split = Literal["train", "eval"]
@@ -32,9 +32,21 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"scores": tuple(SCORES), "calculations"
 
 ANSWER_PHRASES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("scores", "compact"): ("{}", "total {}", "total of {}", "the score is {}"),
-    ("scores", "prose"): ("The total score is {}.", "{}", "The score is {} points.", "a total of {}", "{} points"),
+    ("scores", "prose"): (
+        "The total score is {}.",
+        "{}",
+        "The score is {} points.",
+        "a total of {}",
+        "{} points",
+    ),
     ("calculations", "compact"): ("{}", "answer {}", "the answer is {}"),
-    ("calculations", "prose"): ("The {name} is {}.", "{}", "The answer is {}.", "{name}: {}", "It comes to {}."),
+    ("calculations", "prose"): (
+        "The {name} is {}.",
+        "{}",
+        "The answer is {}.",
+        "{name}: {}",
+        "It comes to {}.",
+    ),
 }
 """(group, style) -> ways to state an answer; a record's Response is the first"""
 
@@ -71,7 +83,9 @@ def generate(
     style: Style = "compact",
 ) -> list[Record]:
     """The first `num` records of `stream`."""
-    return list(islice(stream(seed=seed, split=split, kinds=kinds, difficulty=difficulty, style=style), num))
+    return list(
+        islice(stream(seed=seed, split=split, kinds=kinds, difficulty=difficulty, style=style), num)
+    )
 
 
 def stream(
@@ -98,10 +112,15 @@ def stream(
     if style not in ("compact", "prose"):
         raise ValueError(f'style is {style!r}: choose "compact" or "prose"')
     if not MIN_FINDINGS <= difficulty <= MAX_FINDINGS:
-        raise ValueError(f"difficulty is {difficulty}: choose {MIN_FINDINGS} to {MAX_FINDINGS} findings")
+        raise ValueError(
+            f"difficulty is {difficulty}: choose {MIN_FINDINGS} to {MAX_FINDINGS} findings"
+        )
     if start < 0:
         raise ValueError(f"start is {start}: records are counted from 0")
-    return (_record(random.Random(f"{seed}/{split}/{i}"), split, names, difficulty, style) for i in count(start))
+    return (
+        _record(random.Random(f"{seed}/{split}/{i}"), split, names, difficulty, style)
+        for i in count(start)
+    )
 
 
 def resolve_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -129,7 +148,10 @@ def split_of(kind: str, inputs: Mapping[str, Any]) -> Split:
 
 def paraphrases(record: Record) -> list[str]:
     """Right statements of the record's final answer, its Response first."""
-    return [phrase.format(record["Ground-True Answer"], name=_name(record)) for phrase in _phrases(record)]
+    return [
+        phrase.format(record["Ground-True Answer"], name=_name(record))
+        for phrase in _phrases(record)
+    ]
 
 
 def wrong_answers(record: Record, num: int, seed: int) -> list[str]:
@@ -141,21 +163,31 @@ def wrong_answers(record: Record, num: int, seed: int) -> list[str]:
     rng = random.Random(f"{seed}/{record['Question']}")
     number, _, unit = record["Ground-True Answer"].partition(" ")
     value = Decimal(number)
-    last_place = Decimal(1).scaleb(-FORMULAS[record["kind"]].num_decimals) if record["kind"] in FORMULAS else Decimal(1)
+    last_place = (
+        Decimal(1).scaleb(-FORMULAS[record["kind"]].num_decimals)
+        if record["kind"] in FORMULAS
+        else Decimal(1)
+    )
     slips = [value + offset * last_place for offset in (-2, -1, 1, 2)] + _swapped_digits(number)
     if record["kind"] in FORMULAS:
         slips += [value * 10, value / 10]
     slips = list(dict.fromkeys(slip for slip in slips if slip >= 0 and slip != value))
-    answers = [_with_unit(plain(slip), unit) for slip in slips] + ([f"{number} {WRONG_UNITS[unit]}"] if unit else [])
+    answers = [_with_unit(plain(slip), unit) for slip in slips] + (
+        [f"{number} {WRONG_UNITS[unit]}"] if unit else []
+    )
     rng.shuffle(answers)
     further = (value + offset * last_place for offset in count(3))
     while len(answers) < num:
-        answers += [_with_unit(plain(slip), unit) for slip in islice(further, num) if slip not in slips]
+        answers += [
+            _with_unit(plain(slip), unit) for slip in islice(further, num) if slip not in slips
+        ]
     phrases = _phrases(record)
     return [rng.choice(phrases).format(answer, name=_name(record)) for answer in answers[:num]]
 
 
-def _record(rng: random.Random, split: Split, kinds: Sequence[str], difficulty: int, style: Style) -> Record:
+def _record(
+    rng: random.Random, split: Split, kinds: Sequence[str], difficulty: int, style: Style
+) -> Record:
     kind = rng.choice(kinds)
     problem = _draw(kind, split, difficulty, rng)
     if kind in SCORES:
@@ -187,23 +219,34 @@ def _record(rng: random.Random, split: Split, kinds: Sequence[str], difficulty: 
 
 def _draw(kind: str, split: Split, difficulty: int, rng: random.Random) -> Problem:
     for _ in range(MAX_DRAWS):
-        problem = _draw_findings(SCORES[kind], difficulty, rng) if kind in SCORES else _draw_values(FORMULAS[kind], rng)
+        problem = (
+            _draw_findings(SCORES[kind], difficulty, rng)
+            if kind in SCORES
+            else _draw_values(FORMULAS[kind], rng)
+        )
         if problem is not None and split_of(kind, problem.inputs) == split:
             return problem
-    raise ValueError(f"{kind} has no {split} problem of difficulty {difficulty} in {MAX_DRAWS} draws: choose another")
+    raise ValueError(
+        f"{kind} has no {split} problem of difficulty {difficulty} in {MAX_DRAWS} draws: choose another"
+    )
 
 
 def _draw_findings(score: Score, difficulty: int, rng: random.Random) -> Problem | None:
     """One severity per patient spreads the totals evenly; a running total below 0 is refused."""
     num_irrelevant = max(difficulty - len(score.items), rng.randrange(2))
     severity = rng.uniform(0.1, 0.9)
-    findings = [_draw_finding(item, severity, rng) for item in rng.sample(score.items, difficulty - num_irrelevant)]
+    findings = [
+        _draw_finding(item, severity, rng)
+        for item in rng.sample(score.items, difficulty - num_irrelevant)
+    ]
     findings += rng.sample(IRRELEVANT, num_irrelevant)
     rng.shuffle(findings)
     totals = list(accumulate(finding.points for finding in findings))
     if min(totals) < 0:
         return None
-    return Problem({"findings": [finding.compact for finding in findings]}, findings, (), str(totals[-1]))
+    return Problem(
+        {"findings": [finding.compact for finding in findings]}, findings, (), str(totals[-1])
+    )
 
 
 def _draw_finding(item: Item, severity: float, rng: random.Random) -> Finding:
@@ -220,7 +263,10 @@ def _draw_values(formula: Formula, rng: random.Random) -> Problem | None:
     answer = value.quantize(Decimal(1).scaleb(-formula.num_decimals), ROUND_HALF_UP)
     if answer <= 0 or from_tie < TIE_MARGIN:
         return None
-    inputs = {name: v if isinstance(v, str) else int(v) if v % 1 == 0 else float(v) for name, v in values.items()}
+    inputs = {
+        name: v if isinstance(v, str) else int(v) if v % 1 == 0 else float(v)
+        for name, v in values.items()
+    }
     lines = work.lines if value == answer else [*work.lines, f"rounded {plain(answer)}"]
     return Problem(inputs, (), lines, plain(answer))
 
@@ -229,7 +275,10 @@ def _compact_score(score: Score, findings: Sequence[Finding]) -> tuple[str, str]
     totals = accumulate(finding.points for finding in findings)
     listed = zip(findings, totals, strict=True)
     steps = (f"{finding.compact} = {finding.points} , total {total}" for finding, total in listed)
-    return f"{score.name} : {' , '.join(finding.compact for finding in findings)} , total ?", " ; ".join(steps)
+    return (
+        f"{score.name} : {' , '.join(finding.compact for finding in findings)} , total ?",
+        " ; ".join(steps),
+    )
 
 
 def _prose_score(score: Score, findings: Sequence[Finding]) -> tuple[str, str]:
@@ -238,26 +287,34 @@ def _prose_score(score: Score, findings: Sequence[Finding]) -> tuple[str, str]:
         f"{'; '.join(finding.prose for finding in findings)}. Not every finding has to belong to the score. "
         "Counting only what is listed, what is the total score?"
     )
-    reasoning = [f"I go through the findings in the order given and add up the points of the {score.title}."]
+    reasoning = [
+        f"I go through the findings in the order given and add up the points of the {score.title}."
+    ]
     total = 0
     for finding in findings:
         verdict = "is not part of the score" if finding in IRRELEVANT else "belongs to the score"
         points = f"{finding.points} point{'' if abs(finding.points) == 1 else 's'}"
         sign = "-" if finding.points < 0 else "+"
         sum_text = f"{total} {sign} {abs(finding.points)} = {total + finding.points}"
-        reasoning.append(f"{finding.prose[0].upper()}{finding.prose[1:]} {verdict}: {points}, so {sum_text}.")
+        reasoning.append(
+            f"{finding.prose[0].upper()}{finding.prose[1:]} {verdict}: {points}, so {sum_text}."
+        )
         total += finding.points
     return question, "\n".join([*reasoning, f"That was the last finding, so the total is {total}."])
 
 
 def _compact_formula(formula: Formula, problem: Problem) -> tuple[str, str]:
-    given = " , ".join(f"{name.replace('_', ' ')} {value}" for name, value in problem.inputs.items())
+    given = " , ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in problem.inputs.items()
+    )
     return f"{formula.name} : {given} ?", " ; ".join(problem.lines)
 
 
 def _prose_formula(formula: Formula, problem: Problem) -> tuple[str, str]:
     place = "one decimal place" if formula.num_decimals else "the nearest whole number"
-    question = f"{formula.question.format(**problem.inputs)} Answer in {formula.unit}, rounded to {place}."
+    question = (
+        f"{formula.question.format(**problem.inputs)} Answer in {formula.unit}, rounded to {place}."
+    )
     lines = [f"{line}.".replace("rounded", f"Rounded to {place}:") for line in problem.lines]
     conclusion = f"So the {formula.name} is {_with_unit(problem.answer, formula.unit)}."
     return question, "\n".join([formula.rule, *lines, conclusion])
@@ -278,4 +335,6 @@ def _with_unit(number: str, unit: str) -> str:
 def _swapped_digits(number: str) -> list[Decimal]:
     """Every exchange of two neighbouring digits, across no decimal point."""
     pairs = enumerate(pairwise(number))
-    return [Decimal(number[:i] + b + a + number[i + 2 :]) for i, (a, b) in pairs if (a + b).isdigit()]
+    return [
+        Decimal(number[:i] + b + a + number[i + 2 :]) for i, (a, b) in pairs if (a + b).isdigit()
+    ]

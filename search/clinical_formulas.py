@@ -78,7 +78,9 @@ def _maintenance_fluids(work: Working, weight: Decimal) -> Decimal:
     return work(first_twenty, "+", work(work(weight, "-", 20), "x", 1))
 
 
-def _creatinine_clearance(work: Working, age: Decimal, weight: Decimal, creatinine: Decimal, sex: str) -> Decimal:
+def _creatinine_clearance(
+    work: Working, age: Decimal, weight: Decimal, creatinine: Decimal, sex: str
+) -> Decimal:
     numerator = work(work(140, "-", age), "x", weight)
     if sex == "female":
         numerator = work(numerator, "x", "0.85")
@@ -96,7 +98,9 @@ def _sodium_excretion(
     return work(excreted, "/", work(plasma_sodium, "x", urine_creatinine))
 
 
-def _osmolality(work: Working, sodium: Decimal, glucose: Decimal, urea_nitrogen: Decimal) -> Decimal:
+def _osmolality(
+    work: Working, sodium: Decimal, glucose: Decimal, urea_nitrogen: Decimal
+) -> Decimal:
     with_glucose = work(work(sodium, "x", 2), "+", work(glucose, "/", 18))
     return work(with_glucose, "+", work(urea_nitrogen, "/", "2.8"))
 
@@ -116,7 +120,24 @@ FORMULAS: Mapping[str, Formula] = {
             question="A drug is ordered at {dose_per_kg} mg/kg for a patient of {weight} kg. What is the dose?",
             values={
                 "dose_per_kg": tuple(
-                    map(Decimal, ("0.5", "1", "1.5", "2", "2.5", "3", "4", "5", "7.5", "10", "12.5", "15", "20"))
+                    map(
+                        Decimal,
+                        (
+                            "0.5",
+                            "1",
+                            "1.5",
+                            "2",
+                            "2.5",
+                            "3",
+                            "4",
+                            "5",
+                            "7.5",
+                            "10",
+                            "12.5",
+                            "15",
+                            "20",
+                        ),
+                    )
                 ),
                 "weight": _span("4", "95", "1"),
             },
@@ -147,7 +168,9 @@ FORMULAS: Mapping[str, Formula] = {
                 "hours": _span("1", "12", "1"),
                 "drops": tuple(map(Decimal, (10, 15, 20, 60))),
             },
-            work=lambda work, volume, hours, drops: work(work(volume, "x", drops), "/", work(hours, "x", 60)),
+            work=lambda work, volume, hours, drops: work(
+                work(volume, "x", drops), "/", work(hours, "x", 60)
+            ),
         ),
         Formula(
             kind="maintenance_fluids",
@@ -175,7 +198,9 @@ FORMULAS: Mapping[str, Formula] = {
                 "chloride": _span("92", "112", "1"),
                 "bicarbonate": _span("8", "30", "1"),
             },
-            work=lambda work, sodium, chloride, bicarbonate: work(work(sodium, "-", chloride), "-", bicarbonate),
+            work=lambda work, sodium, chloride, bicarbonate: work(
+                work(sodium, "-", chloride), "-", bicarbonate
+            ),
         ),
         Formula(
             kind="mean_arterial_pressure",
@@ -186,7 +211,9 @@ FORMULAS: Mapping[str, Formula] = {
             rule="The mean arterial pressure is the systolic plus twice the diastolic pressure, divided by three.",
             question="The blood pressure is {systolic}/{diastolic} mmHg. What is the mean arterial pressure?",
             values={"systolic": _span("110", "190", "1"), "diastolic": _span("50", "90", "1")},
-            work=lambda work, systolic, diastolic: work(work(work(diastolic, "x", 2), "+", systolic), "/", 3),
+            work=lambda work, systolic, diastolic: work(
+                work(work(diastolic, "x", 2), "+", systolic), "/", 3
+            ),
         ),
         Formula(
             kind="corrected_calcium",
@@ -197,7 +224,9 @@ FORMULAS: Mapping[str, Formula] = {
             rule="The calcium is corrected by adding 0.8 mg/dL for each g/dL that albumin lies below 4.",
             question="Total calcium is {calcium} mg/dL and albumin {albumin} g/dL. What is the corrected calcium?",
             values={"calcium": _span("7", "11", "0.1"), "albumin": _span("1.5", "3.9", "0.1")},
-            work=lambda work, calcium, albumin: work(work(work(4, "-", albumin), "x", "0.8"), "+", calcium),
+            work=lambda work, calcium, albumin: work(
+                work(work(4, "-", albumin), "x", "0.8"), "+", calcium
+            ),
         ),
         Formula(
             kind="corrected_sodium",
@@ -302,7 +331,9 @@ FORMULAS: Mapping[str, Formula] = {
                 "hdl": _span("25", "80", "1"),
                 "triglycerides": _span("50", "395", "5"),
             },
-            work=lambda work, total, hdl, triglycerides: work(work(total, "-", hdl), "-", work(triglycerides, "/", 5)),
+            work=lambda work, total, hdl, triglycerides: work(
+                work(total, "-", hdl), "-", work(triglycerides, "/", 5)
+            ),
         ),
         Formula(
             kind="burn_fluids",
@@ -315,7 +346,9 @@ FORMULAS: Mapping[str, Formula] = {
             question="A patient of {weight} kg has burns of {burned} percent of the body surface. "
             "What is the fluid rate for the first eight hours by the Parkland formula?",
             values={"weight": _span("40", "110", "1"), "burned": _span("15", "60", "1")},
-            work=lambda work, weight, burned: work(work(work(work(weight, "x", 4), "x", burned), "/", 2), "/", 8),
+            work=lambda work, weight, burned: work(
+                work(work(work(weight, "x", 4), "x", burned), "/", 2), "/", 8
+            ),
         ),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from verippo.core.llm import LLMConfig
+from ..core.llm.client import LLMConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,9 @@ def overlaps(texts: Sequence[str], evaluation: Sequence[str], *, length: int = 6
     whole = ~_holds_break(haystack, length)
     order = np.argsort(windows[whole])
     known, places = windows[whole][order], np.flatnonzero(whole)[order]
-    seen = np.zeros(1 << FILTER_BITS, dtype=bool)  # sends most windows away before the binary search
+    seen = np.zeros(
+        1 << FILTER_BITS, dtype=bool
+    )  # sends most windows away before the binary search
     seen[known >> (64 - FILTER_BITS)] = True
     found = [False] * len(texts)
     for first, part in _chunks(texts):
@@ -45,10 +47,14 @@ def overlaps(texts: Sequence[str], evaluation: Sequence[str], *, length: int = 6
         ranks = np.searchsorted(known, hashes[likely])
         hit = np.flatnonzero(known[np.minimum(ranks, len(known) - 1)] == hashes[likely])
         owners = np.searchsorted(starts, likely[hit], side="right") - 1
-        for owner, start, place in zip(owners.tolist(), likely[hit].tolist(), places[ranks[hit]].tolist(), strict=True):
+        for owner, start, place in zip(
+            owners.tolist(), likely[hit].tolist(), places[ranks[hit]].tolist(), strict=True
+        ):
             if not found[first + owner]:
                 window = joined[start : start + length]
-                same = haystack[place : place + length] == window or window in haystack  # the latter after a collision
+                same = (
+                    haystack[place : place + length] == window or window in haystack
+                )  # the latter after a collision
                 found[first + owner] = same and BREAK not in window
     return found
 

@@ -11,9 +11,9 @@ import json
 import re
 from typing import Any
 
-from verippo.core.chat import FINAL, THINKING
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.verdict import normalise_answer, parse_verdict
+from ..core.text.chat import FINAL, THINKING
+from ..core.text.data import ANSWER_KEY, QUESTION_KEY
+from ..core.text.verifier_text import normalise_answer, parse_verdict
 
 Step = dict[str, str]
 
@@ -58,7 +58,9 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unrepeated, parse_int=float)  # int() limits its digits
+_DECODER = json.JSONDecoder(
+    strict=False, object_pairs_hook=_unrepeated, parse_int=float
+)  # int() limits its digits
 
 
 def _check_keys(found: dict[str, Any], keys: set[str], what: str) -> None:
@@ -111,7 +113,9 @@ def parse_chain(text: str) -> list[Step]:
     chain: list[Step] = []
     for number, step in enumerate(steps, start=1):
         if step.get("action") not in ENDING:
-            raise Fault(f'step {number} has the action {json.dumps(step.get("action"))[:60]}, not one of {_listed(ENDING)}')
+            raise Fault(
+                f"step {number} has the action {json.dumps(step.get('action'))[:60]}, not one of {_listed(ENDING)}"
+            )
         keys = {"action", "content"} | ({"title"} if step["action"] == THINK else set())
         _check_keys(step, keys, f"step {number} ({step['action']})")
         chain.append({key: _text(step, key) for key in step})
@@ -154,7 +158,9 @@ def parse_choice(text: str, letters: str) -> str | None:
     """The letter that an answer begins with ("B", "(B) Aspirin", "B. Aspirin") or says last ("the answer is B"); else None."""
     letter = rf"[\s*(（\"]*([{letters}])(?![A-Za-z])"
     alone = re.match(rf"{letter}(?=\s*(?:[*)）.。:：,，\"]|\n|$))", text)
-    said = re.findall(rf"(?i:answer\s+is|answer\s*[:：]|答案是|答案\s*[:：])\s*(?i:option\s+)?{letter}", text)
+    said = re.findall(
+        rf"(?i:answer\s+is|answer\s*[:：]|答案是|答案\s*[:：])\s*(?i:option\s+)?{letter}", text
+    )
     return alone[1] if alone else said[-1] if said else None
 
 
@@ -167,11 +173,18 @@ def parse_truth(text: str) -> bool:
 
 
 def _schema(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def _step(action: str, *keys: str) -> dict[str, Any]:
-    return _schema(action={"type": "string", "enum": [action]}, **{key: {"type": "string"} for key in keys})
+    return _schema(
+        action={"type": "string", "enum": [action]}, **{key: {"type": "string"} for key in keys}
+    )
 
 
 STEPS = [_step(THINK, "title", "content"), _step(CONCLUDE, "content"), _step(VERIFY, "content")]

@@ -12,23 +12,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
-from verippo.core.journal import content_key
-from verippo.core.llm import LLM
-from verippo.search.ask import Asker
-from verippo.search.config import ProblemsConfig
-from verippo.search.decontaminate import normalise, overlaps
-from verippo.search.items import Result, finish_items, write_json
-from verippo.search.parse import PROBLEM_SCHEMA, parse_choice, parse_judgement, parse_problem
-from verippo.search.report import NUM_EXAMPLES, Table, end, funnel_table, reasons_table, tokens_table, write_report
-from verippo.search.templates import Prompts
+from ..core.llm.client import LLM
+from ..core.llm.journal import content_key
+from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
+from .asker import Asker
+from .config import ProblemsConfig
+from .decontaminate import normalise, overlaps
+from .items import Result, finish_items, write_json
+from .parse import PROBLEM_SCHEMA, parse_choice, parse_judgement, parse_problem
+from .summary_report import (
+    NUM_EXAMPLES,
+    Table,
+    end,
+    funnel_table,
+    reasons_table,
+    tokens_table,
+    write_report,
+)
+from .templates import Prompts
 
 Row = dict[str, Any]
 
 STEPS = (
-    "duplicates", "length", "one right option", "contaminated question", "difficulty", "judgement", "rewriting",
+    "duplicates",
+    "length",
+    "one right option",
+    "contaminated question",
+    "difficulty",
+    "judgement",
+    "rewriting",
     "contaminated problem",
-)  # fmt: skip
+)
 STEP_OF = {"choice": "difficulty", "judge": "judgement", "rewrite": "rewriting"}
 """The step of each prompt."""
 SHARES = "shares 64 characters with an evaluation item"
@@ -73,10 +87,19 @@ def problems(config: ProblemsConfig, *, resolved: dict[str, Any]) -> Path:
 
     Raises ValueError for rows, evaluation files or templates that cannot be used; ends with status 1 when the budget is spent.
     """
-    prompts, rows = Prompts(config.language, config.prompts), load_rows(config.data, limit=config.limit)
-    questions = [exam_question(row, where=f"data {config.data}: row {number}") for number, row in enumerate(rows)]
+    prompts, rows = (
+        Prompts(config.language, config.prompts),
+        load_rows(config.data, limit=config.limit),
+    )
+    questions = [
+        exam_question(row, where=f"data {config.data}: row {number}")
+        for number, row in enumerate(rows)
+    ]
     evaluation = evaluation_texts(config.decontaminate)
-    pools = {kind: _pool(kind, source) for kind, source in (("choice", config.mix.choice), ("general", config.mix.general))}
+    pools = {
+        kind: _pool(kind, source)
+        for kind, source in (("choice", config.mix.choice), ("general", config.mix.general))
+    }
     fates = first_filters(questions, evaluation, config)
 
     async def work(question: ExamQuestion, asker: Asker, small: Sequence[LLM]) -> Result:
@@ -84,10 +107,20 @@ def problems(config: ProblemsConfig, *, resolved: dict[str, Any]) -> Path:
 
     asked = [number for number, fate in enumerate(fates) if fate is None]
     results = finish_items(
-        config, [questions[number] for number in asked], work, content=lambda question: question.content, prompts=prompts,
-        resolved=resolved, settings=["problems", config.judge], others=config.difficulty.models,
-    )  # fmt: skip
-    found = {number: result for number, result in zip(asked, results, strict=True) if result["outcome"] == "done"}
+        config,
+        [questions[number] for number in asked],
+        work,
+        content=lambda question: question.content,
+        prompts=prompts,
+        resolved=resolved,
+        settings=["problems", config.judge],
+        others=config.difficulty.models,
+    )
+    found = {
+        number: result
+        for number, result in zip(asked, results, strict=True)
+        if result["outcome"] == "done"
+    }
     for number, result in zip(asked, results, strict=True):
         if number not in found:
             step = STEP_OF[result["trajectory"][-1]["calls"][-1]["prompt"]]
@@ -97,24 +130,43 @@ def problems(config: ProblemsConfig, *, resolved: dict[str, Any]) -> Path:
         if shared:
             fates[number] = Fate("contaminated problem", "dropped", SHARES)
             del found[number]
-    records = [rows[n] | {QUESTION_KEY: result["question"], ANSWER_KEY: result["answer"]} for n, result in found.items()]
+    records = [
+        rows[n] | {QUESTION_KEY: result["question"], ANSWER_KEY: result["answer"]}
+        for n, result in found.items()
+    ]
     folder = Path(config.output).expanduser()
     tables = write_problems(folder, config, records, pools, evaluation)
-    left = [(f"{fate.step}: {fate.outcome}", fate.reason, questions[n].question) for n, fate in enumerate(fates) if fate]
+    left = [
+        (f"{fate.step}: {fate.outcome}", fate.reason, questions[n].question)
+        for n, fate in enumerate(fates)
+        if fate
+    ]
     tables = [funnel_table(STEPS, fates), reasons_table("Why questions left", left), *tables]
     models = [config.llm, *config.difficulty.models]
-    write_report(folder, title="Verifiable problems", tables=[*tables, tokens_table(results, models)])
+    write_report(
+        folder, title="Verifiable problems", tables=[*tables, tokens_table(results, models)]
+    )
     end(results)
     return folder
 
 
 def exam_question(row: Row, *, where: str) -> ExamQuestion:
     """Raises ValueError naming the place unless the row has a question, at least two options, and a right one among them."""
-    question, options, letter = text_field(row, "question", where=where), row.get("options"), row.get("answer_idx")
-    if not isinstance(options, dict) or len(options) < 2 or not all(isinstance(text, str) for text in options.values()):
+    question, options, letter = (
+        text_field(row, "question", where=where),
+        row.get("options"),
+        row.get("answer_idx"),
+    )
+    if (
+        not isinstance(options, dict)
+        or len(options) < 2
+        or not all(isinstance(text, str) for text in options.values())
+    ):
         raise ValueError(f"{where}: 'options' is not an object of at least two texts")
     if not isinstance(letter, str) or letter not in options:
-        raise ValueError(f"{where}: answer_idx {letter!r} is not among the options {', '.join(options)}")
+        raise ValueError(
+            f"{where}: answer_idx {letter!r} is not among the options {', '.join(options)}"
+        )
     return ExamQuestion(question=question, options=options, letter=letter)
 
 
@@ -122,7 +174,10 @@ def evaluation_texts(sources: str | None) -> list[str]:
     """Every question and every option of the evaluation files. Raises ValueError naming a row without a question."""
     texts = []
     for number, row in enumerate(_rows("decontaminate", sources)):
-        key = next((key for key in (QUESTION_KEY, "Question") if key in row and "question" not in row), "question")
+        key = next(
+            (key for key in (QUESTION_KEY, "Question") if key in row and "question" not in row),
+            "question",
+        )
         options = row.get("options") or {}
         texts.append(text_field(row, key, where=f"decontaminate {sources}: row {number}"))
         texts += map(str, options.values() if isinstance(options, dict) else options)
@@ -132,7 +187,10 @@ def evaluation_texts(sources: str | None) -> list[str]:
 def contaminated(texts: Sequence[str], evaluation: Sequence[str]) -> list[bool]:
     """Whether each shares 64 characters in a row with an evaluation text, or is one that is shorter."""
     whole = set(map(normalise, evaluation))
-    return [shares or normalise(text) in whole for text, shares in zip(texts, overlaps(texts, evaluation), strict=True)]
+    return [
+        shares or normalise(text) in whole
+        for text, shares in zip(texts, overlaps(texts, evaluation), strict=True)
+    ]
 
 
 def first_filters(
@@ -141,12 +199,18 @@ def first_filters(
     """What needs no model: duplicates, length, one right option, decontamination."""
     fates: list[Fate | None] = []
     seen: set[tuple[str, ...]] = set()
-    for question, shares in zip(questions, contaminated([q.question for q in questions], evaluation), strict=True):
+    for question, shares in zip(
+        questions, contaminated([q.question for q in questions], evaluation), strict=True
+    ):
         same = (normalise(question.question), *sorted(map(normalise, question.options.values())))
-        asked = [part for part in re.split(r"(?<=[.?!。？！])\s*", question.question.strip()) if part][-1]
+        asked = [
+            part for part in re.split(r"(?<=[.?!。？！])\s*", question.question.strip()) if part
+        ][-1]
         fate = None
         if same in seen:
-            fate = Fate("duplicates", "dropped", "the same question with the same options came before")
+            fate = Fate(
+                "duplicates", "dropped", "the same question with the same options came before"
+            )
         elif len(question.question) < config.min_length:
             fate = Fate("length", "dropped", f"shorter than {config.min_length} characters")
         elif config.unique and ASKS_FOR_FALSE.search(asked):
@@ -160,13 +224,18 @@ def first_filters(
     return fates
 
 
-async def convert(question: ExamQuestion, asker: Asker, small: Sequence[LLM], config: ProblemsConfig) -> Result:
+async def convert(
+    question: ExamQuestion, asker: Asker, small: Sequence[LLM], config: ProblemsConfig
+) -> Result:
     """Difficulty, judgement, rewriting: as few calls as it takes to drop the question or to have its problem."""
     if small:
         easy = await all_answer(question, asker, small, seed=config.seed)
         asker.close_step("difficulty")
         if easy:
-            return {"outcome": "dropped", "reason": f"all of {len(small)} models answer it correctly"}
+            return {
+                "outcome": "dropped",
+                "reason": f"all of {len(small)} models answer it correctly",
+            }
     shown: dict[str, Any] = {"question": question.question, "options": question.options}
     shown |= {"letter": question.letter, "answer": question.answer}
     if config.judge:
@@ -180,15 +249,26 @@ async def convert(question: ExamQuestion, asker: Asker, small: Sequence[LLM], co
     return {"outcome": "done", "question": text, "answer": answer}
 
 
-async def all_answer(question: ExamQuestion, asker: Asker, small: Sequence[LLM], *, seed: int) -> bool:
+async def all_answer(
+    question: ExamQuestion, asker: Asker, small: Sequence[LLM], *, seed: int
+) -> bool:
     """Whether every small model picks the right option; each sees its own order of them, and none is asked after one fails."""
     for number, llm in enumerate(small):
         rng = random.Random(f"{seed}/{content_key(question.content)}/{number}")
         order = rng.sample(list(question.options), len(question.options))
         letters = string.ascii_uppercase[: len(order)]
-        options = {letter: question.options[key] for letter, key in zip(letters, order, strict=True)}
+        options = {
+            letter: question.options[key] for letter, key in zip(letters, order, strict=True)
+        }
         values = {"question": question.question, "options": options}
-        said = await asker.ask("choice", values, partial(parse_choice, letters=letters), draw=number, judging=True, llm=llm)
+        said = await asker.ask(
+            "choice",
+            values,
+            partial(parse_choice, letters=letters),
+            draw=number,
+            judging=True,
+            llm=llm,
+        )
         if said is None or order[letters.index(said)] != question.letter:
             return False
     return True
@@ -197,7 +277,10 @@ async def all_answer(question: ExamQuestion, asker: Asker, small: Sequence[LLM],
 def _pool(kind: str, source: str | None) -> list[Row]:
     """The rows of a source of the mix, as problems."""
     name = f"mix.{kind}"
-    return [as_problem(row, where=f"{name} {source}: row {number}") for number, row in enumerate(_rows(name, source))]
+    return [
+        as_problem(row, where=f"{name} {source}: row {number}")
+        for number, row in enumerate(_rows(name, source))
+    ]
 
 
 def _rows(name: str, sources: str | None) -> list[Row]:
@@ -218,22 +301,49 @@ def as_problem(row: Row, *, where: str) -> Row:
 
 
 def write_problems(
-    folder: Path, config: ProblemsConfig, records: list[Row], pools: dict[str, list[Row]], evaluation: list[str]
+    folder: Path,
+    config: ProblemsConfig,
+    records: list[Row],
+    pools: dict[str, list[Row]],
+    evaluation: list[str],
 ) -> list[Table]:
     """Splits the problems into halves by seed, mixes the pools into the RL half, and writes all three files."""
-    chosen = set(random.Random(f"{config.seed}/split").sample(range(len(records)), round(config.split * len(records))))
-    halves = [[row for n, row in enumerate(records) if (n in chosen) == wanted] for wanted in (True, False)]
+    chosen = set(
+        random.Random(f"{config.seed}/split").sample(
+            range(len(records)), round(config.split * len(records))
+        )
+    )
+    halves = [
+        [row for n, row in enumerate(records) if (n in chosen) == wanted]
+        for wanted in (True, False)
+    ]
     sizes: list[tuple[Any, ...]] = [("search", len(halves[0])), ("RL, converted", len(halves[1]))]
     taken = {normalise(row["question"]) for row in records}
     for kind, pool in ((kind, pool) for kind, pool in pools.items() if pool):
         wanted = round(getattr(config.mix, f"{kind}_ratio") * (len(records) - len(halves[0])))
         shares = contaminated([row[QUESTION_KEY] for row in pool], evaluation)
-        free = list({row[QUESTION_KEY]: row for row, bad in zip(pool, shares, strict=True)
-                     if not bad and normalise(str(row.get("question"))) not in taken}.values())  # fmt: skip
+        free = list(
+            {
+                row[QUESTION_KEY]: row
+                for row, bad in zip(pool, shares, strict=True)
+                if not bad and normalise(str(row.get("question"))) not in taken
+            }.values()
+        )
         drawn = random.Random(f"{config.seed}/{kind}").sample(free, min(wanted, len(free)))
         halves[1] += drawn
-        sizes.append((f"RL, {kind} (wanted {wanted}, {len(free)} of {len(pool)} could be drawn)", len(drawn)))
-    for name, part in (("problems", records), ("problems_search", halves[0]), ("problems_rl", halves[1])):
+        sizes.append(
+            (f"RL, {kind} (wanted {wanted}, {len(free)} of {len(pool)} could be drawn)", len(drawn))
+        )
+    for name, part in (
+        ("problems", records),
+        ("problems_search", halves[0]),
+        ("problems_rl", halves[1]),
+    ):
         write_json(folder / f"{name}.json", part)
-    examples = [(row["question"], row[QUESTION_KEY], row[ANSWER_KEY]) for row in records[:NUM_EXAMPLES]]
-    return [Table("Halves", ("part", "problems"), sizes), Table("Examples", ("exam question", "problem", "answer"), examples)]
+    examples = [
+        (row["question"], row[QUESTION_KEY], row[ANSWER_KEY]) for row in records[:NUM_EXAMPLES]
+    ]
+    return [
+        Table("Halves", ("part", "problems"), sizes),
+        Table("Examples", ("exam question", "problem", "answer"), examples),
+    ]

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from verippo.core.engine import Dtype, EngineConfig, Offload
-from verippo.core.llm import LLMConfig
-from verippo.core.metrics import parse_loggers
-from verippo.core.schedule import ScheduleKind
+from ..core.llm.client import LLMConfig
+from ..core.training.engine import Dtype, EngineConfig, Offload
+from ..core.training.metrics import parse_loggers
+from ..core.training.schedule import ScheduleKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,15 @@ class TrainingConfig:
     """a collective that waits longer ends the run"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_every", "save_every", "save_total_limit", "max_seq_len", "max_skipped_steps"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "eval_every",
+            "save_every",
+            "save_total_limit",
+            "max_seq_len",
+            "max_skipped_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("max_steps", "limit", "timeout_seconds"):
@@ -99,7 +107,9 @@ class TrainingConfig:
         if self.eval_data and self.eval_fraction:
             raise ValueError("give eval_data or eval_fraction, not both")
         if self.stop_at_loss is not None and not (self.eval_data or self.eval_fraction):
-            raise ValueError(f"stop_at_loss={self.stop_at_loss} needs held-out rows: give eval_data or eval_fraction")
+            raise ValueError(
+                f"stop_at_loss={self.stop_at_loss} needs held-out rows: give eval_data or eval_fraction"
+            )
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction={self.eval_fraction}: must lie in 0..1")
         parse_loggers(self.log_to)

@@ -33,13 +33,17 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs, and so their children, ignore it
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SGLANG = ROOT / ".sglang"
 SGLANG_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT / "tests" / "sglang" / "stubs"), "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"
-}  # fmt: skip
+    "PYTHONPATH": str(ROOT / "tests" / "sglang" / "stubs"),
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 CORPUS = [
     "## Thinking\n\nThe patient has a fever and a cough.\n\n## Final Response\n\nPneumonia",
@@ -56,26 +60,50 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     fast.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Callable[..., Path]:
+def make_model(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
+) -> Callable[..., Path]:
     """Makes a random little model with its tokenizer and returns its folder. The same arguments, the same weights."""
 
     def make(
-        kind: str = "llama", *, tied: bool = False, classes: int | None = None, seed: int = 0, vocab: int = 320, **overrides: int
+        kind: str = "llama",
+        *,
+        tied: bool = False,
+        classes: int | None = None,
+        seed: int = 0,
+        vocab: int = 320,
+        **overrides: int,
     ) -> Path:
-        sizes = dict(  # noqa: C408
-            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        ) | overrides  # fmt: skip
+        sizes = (
+            dict(  # noqa: C408
+                vocab_size=vocab,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                max_position_embeddings=2048,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+            | overrides
+        )
         config = CONFIGS[kind](**sizes, tie_word_embeddings=tied)
         if classes:
             config.num_labels = classes
@@ -83,7 +111,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
         auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
         folder = tmp_path_factory.mktemp(f"{kind}-model")
         model = auto.from_config(config)
-        with torch.no_grad():  # biases and norms start at 0 and 1: move them, or a test would not see them ignored
+        with (
+            torch.no_grad()
+        ):  # biases and norms start at 0 and 1: move them, or a test would not see them ignored
             for parameter in model.parameters():
                 if parameter.dim() < 2:
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -108,7 +138,11 @@ def shared() -> Path:
 def problems_file(tmp_path: Path) -> Path:
     """Twelve little problems in the published format."""
     rows = [
-        {"Open-ended Verifiable Question": f"What is {n} plus one?", "Ground-True Answer": str(n + 1)} for n in range(12)
+        {
+            "Open-ended Verifiable Question": f"What is {n} plus one?",
+            "Ground-True Answer": str(n + 1),
+        }
+        for n in range(12)
     ]
     path = tmp_path / "problems.json"
     path.write_text(json.dumps(rows))
@@ -119,11 +153,25 @@ def problems_file(tmp_path: Path) -> Path:
 def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m torch.distributed.run` with two gloo ranks on the arguments; returns the finished process."""
 
-    def run(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, timeout: float = 120, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         num = (env or {}).get("VERIPPO_RANKS", "2")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num, *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            num,
+            *arguments,
+        ]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=os.environ | {"PYTHONSAFEPATH": "1"} | (env or {})
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | {"PYTHONSAFEPATH": "1"} | (env or {}),
         )
 
     return run
@@ -154,7 +202,9 @@ def rank_checks() -> Any:
 
 
 @pytest.fixture(scope="session")
-def job(rank_checks: Any, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def job(
+    rank_checks: Any, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What the engine tests work on: little models, an experience made by hand, the updates to make. Fields of a Job."""
     return rank_checks.make_job(
         folder=tmp_path_factory.mktemp("ranks"),
@@ -171,7 +221,9 @@ def one_rank(rank_checks: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def both_ranks(rank_checks: Any, job: dict[str, Any], two_ranks: Callable[..., Any]) -> list[dict[str, Any]]:
+def both_ranks(
+    rank_checks: Any, job: dict[str, Any], two_ranks: Callable[..., Any]
+) -> list[dict[str, Any]]:
     """What rank_checks.run gives on each of two ranks."""
     torch.save(job, job["folder"] / "job.pt")
     done = two_ranks(rank_checks.__file__, str(job["folder"]))
@@ -185,15 +237,21 @@ def sglang_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not (SGLANG / ".installed").exists():
         pytest.skip("sglang's own environment is not there: make test-sglang")
     return {
-        "python": str(SGLANG / "bin" / "python"), "port": 0, "device": "cpu", "environment": SGLANG_ENVIRONMENT,
-        "state": str(tmp_path_factory.mktemp("servers")), "start_timeout_seconds": 300.0,
-    }  # fmt: skip
+        "python": str(SGLANG / "bin" / "python"),
+        "port": 0,
+        "device": "cpu",
+        "environment": SGLANG_ENVIRONMENT,
+        "state": str(tmp_path_factory.mktemp("servers")),
+        "start_timeout_seconds": 300.0,
+    }
 
 
 @pytest.fixture(scope="session")
-def sglang_server(sglang_options: dict[str, Any], make_model: Callable[..., Path]) -> Iterator[SimpleNamespace]:
+def sglang_server(
+    sglang_options: dict[str, Any], make_model: Callable[..., Path]
+) -> Iterator[SimpleNamespace]:
     """A real sglang server for the whole session (.url, .model_path, .pid). Who updates its weights puts them back."""
-    from verippo.core.server import ServerConfig, serving
+    from verippo.core.sampling.server import ServerConfig, serving
 
     model = make_model("llama")
     with serving(ServerConfig(model=str(model), **sglang_options)) as server:
@@ -204,11 +262,15 @@ def sglang_server(sglang_options: dict[str, Any], make_model: Callable[..., Path
 def start_sglang(sglang_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
     """Starts one more server, `start_sglang(model_path, **fields of a ServerConfig) -> Server`, stopped after the test
     if the test has not killed it."""
-    from verippo.core.server import ServerConfig, serving
+    from verippo.core.sampling.server import ServerConfig, serving
 
     with ExitStack() as stack:
         yield lambda model, **fields: stack.enter_context(
-            serving(ServerConfig(**{"model": str(model), "stop_timeout_seconds": 30.0} | sglang_options | fields))
+            serving(
+                ServerConfig(
+                    **{"model": str(model), "stop_timeout_seconds": 30.0} | sglang_options | fields
+                )
+            )
         )
 
 
@@ -220,4 +282,9 @@ def fake_sglang(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{ROOT}/tests/fake_sglang.py" "$@"\n')
     python.chmod(0o755)
-    return {"python": str(python), "model": str(folder), "device": "cpu", "start_timeout_seconds": 30.0}
+    return {
+        "python": str(python),
+        "model": str(folder),
+        "device": "cpu",
+        "start_timeout_seconds": 30.0,
+    }

@@ -42,10 +42,16 @@ class Answer(NamedTuple):
     """no answer ever comes"""
 
 
-def error(status: int, message: str = "scripted", *, code: str | None = None, **headers: str) -> Answer:
+def error(
+    status: int, message: str = "scripted", *, code: str | None = None, **headers: str
+) -> Answer:
     """An error status; `retry_after="2"` becomes the header Retry-After."""
     body = json.dumps({"error": {"message": message, "type": "error", "code": code}}).encode()
-    return Answer(status=status, body=body, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    return Answer(
+        status=status,
+        body=body,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+    )
 
 
 def request_key(body: dict[str, Any]) -> str:
@@ -61,7 +67,11 @@ class LLMServer:
     """
 
     def __init__(
-        self, answer: Callable[[dict[str, Any]], str | Answer], *, api_key: str | None = None, delay_seconds: float = 0.0
+        self,
+        answer: Callable[[dict[str, Any]], str | Answer],
+        *,
+        api_key: str | None = None,
+        delay_seconds: float = 0.0,
     ) -> None:
         self.answer, self.api_key, self.delay_seconds = answer, api_key, delay_seconds
         self.bodies: list[dict[str, Any]] = []
@@ -80,7 +90,9 @@ class LLMServer:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024))
+        self._server = self._loop.run_until_complete(
+            asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self._started.set()
@@ -99,10 +111,15 @@ class LLMServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+        with contextlib.suppress(
+            asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError
+        ):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+                headers = {
+                    name.lower(): value.strip()
+                    for name, _, value in (line.partition(":") for line in head[1:])
+                }
                 data = await reader.readexactly(int(headers.get("content-length", 0)))
                 self.num_open += 1
                 self.most_open = max(self.most_open, self.num_open)
@@ -113,21 +130,29 @@ class LLMServer:
                     self.num_open -= 1
         writer.close()
 
-    async def _respond(self, path: str, headers: dict[str, str], data: bytes, writer: asyncio.StreamWriter) -> bool:
+    async def _respond(
+        self, path: str, headers: dict[str, str], data: bytes, writer: asyncio.StreamWriter
+    ) -> bool:
         """Answers one request; False when the connection is gone."""
         body = json.loads(data) if data else {}
         given = headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key is not None and given != self.api_key:
             reply = error(401, f"Incorrect API key provided: {given}")
         elif path.endswith("/models"):
-            reply = Answer(body=json.dumps({"object": "list", "data": [{"id": "scripted", "object": "model"}]}).encode())
+            reply = Answer(
+                body=json.dumps(
+                    {"object": "list", "data": [{"id": "scripted", "object": "model"}]}
+                ).encode()
+            )
         else:
             self.bodies.append(body)
             self.paths.append(path)
             self.calls[request_key(body)] += 1
             try:
                 scripted = self.answer(body)
-            except Exception as fault:  # a final error, so that the test fails at once and by its name
+            except (
+                Exception
+            ) as fault:  # a final error, so that the test fails at once and by its name
                 scripted = error(418, f"the test's script failed: {fault!r}")
             reply = Answer(text=scripted) if isinstance(scripted, str) else scripted
         await asyncio.sleep(self.delay_seconds + reply.delay_seconds)
@@ -137,8 +162,16 @@ class LLMServer:
             writer.transport.abort()
             return False
         content = reply.body if reply.body is not None else _completion(body, reply)
-        fields = {"Content-Type": "application/json", "Content-Length": str(len(content))} | reply.headers
-        head = "".join([f"HTTP/1.1 {reply.status} Scripted\r\n", *(f"{name}: {value}\r\n" for name, value in fields.items())])
+        fields = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+        } | reply.headers
+        head = "".join(
+            [
+                f"HTTP/1.1 {reply.status} Scripted\r\n",
+                *(f"{name}: {value}\r\n" for name, value in fields.items()),
+            ]
+        )
         writer.write(f"{head}\r\n".encode() + content[: len(content) - reply.missing_bytes])
         await writer.drain()
         if reply.missing_bytes:
@@ -147,20 +180,34 @@ class LLMServer:
 
 
 def _completion(body: dict[str, Any], reply: Answer) -> bytes:
-    texts = [str(message["content"]) for message in body["messages"]] if "messages" in body else [str(body.get("prompt", ""))]
+    texts = (
+        [str(message["content"]) for message in body["messages"]]
+        if "messages" in body
+        else [str(body.get("prompt", ""))]
+    )
     choice: dict[str, Any] = {"index": 0, "finish_reason": reply.finish_reason}
     if "messages" in body:
         choice["message"] = {"role": "assistant", "content": reply.text, "refusal": reply.refusal}
     else:
         choice["text"] = reply.text
     prompt_tokens, tokens = reply.prompt_tokens, reply.completion_tokens
-    prompt_tokens = sum(len(text.split()) for text in texts) if prompt_tokens is None else prompt_tokens
+    prompt_tokens = (
+        sum(len(text.split()) for text in texts) if prompt_tokens is None else prompt_tokens
+    )
     tokens = len((reply.text or "").split()) if tokens is None else tokens
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+    }
     content = {
-        "id": "scripted", "object": "chat.completion" if "messages" in body else "text_completion", "created": 0,
-        "model": body.get("model", ""), "choices": [choice] * reply.num_choices, **({"usage": usage} if reply.usage else {}),
-    }  # fmt: skip
+        "id": "scripted",
+        "object": "chat.completion" if "messages" in body else "text_completion",
+        "created": 0,
+        "model": body.get("model", ""),
+        "choices": [choice] * reply.num_choices,
+        **({"usage": usage} if reply.usage else {}),
+    }
     return json.dumps(content).encode()
 
 

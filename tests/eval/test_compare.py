@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from verippo.eval.ask import Answer, make_cases
+from verippo.eval.answering import Answer, make_cases
 from verippo.eval.config import EvalConfig
+from verippo.eval.evaluate import summary
 from verippo.eval.questions import Question
 from verippo.eval.results import item_rows
-from verippo.eval.run import summary
 from verippo.launch import cli
 
 OPTIONS = {"A": "alpha", "B": "beta"}
@@ -22,13 +22,27 @@ def evaluated(tmp_path):
     """An output folder in which the run of each item gave these letters; A is right; "-" stands for a failure."""
 
     def write(name, letters, *, runs=1, source="demo", start=0, question="Which?", **options):
-        config = EvalConfig(data="d", output="o", model=name, base_url="http://x/v1", runs=runs, **options)
+        config = EvalConfig(
+            data="d", output="o", model=name, base_url="http://x/v1", runs=runs, **options
+        )
         questions = [
-            Question(id=f"q{n}", source=source, question=f"{question} {n}", options=OPTIONS, answer_idx="A", index=n, file="f")
+            Question(
+                id=f"q{n}",
+                source=source,
+                question=f"{question} {n}",
+                options=OPTIONS,
+                answer_idx="A",
+                index=n,
+                file="f",
+            )
             for n in range(start, start + len(letters))
         ]
         cases = make_cases(questions, runs=runs, permutations=0, seed=0)
-        answers = [Answer(error="gone") if x == "-" else Answer(f"The answer is {x}.", "stop", 4) for row in letters for x in row]
+        answers = [
+            Answer(error="gone") if x == "-" else Answer(f"The answer is {x}.", "stop", 4)
+            for row in letters
+            for x in row
+        ]
         results = summary(config, item_rows(questions, cases, answers, config.scoring), [])
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
@@ -43,19 +57,31 @@ def compared(tmp_path, first, second, *options):
 
 
 def test_difference_and_mcnemar_are_those_worked_by_hand(evaluated, tmp_path, capsys):
-    first, second = evaluated("first", "AAAAAAAABB"), evaluated("second", "AABBBBBB-B", temperature=0.0)
+    first, second = (
+        evaluated("first", "AAAAAAAABB"),
+        evaluated("second", "AABBBBBB-B", temperature=0.0),
+    )
     result = compared(tmp_path, first, second)
     demo = result["sources"]["demo"]
     assert [cell["value"] for cell in demo["accuracies"]] == [0.8, 0.2]
     assert demo["difference"]["value"] == pytest.approx(-0.6)
     # resampled means of ten draws of 0 (4 in 10) and -1 (6 in 10): Binomial(10, 0.6), whose 2.5 and 97.5 % points are 3 and 9
-    assert (demo["difference"]["low"], demo["difference"]["high"]) == (pytest.approx(-0.9), pytest.approx(-0.3))
-    assert (demo["only_first"], demo["only_second"], demo["p_value"]) == (6, 0, pytest.approx(2 / 2**6))
+    assert (demo["difference"]["low"], demo["difference"]["high"]) == (
+        pytest.approx(-0.9),
+        pytest.approx(-0.3),
+    )
+    assert (demo["only_first"], demo["only_second"], demo["p_value"]) == (
+        6,
+        0,
+        pytest.approx(2 / 2**6),
+    )
     assert result["left_out"] == [0, 0]
     assert result["settings"] == {"model": ["first", "second"], "temperature": [0.5, 0.0]}
     printed = capsys.readouterr().out
     assert "left out" not in printed
-    assert re.search(r"^demo +10 +80.0% +20.0% +-60.0 +\(-90.0 to -30.0\) +6 +0 +0.0312$", printed, re.MULTILINE)
+    assert re.search(
+        r"^demo +10 +80.0% +20.0% +-60.0 +\(-90.0 to -30.0\) +6 +0 +0.0312$", printed, re.MULTILINE
+    )
     page = (tmp_path / "out" / "compare.html").read_text()
     assert page.count('data-outcome="only first right"') == 6
     assert page.count('<details class="card item"') == 6
@@ -76,31 +102,47 @@ def test_only_shared_items_count_and_the_others_are_counted(evaluated, tmp_path,
     result = compared(tmp_path, first, second)
     assert (result["shared"], result["left_out"]) == (2, [3, 1])
     assert [cell["value"] for cell in result["sources"]["demo"]["accuracies"]] == [0.5, 0.5]
-    assert f"left out: 3 items of {first} that the other has not (2 are shared)" in capsys.readouterr().out
-    assert "3 of the first and 1 of the second evaluation are left out" in (tmp_path / "out" / "compare.html").read_text()
+    assert (
+        f"left out: 3 items of {first} that the other has not (2 are shared)"
+        in capsys.readouterr().out
+    )
+    assert (
+        "3 of the first and 1 of the second evaluation are left out"
+        in (tmp_path / "out" / "compare.html").read_text()
+    )
 
 
 def test_the_same_items_in_another_order_are_compared_each_with_itself(evaluated, tmp_path):
     first, second = evaluated("first", "AAB"), evaluated("second", "ABB")
     path = tmp_path / "second" / "results.json"
     results = json.loads(path.read_text())
-    items = [item | {"id": f"demo-{n}", "index": n} for n, item in enumerate(reversed(results["items"]))]
+    items = [
+        item | {"id": f"demo-{n}", "index": n} for n, item in enumerate(reversed(results["items"]))
+    ]
     path.write_text(json.dumps(results | {"items": items}))
     result = compared(tmp_path, first, second)
     assert (result["shared"], result["left_out"]) == (3, [0, 0])
-    assert (result["sources"]["demo"]["only_first"], result["sources"]["demo"]["only_second"]) == (1, 0)
+    assert (result["sources"]["demo"]["only_first"], result["sources"]["demo"]["only_second"]) == (
+        1,
+        0,
+    )
 
 
 def test_items_of_one_id_with_another_text_are_not_the_same(evaluated, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        compared(tmp_path, evaluated("first", "AB"), evaluated("second", "AB", question="Which other?"))
+        compared(
+            tmp_path, evaluated("first", "AB"), evaluated("second", "AB", question="Which other?")
+        )
     assert caught.value.code == 2
     assert "share no item: evaluate both on the same --data" in capsys.readouterr().err
 
 
 def test_what_is_no_evaluation_is_refused(evaluated, tmp_path, capsys):
     (tmp_path / "results.json").write_text("[1]")
-    for path, message in (("nowhere", "No such file"), (str(tmp_path), "not the results.json of `verippo eval`")):
+    for path, message in (
+        ("nowhere", "No such file"),
+        (str(tmp_path), "not the results.json of `verippo eval`"),
+    ):
         with pytest.raises(SystemExit) as caught:
             compared(tmp_path, evaluated(f"first-{len(path)}", "A"), path)
         assert caught.value.code == 2

@@ -16,7 +16,10 @@ from verippo.launch import cli
         ({"model": ""}, "model is missing"),
         ({"base_url": None}, "give --base_url"),
         ({"engine": "local"}, "drop --base_url"),
-        ({"engine": "local", "base_url": None, "top_p": 0.9}, "top_p=0.9: the local engine draws from the whole distribution"),
+        (
+            {"engine": "local", "base_url": None, "top_p": 0.9},
+            "top_p=0.9: the local engine draws from the whole distribution",
+        ),
         ({"engine": "local", "base_url": None, "endpoint": "chat"}, "no endpoint chat"),
         ({"runs": 5, "temperature": 0.0}, "runs=5 at temperature=0"),
         ({"runs": 0}, "runs=0: must be at least 1"),
@@ -26,11 +29,29 @@ from verippo.launch import cli
 )
 def test_settings_that_cannot_be_are_refused_with_what_to_do(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        EvalConfig(**{"data": "d", "output": "o", "model": "m", "base_url": "http://x/v1", **options})
+        EvalConfig(
+            **{"data": "d", "output": "o", "model": "m", "base_url": "http://x/v1", **options}
+        )
 
 
 def test_an_option_given_in_the_wrong_place_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["eval", "--data", "x", "--output", "y", "--model", "m", "--base_url", "u", "--llm.temperature", "0.1"])
+        cli.main(
+            [
+                "eval",
+                "--data",
+                "x",
+                "--output",
+                "y",
+                "--model",
+                "m",
+                "--base_url",
+                "u",
+                "--llm.temperature",
+                "0.1",
+            ]
+        )
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "verippo: eval: llm.temperature=0.1: give --temperature itself\n"
+    assert (
+        capsys.readouterr().err == "verippo: eval: llm.temperature=0.1: give --temperature itself\n"
+    )

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from verippo.core.chat import DEFAULT_TEMPLATE
-from verippo.core.server import servers
+from verippo.core.sampling.server import servers
+from verippo.core.text.chat import DEFAULT_TEMPLATE
 from verippo.launch import cli
 
 pytestmark = pytest.mark.sglang
@@ -17,16 +17,36 @@ pytestmark = pytest.mark.sglang
 @pytest.fixture
 def data(tmp_path):
     options = {"A": "one", "B": "two"}
-    items = [{"question": f"Which is number {n}?", "options": options, "answer_idx": "AB"[n % 2]} for n in range(6)]
-    long = {"question": "Which? " + "very " * 900, "options": options, "answer_idx": "A"}  # over the context
+    items = [
+        {"question": f"Which is number {n}?", "options": options, "answer_idx": "AB"[n % 2]}
+        for n in range(6)
+    ]
+    long = {
+        "question": "Which? " + "very " * 900,
+        "options": options,
+        "answer_idx": "A",
+    }  # over the context
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"short": items, "long": [long]}))
     return path
 
 
 def evaluated(folder, data, *arguments):
-    options = {"data": data, "output": folder, "max_new_tokens": 8, "runs": 2, "llm.concurrency": 4, "temperature": 1.0}
-    cli.main(["eval", *[part for name, value in options.items() for part in (f"--{name}", str(value))], *arguments])
+    options = {
+        "data": data,
+        "output": folder,
+        "max_new_tokens": 8,
+        "runs": 2,
+        "llm.concurrency": 4,
+        "temperature": 1.0,
+    }
+    cli.main(
+        [
+            "eval",
+            *[part for name, value in options.items() for part in (f"--{name}", str(value))],
+            *arguments,
+        ]
+    )
     return json.loads((folder / "results.json").read_text())
 
 
@@ -35,7 +55,11 @@ def check(results):
     assert [failure["source"] for failure in results["failures"]] == ["long", "long"]
     assert "context length" in results["failures"][0]["error"]
     assert results["all"]["num"] == 7
-    assert all(1 <= answer["num_tokens"] <= 8 for item in results["items"][:6] for answer in item["answers"])
+    assert all(
+        1 <= answer["num_tokens"] <= 8
+        for item in results["items"][:6]
+        for answer in item["answers"]
+    )
 
 
 def test_a_running_server_answers_every_item_that_fits(sglang_server, data, tmp_path, capsys):
@@ -51,15 +75,38 @@ def test_greedy_answers_are_those_of_the_local_engine(sglang_server, data, tmp_p
     greedy = ["--model", sglang_server.model_path, "--temperature", "0", "--runs", "1"]
     evaluated(tmp_path / "served", data, *greedy, "--base_url", f"{sglang_server.url}/v1")
     evaluated(tmp_path / "local", data, *greedy, "--engine", "local", "--dtype", "fp32")
-    served, local = ((tmp_path / name / "answers.jsonl").read_text().splitlines() for name in ("served", "local"))
-    assert [json.loads(line)["text"] for line in served] == [json.loads(line)["text"] for line in local]
+    served, local = (
+        (tmp_path / name / "answers.jsonl").read_text().splitlines() for name in ("served", "local")
+    )
+    assert [json.loads(line)["text"] for line in served] == [
+        json.loads(line)["text"] for line in local
+    ]
     assert any(json.loads(line)["text"] for line in local)
 
 
-def test_a_server_of_its_own_is_started_templates_the_chat_itself_and_is_stopped(sglang_options, make_model, data, tmp_path):
+def test_a_server_of_its_own_is_started_templates_the_chat_itself_and_is_stopped(
+    sglang_options, make_model, data, tmp_path
+):
     model = shutil.copytree(make_model("llama"), tmp_path / "model")
     (model / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
-    fields = sglang_options | {"environment": json.dumps(sglang_options["environment"]), "state": str(tmp_path / "state")}
-    arguments = [part for name, value in fields.items() for part in (f"--server.{name}", str(value))]
-    check(evaluated(tmp_path / "eval", data, "--model", str(model), "--engine", "serve", "--endpoint", "chat", *arguments))
+    fields = sglang_options | {
+        "environment": json.dumps(sglang_options["environment"]),
+        "state": str(tmp_path / "state"),
+    }
+    arguments = [
+        part for name, value in fields.items() for part in (f"--server.{name}", str(value))
+    ]
+    check(
+        evaluated(
+            tmp_path / "eval",
+            data,
+            "--model",
+            str(model),
+            "--engine",
+            "serve",
+            "--endpoint",
+            "chat",
+            *arguments,
+        )
+    )
     assert servers(str(tmp_path / "state")) == []

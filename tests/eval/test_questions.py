@@ -12,15 +12,22 @@ from hypothesis import strategies as st
 
 from verippo.eval.questions import Question, load_questions, permutation, permuted
 
-GOOD = {"question": "Which drug?", "options": {"A": "Aspirin", "B": "Heparin"}, "answer_idx": "B", "answer": "Heparin"}
+GOOD = {
+    "question": "Which drug?",
+    "options": {"A": "Aspirin", "B": "Heparin"},
+    "answer_idx": "B",
+    "answer": "Heparin",
+}
 FAULTS = {
     "is list, expected an object": ["a question"],
     "its question is missing or empty": GOOD | {"question": "  "},
     "has no options": {key: GOOD[key] for key in ("question", "answer_idx")},
     "has no options:": GOOD | {"options": ["Aspirin", "Heparin"]},
     "has 1 options, expected 2 to 14": GOOD | {"options": {"B": "Heparin"}},
-    "has 15 options, expected 2 to 14": GOOD | {"options": dict.fromkeys(string.ascii_uppercase[:15], "x")},
-    "option 'b': expected a letter from A to Z": GOOD | {"options": {"A": "Aspirin", "b": "Heparin"}},
+    "has 15 options, expected 2 to 14": GOOD
+    | {"options": dict.fromkeys(string.ascii_uppercase[:15], "x")},
+    "option 'b': expected a letter from A to Z": GOOD
+    | {"options": {"A": "Aspirin", "b": "Heparin"}},
     "option A is None, expected text": GOOD | {"options": {"A": None, "B": "Heparin"}},
     "option A is ' ', expected text": GOOD | {"options": {"A": " ", "B": "Heparin"}},
     "holds half a character": GOOD | {"options": {"A": "half \ud800", "B": "Heparin"}},
@@ -40,7 +47,9 @@ def write(path, content):
 
 def question(num):
     options = dict(zip(string.ascii_uppercase, (f"option {n}" for n in range(num)), strict=False))
-    return Question(id="q", source="s", question="?", options=options, answer_idx="B", index=0, file="f.json")
+    return Question(
+        id="q", source="s", question="?", options=options, answer_idx="B", index=0, file="f.json"
+    )
 
 
 def test_every_published_file_at_hand_loads_whole(shared):
@@ -58,8 +67,11 @@ def test_sources_are_the_keys_and_a_list_is_named_after_its_file(tmp_path):
     second = write(tmp_path / "b.json", [GOOD])
     questions, _ = load_questions(f"{first}, {second}")
     assert [(q.source, q.id, q.index, q.file) for q in questions] == [
-        ("MedQA", "MedQA-0", 0, first), ("MedQA", "7", 1, first), ("PubMedQA", "PubMedQA-0", 0, first), ("b", "b-0", 0, second),
-    ]  # fmt: skip
+        ("MedQA", "MedQA-0", 0, first),
+        ("MedQA", "7", 1, first),
+        ("PubMedQA", "PubMedQA-0", 0, first),
+        ("b", "b-0", 0, second),
+    ]
     assert questions[0].options == GOOD["options"]
 
 
@@ -94,7 +106,10 @@ def test_an_id_that_is_null_is_none(tmp_path):
 
 
 def test_an_id_used_twice_in_a_source_is_malformed_the_second_time(tmp_path):
-    path = write(tmp_path / "e.json", {"x": [GOOD | {"id": "1"}, GOOD | {"id": 1}], "y": [GOOD | {"id": "1"}]})
+    path = write(
+        tmp_path / "e.json",
+        {"x": [GOOD | {"id": "1"}, GOOD | {"id": 1}], "y": [GOOD | {"id": "1"}]},
+    )
     questions, bad = load_questions(path)
     assert [(q.source, q.index) for q in questions] == [("x", 0), ("y", 0)]
     assert bad == [f"{path}: x item 1: id '1' is used twice"]
@@ -115,14 +130,22 @@ def test_an_answer_that_is_no_option_warns_and_the_letter_counts(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("answer", [None, "", "heparin ", "B"])
 def test_an_answer_that_agrees_or_is_missing_is_passed_over(tmp_path, answer):
-    assert load_questions(write(tmp_path / "e.json", [GOOD | {"answer": answer}]))[0][0].answer_idx == "B"
+    assert (
+        load_questions(write(tmp_path / "e.json", [GOOD | {"answer": answer}]))[0][0].answer_idx
+        == "B"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{", "not valid JSON"), ('{"src": {"question": "?"}}', "expected"), ("3", "expected"), ("[]", "holds no questions"),
-     ('{"src": []}', "holds no questions")],
-)  # fmt: skip
+    [
+        ("{", "not valid JSON"),
+        ('{"src": {"question": "?"}}', "expected"),
+        ("3", "expected"),
+        ("[]", "holds no questions"),
+        ('{"src": []}', "holds no questions"),
+    ],
+)
 def test_a_file_without_questions_is_refused_by_name(tmp_path, text, says):
     (tmp_path / "f.json").write_text(text)
     with pytest.raises(ValueError, match=rf"f\.json.*{says}"):

@@ -10,15 +10,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verippo.eval.questions import load_questions
-from verippo.eval.score import accuracy, accuracy_original, extract, extract_choice, extract_original, final_response
+from verippo.eval.score import (
+    accuracy,
+    accuracy_original,
+    extract,
+    extract_choice,
+    extract_original,
+    final_response,
+)
 
-LABELLED = [json.loads(line) for line in (Path(__file__).parent / "labelled_outputs.jsonl").read_text("utf-8").splitlines()]
+LABELLED = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "labelled_outputs.jsonl").read_text("utf-8").splitlines()
+]
 FOUR = {"A": "Amoxicillin", "B": "Ceftriaxone", "C": "Vancomycin", "D": "Metronidazole"}
-CAVITIES = ["ventral", "dorsal", "buccal", "thoracic", "pericardial", "abdominal", "spinal", "pelvic", "pleural", "cranial"]
+CAVITIES = [
+    "ventral",
+    "dorsal",
+    "buccal",
+    "thoracic",
+    "pericardial",
+    "abdominal",
+    "spinal",
+    "pelvic",
+    "pleural",
+    "cranial",
+]
 TEN = dict(zip("ABCDEFGHIJ", CAVITIES, strict=True))
 # outputs with places for letters: {0} is claimed, the others are spoken of; ⏎ is a line break
 CLAIMS, NO_CLAIMS = (
-    [line.replace("⏎", "\n") for line in (Path(__file__).parent / name).read_text("utf-8").splitlines()]
+    [
+        line.replace("⏎", "\n")
+        for line in (Path(__file__).parent / name).read_text("utf-8").splitlines()
+    ]
     for name in ("claims.txt", "no_claims.txt")
 )
 MARKS = ["**{}**", "*{}*", "__{}__", "_{}_", "`{}`", "<b>{}</b>"]
@@ -34,33 +58,53 @@ def test_the_labelled_set_is_large_varied_and_well_formed():
 
 
 def test_extraction_agrees_with_a_reader_on_99_of_100_outputs():
-    missed = [row for row in LABELLED if extract_choice(row["output"], row["options"]) != row["letter"]]
+    missed = [
+        row for row in LABELLED if extract_choice(row["output"], row["options"]) != row["letter"]
+    ]
     assert len(missed) <= len(LABELLED) / 100, missed
 
 
-@pytest.mark.parametrize("row", [row for row in LABELLED if row["letter"] is None], ids=lambda row: row["output"][-40:])
+@pytest.mark.parametrize(
+    "row", [row for row in LABELLED if row["letter"] is None], ids=lambda row: row["output"][-40:]
+)
 def test_an_output_without_an_answer_gives_none(row):
     assert extract(row["output"], row["options"]).letter is None
 
 
 def test_real_items_have_the_letter_that_is_written_and_their_stems_and_lists_have_none(shared):
     """Styles whose letter is known, and what gives none, over every option of the items at hand: texts of all shapes."""
-    questions, _ = load_questions(",".join(str(file) for file in sorted((shared / "data").glob("*.json"))))
+    questions, _ = load_questions(
+        ",".join(str(file) for file in sorted((shared / "data").glob("*.json")))
+    )
     missed, false = [], []
     for n, question in enumerate(questions[::3]):
-        options = {letter: " ".join(text.split()) for letter, text in question.options.items()}  # as a model writes them
+        options = {
+            letter: " ".join(text.split()) for letter, text in question.options.items()
+        }  # as a model writes them
         letter = list(options)[n % len(options)]
-        weighed = [f"{x}. {text}: this {'fits' if x == letter else 'does not fit'}." for x, text in options.items()]
+        weighed = [
+            f"{x}. {text}: this {'fits' if x == letter else 'does not fit'}."
+            for x, text in options.items()
+        ]
         listed = "\n".join(f"{x}. {text}" for x, text in options.items())
         for output in (
-            f"{letter}. {options[letter]}", f"So $\\boxed{{{letter}. {options[letter]}}}$", f"正确答案是{letter}。",
+            f"{letter}. {options[letter]}",
+            f"So $\\boxed{{{letter}. {options[letter]}}}$",
+            f"正确答案是{letter}。",
             f"**{letter}. {options[letter]}** is the best answer, because it fits.",
             f"The correct option is {letter}: {options[letter]}.\n\nExplanation: the others do not fit.",
             "Let's see.\n\n" + "\n".join(weighed) + f"\n\nTherefore, the answer is **{letter}**.",
-        ):  # fmt: skip
+        ):
             missed += [output] * (extract_choice(output, options) != letter)
-        commented = "\n\n".join(f"{x}. {text}: to be weighed against the vignette." for x, text in options.items())
-        for output in (question.question, listed, f"{question.question}\n\n{listed}", f"Let's go through them:\n\n{commented}"):
+        commented = "\n\n".join(
+            f"{x}. {text}: to be weighed against the vignette." for x, text in options.items()
+        )
+        for output in (
+            question.question,
+            listed,
+            f"{question.question}\n\n{listed}",
+            f"Let's go through them:\n\n{commented}",
+        ):
             false += [output] * (extract_choice(output, options) is not None)
     assert not missed
     assert len(false) <= len(questions) / 1000  # an item's question may be one of its options
@@ -88,7 +132,11 @@ def test_what_claims_nothing_is_no_answer_whatever_its_letter(claim, letters):
     assert extract_choice(claim.format(*letters), TEN) is None
 
 
-@given(claims=st.lists(st.sampled_from(CLAIMS + NO_CLAIMS), min_size=1, max_size=3), letters=LETTERS, order=LETTERS)
+@given(
+    claims=st.lists(st.sampled_from(CLAIMS + NO_CLAIMS), min_size=1, max_size=3),
+    letters=LETTERS,
+    order=LETTERS,
+)
 def test_other_letters_for_the_same_options_give_the_same_option(claims, letters, order):
     """Letters permuted in output and options alike: the answer is permuted, and nothing else changes."""
     renamed = dict(zip(TEN, order, strict=True))
@@ -105,21 +153,38 @@ def test_any_text_at_all_gives_an_option_or_none(output, num):
 
 
 def test_only_the_final_response_is_read():
-    assert final_response("## Thinking\n\nB\n\n## Final Response\n\nC ## Final Response\n\nD") == "D"
+    assert (
+        final_response("## Thinking\n\nB\n\n## Final Response\n\nC ## Final Response\n\nD") == "D"
+    )
     assert final_response("<think>B</think>\nC") == "C"
-    assert final_response("## Thinking\n\nThe answer is B") == final_response("<think>The answer is B") == ""
+    assert (
+        final_response("## Thinking\n\nThe answer is B")
+        == final_response("<think>The answer is B")
+        == ""
+    )
     assert final_response(" no heading ") == "no heading"
 
 
 def test_of_several_claims_the_last_counts_and_the_conflict_is_told():
     found = extract("The answer is A. Wait. The answer is C.", FOUR)
-    assert (found.letter, found.rule, found.num_statements, found.conflicting) == ("C", "statement", 2, True)
+    assert (found.letter, found.rule, found.num_statements, found.conflicting) == (
+        "C",
+        "statement",
+        2,
+        True,
+    )
     assert not extract("The answer is C. Yes, the answer is C.", FOUR).conflicting
 
 
 @pytest.mark.parametrize(
     ("output", "rule"),
-    [("The answer is B.", "statement"), ("B", "letter"), ("B. Ceftriaxone", "letter"), ("Ceftriaxone", "text"), ("None", "none")],
+    [
+        ("The answer is B.", "statement"),
+        ("B", "letter"),
+        ("B. Ceftriaxone", "letter"),
+        ("Ceftriaxone", "text"),
+        ("None", "none"),
+    ],
 )
 def test_the_rule_that_decided_is_told(output, rule):
     assert extract(output, FOUR).rule == rule
@@ -162,11 +227,19 @@ def test_accuracy_counts_no_answer_as_wrong():
 
 
 def test_the_original_drops_empty_answers_and_lets_the_labels_choose_the_rule():
-    outputs = ["B is wrong, so A.", "", "## Thinking\n\nA\n\n## Final Response\n\nB. Not C, not D.", "No idea"]
+    outputs = [
+        "B is wrong, so A.",
+        "",
+        "## Thinking\n\nA\n\n## Final Response\n\nB. Not C, not D.",
+        "No idea",
+    ]
     answers = ["A", "A", "D", "B"]
     readings = [extract_original(output, FOUR) for output in outputs]
     assert readings == [("B", "A"), None, ("B", "D"), (None, None)]
-    assert accuracy_original(readings, answers) == (2 / 3, 3)  # by the last option named; by the first it is 0 of 3
+    assert accuracy_original(readings, answers) == (
+        2 / 3,
+        3,
+    )  # by the last option named; by the first it is 0 of 3
     ours = [extract_choice(output, FOUR) for output in outputs]
     assert ours == ["A", None, "B", None]
     assert accuracy(ours, answers) == 1 / 4

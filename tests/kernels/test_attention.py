@@ -17,7 +17,9 @@ from verippo.kernels.attention import choose_backend, varlen_attention
 def inputs(lengths, heads, kv_heads, dim, *, dtype=torch.float64, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     qkv = [
-        torch.randn(sum(lengths), n, dim, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        torch.randn(sum(lengths), n, dim, generator=generator, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
         for n in (heads, kv_heads, kv_heads)
     ]
     return qkv, list(accumulate(lengths, initial=0))
@@ -25,14 +27,22 @@ def inputs(lengths, heads, kv_heads, dim, *, dtype=torch.float64, seed=0, device
 
 def test_two_tokens_worked_by_hand():
     # Token 0 sees itself alone. Token 1: scores ln 3 * (0, 1), weights 1/4 and 3/4, output 1/4 * 1 + 3/4 * 5 = 4.
-    query, key, value = (torch.tensor(x).view(2, 1, 1) for x in ([7.0, math.log(3)], [0.0, 1.0], [1.0, 5.0]))
-    assert varlen_attention(query, key, value, [0, 2], 2).flatten().tolist() == pytest.approx([1.0, 4.0])
+    query, key, value = (
+        torch.tensor(x).view(2, 1, 1) for x in ([7.0, math.log(3)], [0.0, 1.0], [1.0, 5.0])
+    )
+    assert varlen_attention(query, key, value, [0, 2], 2).flatten().tolist() == pytest.approx(
+        [1.0, 4.0]
+    )
 
 
 def test_scale_multiplies_the_scores_worked_by_hand():
     # Scale 2 squares the odds 1:3 to 1:9: 1/10 * 1 + 9/10 * 5 = 4.6
-    query, key, value = (torch.tensor(x).view(2, 1, 1) for x in ([7.0, math.log(3)], [0.0, 1.0], [1.0, 5.0]))
-    assert varlen_attention(query, key, value, [0, 2], 2, scale=2.0).flatten().tolist() == pytest.approx([1.0, 4.6])
+    query, key, value = (
+        torch.tensor(x).view(2, 1, 1) for x in ([7.0, math.log(3)], [0.0, 1.0], [1.0, 5.0])
+    )
+    assert varlen_attention(
+        query, key, value, [0, 2], 2, scale=2.0
+    ).flatten().tolist() == pytest.approx([1.0, 4.6])
 
 
 @settings(max_examples=25, deadline=None)
@@ -48,7 +58,9 @@ def test_values_and_gradients_equal_the_explicit_softmax_in_float64(lengths, hea
     expected = reference.varlen_attention(*qkv, boundaries, scale=scale)
     assert got.shape == qkv[0].shape
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    factor = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    factor = torch.randn(
+        got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     if sum(lengths) > 0:
         a, b = (torch.autograd.grad((out * factor).sum(), qkv) for out in (got, expected))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
@@ -62,7 +74,10 @@ def test_equals_the_float64_twin_within_the_dtype(dtype, tolerance):
     wide = [x.detach().double().requires_grad_() for x in qkv]
     expected = reference.varlen_attention(*wide, boundaries)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
-    grads, wide_grads = torch.autograd.grad(got.sum(), qkv), torch.autograd.grad(expected.sum(), wide)
+    grads, wide_grads = (
+        torch.autograd.grad(got.sum(), qkv),
+        torch.autograd.grad(expected.sum(), wide),
+    )
     for a, b in zip(grads, wide_grads, strict=True):
         assert float((a.double() - b).abs().max() / b.abs().max()) < tolerance
 
@@ -70,7 +85,9 @@ def test_equals_the_float64_twin_within_the_dtype(dtype, tolerance):
 def test_boundaries_as_a_tensor_or_a_list_are_the_same():
     qkv, boundaries = inputs([3, 4], 2, 1, 8)
     expected = varlen_attention(*qkv, boundaries, 4)
-    assert torch.equal(varlen_attention(*qkv, torch.tensor(boundaries, dtype=torch.int32), 4), expected)
+    assert torch.equal(
+        varlen_attention(*qkv, torch.tensor(boundaries, dtype=torch.int32), 4), expected
+    )
     assert torch.equal(varlen_attention(*qkv, tuple(boundaries), 4), expected)
 
 
@@ -88,7 +105,9 @@ def test_a_sequence_full_of_nan_reaches_no_other():
 def test_later_tokens_change_nothing_before_them():
     qkv, boundaries = inputs([6], 2, 2, 8)
     shorter = varlen_attention(*(x[:4] for x in qkv), [0, 4], 4)
-    torch.testing.assert_close(varlen_attention(*qkv, boundaries, 6)[:4], shorter, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        varlen_attention(*qkv, boundaries, 6)[:4], shorter, rtol=0, atol=1e-14
+    )
 
 
 def test_no_tokens_stay_connected_to_the_graph():
@@ -109,13 +128,17 @@ def test_flash_attn_comes_before_torch_and_torch_before_sdpa(monkeypatch):
     find_spec = importlib.util.find_spec
     for installed, expected in ((True, "flash_attn"), (False, "torch_varlen")):
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, installed=installed: installed and find_spec("torch") or None
+            importlib.util,
+            "find_spec",
+            lambda name, installed=installed: installed and find_spec("torch") or None,
         )
         attention._fused_backend.cache_clear()
         assert attention._fused_backend() == expected
     import torch.nn.attention.varlen as varlen
 
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None
+    )
     attention._fused_backend.cache_clear()
     assert attention._fused_backend() == "sdpa"
     attention._fused_backend.cache_clear()
@@ -148,11 +171,22 @@ def test_torch_varlen_is_called_as_its_signature_says(monkeypatch):
 
 def test_flash_attn_is_called_as_its_signature_says(monkeypatch):
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
     ):
         assert causal is True
         assert dropout_p == 0.0
-        return twin_of_a_fused_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
+        return twin_of_a_fused_kernel(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
+        )
 
     module = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func
@@ -188,7 +222,11 @@ def test_wrong_shapes_are_refused(query, key, value, boundaries, message):
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 def test_gpu_equals_the_float64_twin(dtype, heads):
     qkv, boundaries = inputs([65, 1, 200, 31], *heads, 64, dtype=dtype, device="cuda")
-    backends = ["sdpa"] if dtype == torch.float32 else list(dict.fromkeys(["sdpa", attention._fused_backend()]))
+    backends = (
+        ["sdpa"]
+        if dtype == torch.float32
+        else list(dict.fromkeys(["sdpa", attention._fused_backend()]))
+    )
     wide = [x.detach().double().requires_grad_() for x in qkv]
     expected = reference.varlen_attention(*wide, boundaries)
     wide_grads = torch.autograd.grad(expected.sum(), wide)

@@ -100,7 +100,12 @@ def test_no_elements_and_one_element():
         (torch.zeros(3), torch.zeros(2), None, "shapes"),
         (torch.zeros(3, 1), torch.zeros(3, 1), None, "shapes"),
         (torch.zeros(3), torch.zeros(3, dtype=torch.float64), None, "one floating-point dtype"),
-        (torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), None, "one floating-point dtype"),
+        (
+            torch.zeros(3, dtype=torch.int64),
+            torch.zeros(3, dtype=torch.int64),
+            None,
+            "one floating-point dtype",
+        ),
         (torch.zeros(3), torch.zeros(3), -1, "max_length is -1"),
     ],
 )

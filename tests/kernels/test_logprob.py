@@ -15,14 +15,24 @@ from verippo.kernels.logprob import linear_logprobs
 
 def inputs(n, h, v, *, dtype=torch.float32, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, h, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
-    weight = torch.randn(v, h, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    hidden = (
+        torch.randn(n, h, generator=generator, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+    )
+    weight = (
+        torch.randn(v, h, generator=generator, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+    )
     return hidden, weight, torch.randint(v, (n,), generator=generator).to(device)
 
 
 def gradients(outputs, weights, *leaves):
     """Gradients of the weighted sum of several outputs."""
-    return torch.autograd.grad(sum((out * w).sum() for out, w in zip(outputs, weights, strict=True)), leaves)
+    return torch.autograd.grad(
+        sum((out * w).sum() for out, w in zip(outputs, weights, strict=True)), leaves
+    )
 
 
 def relative_error(got, expected):
@@ -40,7 +50,9 @@ def test_two_words_worked_by_hand():
 def test_temperature_one_half_squares_the_odds_worked_by_hand():
     # odds 1:3 become 1:9
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(3)]])
-    assert linear_logprobs(hidden, weight, torch.tensor([1]), temperature=0.5).item() == pytest.approx(math.log(0.9))
+    assert linear_logprobs(
+        hidden, weight, torch.tensor([1]), temperature=0.5
+    ).item() == pytest.approx(math.log(0.9))
 
 
 def test_gradients_worked_by_hand():
@@ -64,11 +76,17 @@ def test_gradients_worked_by_hand():
 def test_values_and_gradients_equal_dense_twin_in_float64(n, h, v, chunk, temperature, seed):
     hidden, weight, targets = inputs(n, h, v, dtype=torch.float64, seed=seed)
     expected = reference.linear_logprobs(hidden, weight, targets, temperature=temperature)
-    got = linear_logprobs(hidden, weight, targets, temperature=temperature, with_entropy=True, chunk_tokens=chunk)
+    got = linear_logprobs(
+        hidden, weight, targets, temperature=temperature, with_entropy=True, chunk_tokens=chunk
+    )
     factors = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    for a, b in zip(gradients(got, factors, hidden, weight), gradients(expected, factors, hidden, weight), strict=True):
+    for a, b in zip(
+        gradients(got, factors, hidden, weight),
+        gradients(expected, factors, hidden, weight),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -81,7 +99,11 @@ def test_gradients_equal_dense_autograd_to_1e_6_in_fp32(with_entropy):
     if not with_entropy:
         got, expected = (got,), expected[:1]
     factors = factors[: len(got)]
-    for a, b in zip(gradients(got, factors, hidden, weight), gradients(expected, factors, hidden, weight), strict=True):
+    for a, b in zip(
+        gradients(got, factors, hidden, weight),
+        gradients(expected, factors, hidden, weight),
+        strict=True,
+    ):
         assert relative_error(a, b) < 1e-6
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -91,7 +113,9 @@ def test_numerical_gradients_agree(with_entropy):
     hidden, weight, targets = inputs(5, 3, 7, dtype=torch.float64)
 
     def function(hidden, weight):
-        return linear_logprobs(hidden, weight, targets, temperature=1.3, with_entropy=with_entropy, chunk_tokens=2)
+        return linear_logprobs(
+            hidden, weight, targets, temperature=1.3, with_entropy=with_entropy, chunk_tokens=2
+        )
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
 
@@ -110,7 +134,9 @@ def test_chunk_size_changes_nothing():
     hidden, weight, targets = inputs(37, 5, 19, dtype=torch.float64)
     whole = linear_logprobs(hidden, weight, targets, chunk_tokens=1000)
     for chunk in (1, 2, 36, 37, 38):
-        torch.testing.assert_close(linear_logprobs(hidden, weight, targets, chunk_tokens=chunk), whole, rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            linear_logprobs(hidden, weight, targets, chunk_tokens=chunk), whole, rtol=0, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
@@ -153,12 +179,16 @@ def test_low_precision_is_accumulated_in_fp32(dtype):
     wide_hidden, wide_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     expected = reference.linear_logprobs(wide_hidden, wide_weight, targets)
     assert got.logprobs.dtype == got.entropy.dtype == torch.float32
-    for a, b in zip(got, expected, strict=True):  # from the same rounded inputs: only fp32 sums differ
+    for a, b in zip(
+        got, expected, strict=True
+    ):  # from the same rounded inputs: only fp32 sums differ
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5)
     factors = torch.ones(2, 70)
     grads = gradients(got, factors, hidden, weight)
     assert [g.dtype for g in grads] == [dtype, dtype]
-    for a, b in zip(grads, gradients(expected, factors.double(), wide_hidden, wide_weight), strict=True):
+    for a, b in zip(
+        grads, gradients(expected, factors.double(), wide_hidden, wide_weight), strict=True
+    ):
         assert relative_error(a, b) < 2**-8  # one rounding to bf16
 
 
@@ -177,7 +207,11 @@ def test_low_precision_is_accumulated_in_fp32(dtype):
     ],
 )
 def test_wrong_arguments_are_refused_by_name(changes, message):
-    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "targets": torch.tensor([0, 1, 4])} | changes
+    arguments = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(5, 4),
+        "targets": torch.tensor([0, 1, 4]),
+    } | changes
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**arguments)
 
@@ -225,7 +259,9 @@ def peak_memory_mib(form):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_peak_memory_at_4096_tokens_and_32000_words_is_under_an_eighth_of_the_dense_form():
-    dense, chunked, with_entropy = (peak_memory_mib(form) for form in ("dense", "chunked", "entropy"))
+    dense, chunked, with_entropy = (
+        peak_memory_mib(form) for form in ("dense", "chunked", "entropy")
+    )
     assert dense > 1000  # logits and log-softmax alone are 1000 MiB: the measure works
     assert chunked < dense / 8
     assert with_entropy < dense / 8

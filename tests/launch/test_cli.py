@@ -23,9 +23,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verippo.core.chat import render_prompt, render_response
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.model import load_tokenizer
+from verippo.core.text.chat import render_prompt, render_response
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
+from verippo.core.training.model import load_tokenizer
 from verippo.launch import cli
 from verippo.rl.config import PPOConfig
 
@@ -45,12 +45,28 @@ OF_THE_MACHINE = re.compile("seconds_.*|tokens_per_second|peak_memory_gib")
 def arguments(output, **changes):
     """`verippo ppo` small and exact, as a list of arguments. A double underscore stands for a dot; None takes an option out."""
     options = {
-        "output": output, "verifier__kind": "exact", "steps": 4, "prompts_per_step": 6, "epochs": 2, "minibatches": 2,
-        "max_prompt_tokens": 70, "sampling__max_new_tokens": 31, "sampling__temperature": 0.9, "max_tokens_per_gpu": 256,
-        "zero_stage": 2, "dtype": "fp32", "gradient_checkpointing": "false", "policy_learning_rate": 3e-4,
-        "critic_learning_rate": 1e-2, "log_to": "jsonl",
-    } | changes  # fmt: skip
-    listed = [(f"--{name.replace('__', '.')}", str(value)) for name, value in options.items() if value is not None]
+        "output": output,
+        "verifier__kind": "exact",
+        "steps": 4,
+        "prompts_per_step": 6,
+        "epochs": 2,
+        "minibatches": 2,
+        "max_prompt_tokens": 70,
+        "sampling__max_new_tokens": 31,
+        "sampling__temperature": 0.9,
+        "max_tokens_per_gpu": 256,
+        "zero_stage": 2,
+        "dtype": "fp32",
+        "gradient_checkpointing": "false",
+        "policy_learning_rate": 3e-4,
+        "critic_learning_rate": 1e-2,
+        "log_to": "jsonl",
+    } | changes
+    listed = [
+        (f"--{name.replace('__', '.')}", str(value))
+        for name, value in options.items()
+        if value is not None
+    ]
     return ["ppo", *[part for option in listed for part in option]]
 
 
@@ -59,7 +75,10 @@ def rows_of(folder, name="metrics"):
 
 
 def without_machine(rows):
-    return [{key: value for key, value in row.items() if not OF_THE_MACHINE.fullmatch(key)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not OF_THE_MACHINE.fullmatch(key)}
+        for row in rows
+    ]
 
 
 def same_weights(first, second):
@@ -88,7 +107,10 @@ def question(number):
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """Twelve problems; the question in row 5 is too long for max_prompt_tokens."""
-    rows = [{QUESTION_KEY: question(n) * (3 if n == 5 else 1), ANSWER_KEY: str(n % 2)} for n in range(12)]
+    rows = [
+        {QUESTION_KEY: question(n) * (3 if n == 5 else 1), ANSWER_KEY: str(n % 2)}
+        for n in range(12)
+    ]
     path = tmp_path_factory.mktemp("data") / "problems.json"
     path.write_text(json.dumps(rows))
     return path
@@ -107,7 +129,11 @@ def taught_policy(make_model, tmp_path_factory):
         labels = torch.full_like(ids, -100)
         for n in range(12):
             answer = rng.choice("01")
-            text = render_response(rng.choice(["Halve.", "Halve.", "Halve it."]), answer) if rng.random() < 0.9 else answer
+            text = (
+                render_response(rng.choice(["Halve.", "Halve.", "Halve it."]), answer)
+                if rng.random() < 0.9
+                else answer
+            )
             prompt = render_prompt(tokenizer, question(n))
             response = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
             ids[n, : len(prompt) + len(response)] = torch.tensor(prompt + response)
@@ -125,9 +151,13 @@ def taught_policy(make_model, tmp_path_factory):
 def settings(taught_policy, problems):
     """What the reference run is told beyond `arguments`: an evaluation each second step, a checkpoint each step."""
     return {
-        "policy": taught_policy, "data": problems, "eval_fraction": 0.3, "eval_every": 2, "save_every": 1,
+        "policy": taught_policy,
+        "data": problems,
+        "eval_fraction": 0.3,
+        "eval_every": 2,
+        "save_every": 1,
         "steps": 6,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +165,9 @@ def unbroken(settings, tmp_path_factory):
     """The output folder of a run that nothing disturbed. It reads most of its settings from a YAML file."""
     folder = tmp_path_factory.mktemp("runs")
     listed = arguments(folder / "unbroken", **settings)[1:]
-    plain = dict(zip([name[2:] for name in listed[::2]], map(yaml.safe_load, listed[1::2]), strict=True))
+    plain = dict(
+        zip([name[2:] for name in listed[::2]], map(yaml.safe_load, listed[1::2]), strict=True)
+    )
     nested = {}
     for name, value in plain.items():
         outer, _, inner = name.rpartition(".")
@@ -150,7 +182,9 @@ def test_every_metric_of_the_interface_is_there_each_step_and_is_a_number(unbrok
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
         assert row.keys() >= METRICS
-        assert all(isinstance(row[name], (int, float)) and math.isfinite(row[name]) for name in METRICS)
+        assert all(
+            isinstance(row[name], (int, float)) and math.isfinite(row[name]) for name in METRICS
+        )
 
 
 def test_the_ratio_starts_at_one_and_the_kl_at_zero_and_then_both_move(unbroken):
@@ -176,24 +210,40 @@ def test_options_override_the_yaml_file_and_config_yaml_shows_what_was_used(unbr
     used = yaml.safe_load((unbroken / "config.yaml").read_text())
     assert used.keys() == {field.name for field in dataclasses.fields(PPOConfig)}
     assert (used["steps"], used["gamma"]) == (6, 1.0)  # the file says 77 and 0.9
-    assert (used["epochs"], used["sampling"]["max_new_tokens"], used["verifier"]["kind"]) == (2, 31, "exact")
+    assert (used["epochs"], used["sampling"]["max_new_tokens"], used["verifier"]["kind"]) == (
+        2,
+        31,
+        "exact",
+    )
     assert used["policy"] == str(settings["policy"])
 
 
 def test_the_model_loads_in_transformers_and_has_moved(unbroken, taught_policy):
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (taught_policy, unbroken / "model"))
-    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (taught_policy, unbroken / "model")
+    )
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    ]
     assert all(moved)
     tokenizer = AutoTokenizer.from_pretrained(unbroken / "model")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(taught_policy).get_vocab()
     ids = torch.tensor([tokenizer.encode(question(3))])
-    assert after.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert (
+        after.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False
+        ).shape[1]
+        > ids.shape[1]
+    )
 
 
 def test_there_is_an_evaluation_before_the_first_step_each_second_and_after_the_last(unbroken):
     rows = rows_of(unbroken, "eval")
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
-    assert all(row["num"] == 3 for row in rows)  # 0.3 of 12, rounded; the over-long one is among the four
+    assert all(
+        row["num"] == 3 for row in rows
+    )  # 0.3 of 12, rounded; the over-long one is among the four
     assert (unbroken / "report.html").read_text().startswith("<!")
 
 
@@ -203,9 +253,13 @@ def test_no_more_checkpoints_are_kept_than_asked_besides_the_best(unbroken):
     assert len(kept) <= 3
 
 
-def test_an_over_long_prompt_is_dropped_counted_and_named(taught_policy, problems, tmp_path, capsys):
+def test_an_over_long_prompt_is_dropped_counted_and_named(
+    taught_policy, problems, tmp_path, capsys
+):
     cli.main(arguments(tmp_path / "out", policy=taught_policy, data=problems, steps=1))
-    assert "dropped 1 training problems over max_prompt_tokens=70: rows 5\n" in capsys.readouterr().out
+    assert (
+        "dropped 1 training problems over max_prompt_tokens=70: rows 5\n" in capsys.readouterr().out
+    )
 
 
 def test_the_same_command_gives_the_same_run_bit_for_bit(unbroken, settings, tmp_path):
@@ -215,12 +269,16 @@ def test_the_same_command_gives_the_same_run_bit_for_bit(unbroken, settings, tmp
     assert same_weights(tmp_path / "again", unbroken)
 
 
-def test_a_run_killed_at_any_moment_and_started_again_ends_like_the_unbroken_one(unbroken, settings, tmp_path, capfd):
+def test_a_run_killed_at_any_moment_and_started_again_ends_like_the_unbroken_one(
+    unbroken, settings, tmp_path, capfd
+):
     output = tmp_path / "killed"
     delay = random.uniform(0.0, 2.0)
     with (tmp_path / "stderr").open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "verippo.launch.cli", *arguments(output, **settings)], stderr=stderr, start_new_session=True
+            [sys.executable, "-m", "verippo.launch.cli", *arguments(output, **settings)],
+            stderr=stderr,
+            start_new_session=True,
         )
         deadline = time.monotonic() + 90
         while not (output / "checkpoints" / "latest").exists():
@@ -243,7 +301,9 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_like_the_unbroken_one
     assert same_weights(output, unbroken)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_logs_no_step_twice(unbroken, settings, tmp_path, monkeypatch):
+def test_a_run_stopped_before_its_first_checkpoint_logs_no_step_twice(
+    unbroken, settings, tmp_path, monkeypatch
+):
     output = tmp_path / "early"
 
     def interrupt(*_, **__):
@@ -266,15 +326,21 @@ def test_a_run_stopped_before_its_first_checkpoint_logs_no_step_twice(unbroken, 
 @pytest.fixture
 def given(settings, tmp_path):
     """settings with changes -> arguments"""
-    return lambda **changes: arguments(changes.pop("output", tmp_path / "out"), **settings | changes)
+    return lambda **changes: arguments(
+        changes.pop("output", tmp_path / "out"), **settings | changes
+    )
 
 
-def test_a_missing_key_and_an_empty_answer_are_named_with_their_row(capsys, given, problems, tmp_path):
+def test_a_missing_key_and_an_empty_answer_are_named_with_their_row(
+    capsys, given, problems, tmp_path
+):
     rows = json.loads(problems.read_text())
     path = tmp_path / "broken.json"
     del rows[7][ANSWER_KEY]
     path.write_text(json.dumps(rows))
-    assert f"data {path}: row 7: no key 'Ground-True Answer'; it has {QUESTION_KEY}" in refused(capsys, given(data=path))
+    assert f"data {path}: row 7: no key 'Ground-True Answer'; it has {QUESTION_KEY}" in refused(
+        capsys, given(data=path)
+    )
     rows[7][ANSWER_KEY] = " "
     path.write_text(json.dumps(rows))
     assert f"data {path}: row 7: 'Ground-True Answer' is empty" in refused(capsys, given(data=path))
@@ -283,12 +349,16 @@ def test_a_missing_key_and_an_empty_answer_are_named_with_their_row(capsys, give
 def test_a_file_of_the_wrong_type_or_that_is_not_there_is_refused(capsys, given, tmp_path):
     (tmp_path / "data.txt").write_text("hello")
     (tmp_path / "data.json").write_text("hello")
-    assert "cannot read .txt: give .json, .jsonl, .parquet" in refused(capsys, given(data=tmp_path / "data.txt"))
+    assert "cannot read .txt: give .json, .jsonl, .parquet" in refused(
+        capsys, given(data=tmp_path / "data.txt")
+    )
     assert "not valid JSON" in refused(capsys, given(data=tmp_path / "data.json"))
     assert "no such file" in refused(capsys, given(data=tmp_path / "nothing.json"))
 
 
-def test_a_critic_with_another_vocabulary_is_refused_and_both_are_named(capsys, given, make_model, taught_policy):
+def test_a_critic_with_another_vocabulary_is_refused_and_both_are_named(
+    capsys, given, make_model, taught_policy
+):
     critic = make_model("llama", seed=12)
     tokenizer = AutoTokenizer.from_pretrained(critic)
     tokenizer.add_tokens(["pneumothorax"])
@@ -297,19 +367,30 @@ def test_a_critic_with_another_vocabulary_is_refused_and_both_are_named(capsys, 
     assert f"{taught_policy} and {critic} do not share a vocabulary" in line
 
 
-def test_models_that_are_missing_or_of_the_wrong_kind_are_refused(capsys, given, make_model, tmp_path):
+def test_models_that_are_missing_or_of_the_wrong_kind_are_refused(
+    capsys, given, make_model, tmp_path
+):
     policy = make_model("llama", seed=13)
-    assert f"model {tmp_path}/none: no such folder" in refused(capsys, given(policy=tmp_path / "none"))
-    assert "model none: no tokenizer: not a folder here, and as a hub id" in refused(capsys, given(policy="none"))
+    assert f"model {tmp_path}/none: no such folder" in refused(
+        capsys, given(policy=tmp_path / "none")
+    )
+    assert "model none: no tokenizer: not a folder here, and as a hub id" in refused(
+        capsys, given(policy="none")
+    )
     line = refused(capsys, given(verifier__kind="classifier", verifier__model=policy))
     assert f"model {policy}: no classification head" in line
-    assert "over the context of" in refused(capsys, given(max_prompt_tokens=3000, max_tokens_per_gpu=4000))
+    assert "over the context of" in refused(
+        capsys, given(max_prompt_tokens=3000, max_tokens_per_gpu=4000)
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"minibatches": 4}, "6 rollouts a step (prompts_per_step x samples_per_prompt) do not divide into minibatches=4"),
+        (
+            {"minibatches": 4},
+            "6 rollouts a step (prompts_per_step x samples_per_prompt) do not divide into minibatches=4",
+        ),
         ({"prompts_per_step": 9, "minibatches": 1}, "prompts_per_step=9 needs as many at least"),
         ({"nonsense": 3}, "nonsense"),
         ({"kl__nonsense": 3}, "nonsense"),
@@ -317,12 +398,15 @@ def test_models_that_are_missing_or_of_the_wrong_kind_are_refused(capsys, given,
         ({"verifier__kind": "oracle"}, "oracle"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"data": None}, "data"),
-        ({"verifier__kind": "function", "verifier__function": "nowhere:score"}, "verifier.function=nowhere:score: No module"),
+        (
+            {"verifier__kind": "function", "verifier__function": "nowhere:score"},
+            "verifier.function=nowhere:score: No module",
+        ),
         ({"rollout_function": "json:nothing"}, "rollout_function=json:nothing: "),
         ({"resume": "nowhere"}, "resume nowhere: no checkpoint there"),
         ({"offload": "all"}, "offload=all needs zero_stage=3, got zero_stage=2"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_work_are_refused_in_one_line(capsys, given, changes, part):
     assert part in refused(capsys, given(**changes))
 
@@ -332,10 +416,15 @@ def test_an_unknown_key_in_the_yaml_file_is_refused(capsys, given, tmp_path):
     assert "cofe" in refused(capsys, given(config=tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize(("text", "name"), [("epochs: null", "epochs"), ("kl: null", "kl"), ("kl: {coef: null}", "kl.coef")])
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("epochs: null", "epochs"), ("kl: null", "kl"), ("kl: {coef: null}", "kl.coef")],
+)
 def test_a_null_where_a_value_is_needed_is_refused(capsys, given, tmp_path, text, name):
     (tmp_path / "run.yaml").write_text(text)
-    assert f"ppo: {name} is null: give a value" in refused(capsys, given(config=tmp_path / "run.yaml"))
+    assert f"ppo: {name} is null: give a value" in refused(
+        capsys, given(config=tmp_path / "run.yaml")
+    )
 
 
 def test_an_unknown_command_is_refused_and_the_known_ones_listed(capsys):
@@ -351,7 +440,9 @@ def test_an_output_that_cannot_be_written_is_refused(capsys, given, problems):
         assert "output /proc/x: cannot write there" in refused(capsys, given(output="/proc/x"))
 
 
-def test_a_full_disk_is_named_at_the_start_and_at_a_checkpoint(capsys, given, monkeypatch, tmp_path):
+def test_a_full_disk_is_named_at_the_start_and_at_a_checkpoint(
+    capsys, given, monkeypatch, tmp_path
+):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -375,8 +466,14 @@ def test_another_run_is_not_overwritten_when_told_never_to_resume(capsys, given,
 
 def documented_fields(config, prefix=""):
     """(option, docstring) of every field, nested ones with a dot, from the source text."""
-    source = "".join(inspect.getsource(part) for part in config.__mro__[:-1])  # fields may be inherited
-    nested = {f.name: f.default_factory for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.default_factory)}
+    source = "".join(
+        inspect.getsource(part) for part in config.__mro__[:-1]
+    )  # fields may be inherited
+    nested = {
+        f.name: f.default_factory
+        for f in dataclasses.fields(config)
+        if dataclasses.is_dataclass(f.default_factory)
+    }
     for field in dataclasses.fields(config):
         if field.name in nested:
             yield from documented_fields(nested[field.name], f"{prefix}{field.name}.")
@@ -414,7 +511,9 @@ def test_print_config_is_yaml_with_every_field_that_reads_back(capsys, tmp_path)
     given = {"policy": "p", "data": "d", "output": "o", "steps": 3}
     verifier = printed["verifier"] | {"kind": "exact"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(printed | given | {"verifier": verifier}))
-    config, resolved = cli.parse(PPOConfig, ["--config", str(tmp_path / "run.yaml")], program="verippo ppo")
+    config, resolved = cli.parse(
+        PPOConfig, ["--config", str(tmp_path / "run.yaml")], program="verippo ppo"
+    )
     assert config.kl.coef == 0.07
     assert config.policy == "p"
     assert resolved["verifier"]["kind"] == "exact"
@@ -458,11 +557,20 @@ def test_real_problems_and_a_real_little_model(kind, shared, make_model, tmp_pat
     policy = shared / "models" / "stories260K"
     cli.main(
         arguments(
-            tmp_path / "out", policy=policy, data=shared / "data" / "medical_demo_198.json", limit=40, steps=2,
-            verifier__kind=kind, verifier__model=verifier, max_prompt_tokens=300, sampling__max_new_tokens=24,
-            max_tokens_per_gpu=2048, prompts_per_step=4, epochs=1,
+            tmp_path / "out",
+            policy=policy,
+            data=shared / "data" / "medical_demo_198.json",
+            limit=40,
+            steps=2,
+            verifier__kind=kind,
+            verifier__model=verifier,
+            max_prompt_tokens=300,
+            sampling__max_new_tokens=24,
+            max_tokens_per_gpu=2048,
+            prompts_per_step=4,
+            epochs=1,
         )
-    )  # fmt: skip
+    )
     rows = rows_of(tmp_path / "out")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["ratio_first_minibatch_max"] < 1e-6 for row in rows)
@@ -476,38 +584,76 @@ def test_real_problems_and_a_real_little_model(kind, shared, make_model, tmp_pat
 # --- two ranks ---
 
 
-def test_two_ranks_under_the_deepspeed_launcher_do_what_one_does(taught_policy, make_model, problems, tmp_path):
+def test_two_ranks_under_the_deepspeed_launcher_do_what_one_does(
+    taught_policy, make_model, problems, tmp_path
+):
     changes = {
-        "policy": taught_policy, "data": problems, "steps": 1, "zero_stage": 3, "verifier__kind": "classifier",
-        "verifier__model": make_model("llama", classes=2, seed=15), "verifier__threshold": 0.5,
-    }  # fmt: skip
+        "policy": taught_policy,
+        "data": problems,
+        "steps": 1,
+        "zero_stage": 3,
+        "verifier__kind": "classifier",
+        "verifier__model": make_model("llama", classes=2, seed=15),
+        "verifier__threshold": 0.5,
+    }
     scripts = Path(sys.executable).parent
-    port = str(random.randrange(20000, 30000))  # the default port may be taken by another run on this machine
+    port = str(
+        random.randrange(20000, 30000)
+    )  # the default port may be taken by another run on this machine
     launcher = ["--num_accelerators", "2", "--master_port", port, "--no_local_rank", "--module"]
     done = subprocess.run(
-        [sys.executable, str(scripts / "deepspeed"), *launcher, "verippo.launch.cli", *arguments(tmp_path / "two", **changes)],
-        capture_output=True, text=True, timeout=150, env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(scripts / "deepspeed"),
+            *launcher,
+            "verippo.launch.cli",
+            *arguments(tmp_path / "two", **changes),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     cli.main(arguments(tmp_path / "one", **changes))
     (one,), (two,) = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     for name in (
-        "score_mean", "score_right_rate", "score_unparsable_rate", "kl_mean", "reward_mean", "response_length_mean",
-        "truncated_rate", "entropy", "policy_loss", "value_loss", "clip_fraction", "approx_kl", "explained_variance",
-        "grad_norm_policy", "grad_norm_value", "tokens_generated",
-    ):  # fmt: skip
+        "score_mean",
+        "score_right_rate",
+        "score_unparsable_rate",
+        "kl_mean",
+        "reward_mean",
+        "response_length_mean",
+        "truncated_rate",
+        "entropy",
+        "policy_loss",
+        "value_loss",
+        "clip_fraction",
+        "approx_kl",
+        "explained_variance",
+        "grad_norm_policy",
+        "grad_norm_value",
+        "tokens_generated",
+    ):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), name
     assert 0 < one["score_mean"] < 1
     states = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
-    differences = torch.cat([(states[0][key] - states[1][key]).abs().flatten() for key in states[0]])
+    differences = torch.cat(
+        [(states[0][key] - states[1][key]).abs().flatten() for key in states[0]]
+    )
     print(f"weights differ by {differences.mean():.1e} on average, {differences.max():.1e} at most")
-    assert float(differences.mean()) < 1e-7  # at most: Adam makes steps of full size from gradients that are all rounding
+    assert (
+        float(differences.mean()) < 1e-7
+    )  # at most: Adam makes steps of full size from gradients that are all rounding
     AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
     assert "arning" not in done.stderr.replace("DeepSpeed", "")
 
 
-def test_when_one_rank_raises_the_other_comes_down_and_the_error_is_shown(taught_policy, problems, two_ranks, tmp_path):
-    (tmp_path / "failing.py").write_text(textwrap.dedent("""
+def test_when_one_rank_raises_the_other_comes_down_and_the_error_is_shown(
+    taught_policy, problems, two_ranks, tmp_path
+):
+    (tmp_path / "failing.py").write_text(
+        textwrap.dedent("""
         import os, pathlib, time
 
         def score(rollouts):
@@ -515,11 +661,15 @@ def test_when_one_rank_raises_the_other_comes_down_and_the_error_is_shown(taught
                 pathlib.Path(__file__).with_name("raised").write_text(str(time.time()))
                 raise RuntimeError("the oracle is silent")
             return [0.5] * len(rollouts)
-        """))
+        """)
+    )
     argv = arguments(
-        tmp_path / "out", policy=taught_policy, data=problems,
-        verifier__kind="function", verifier__function="failing:score",
-    )  # fmt: skip
+        tmp_path / "out",
+        policy=taught_policy,
+        data=problems,
+        verifier__kind="function",
+        verifier__function="failing:score",
+    )
     done = two_ranks("-m", "verippo.launch.cli", *argv, env={"PYTHONPATH": str(tmp_path)})
     seconds = time.time() - float((tmp_path / "raised").read_text())
     print(f"both ranks were down {seconds:.1f} s after the error")

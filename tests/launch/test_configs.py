@@ -19,16 +19,31 @@ def read(name: str, config_class: type) -> object:
 
 def test_every_shipped_file_is_read_by_its_command() -> None:
     classes = {
-        "ppo_8b": PPOConfig, "ppo_tiny_cpu": PPOConfig, "sft_8b": SFTConfig, "verifier_3b": VerifierTrainingConfig,
-        "eval": EvalConfig, "problems": ProblemsConfig, "search": SearchConfig,
-    }  # fmt: skip
+        "ppo_8b": PPOConfig,
+        "ppo_tiny_cpu": PPOConfig,
+        "sft_8b": SFTConfig,
+        "verifier_3b": VerifierTrainingConfig,
+        "eval": EvalConfig,
+        "problems": ProblemsConfig,
+        "search": SearchConfig,
+    }
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(classes)
     for name, config_class in classes.items():
         read(name, config_class)
     assert list(COMMANDS) == [
-        "problems", "search", "sft", "verifier", "ppo", "eval", "eval compare", "serve start", "serve status", "serve stop",
-        "bench", "demo",
-    ]  # fmt: skip
+        "problems",
+        "search",
+        "sft",
+        "verifier",
+        "ppo",
+        "eval",
+        "eval compare",
+        "serve start",
+        "serve status",
+        "serve stop",
+        "bench",
+        "demo",
+    ]
 
 
 def test_ppo_8b_holds_the_papers_numbers() -> None:
@@ -40,21 +55,41 @@ def test_ppo_8b_holds_the_papers_numbers() -> None:
     assert (config.kl.coef, config.policy_learning_rate, config.warmup_ratio) == (0.03, 5e-7, 0.05)
     assert (config.sampling.temperature, config.sampling.max_new_tokens) == (0.5, 1300)
     verifier = config.verifier
-    assert (verifier.threshold, verifier.right, verifier.wrong, verifier.unparsable) == (0.4, 1.0, 0.1, 0.0)
-    assert (config.eval_every, config.save_every, config.zero_stage, config.dtype) == (20, 20, 3, "bf16")
+    assert (verifier.threshold, verifier.right, verifier.wrong, verifier.unparsable) == (
+        0.4,
+        1.0,
+        0.1,
+        0.0,
+    )
+    assert (config.eval_every, config.save_every, config.zero_stage, config.dtype) == (
+        20,
+        20,
+        3,
+        "bf16",
+    )
 
 
 def test_sft_8b_holds_the_papers_numbers() -> None:
     config = read("sft_8b", SFTConfig)
     assert isinstance(config, SFTConfig)
-    assert (config.epochs, config.batch_size, config.learning_rate, config.max_seq_len) == (3, 128, 5e-6, 8192)
+    assert (config.epochs, config.batch_size, config.learning_rate, config.max_seq_len) == (
+        3,
+        128,
+        5e-6,
+        8192,
+    )
     assert (config.schedule, config.warmup_ratio, config.weight_decay) == ("cosine", 0.05, 0.1)
 
 
 def test_eval_holds_the_published_evaluations_numbers() -> None:
     config = read("eval", EvalConfig)
     assert isinstance(config, EvalConfig)
-    assert (config.temperature, config.nucleus, config.max_new_tokens, config.endpoint) == (0.5, 0.9, 2000, "completions")
+    assert (config.temperature, config.nucleus, config.max_new_tokens, config.endpoint) == (
+        0.5,
+        0.9,
+        2000,
+        "completions",
+    )
 
 
 def test_problems_and_search_hold_the_papers_numbers() -> None:
@@ -62,5 +97,9 @@ def test_problems_and_search_hold_the_papers_numbers() -> None:
     assert isinstance(problems, ProblemsConfig)
     assert isinstance(search, SearchConfig)
     assert len(problems.difficulty.models) == 3
-    assert (problems.split, problems.mix.choice_ratio, problems.mix.general_ratio) == (0.5, 4_000 / 20_000, 5_000 / 20_000)
+    assert (problems.split, problems.mix.choice_ratio, problems.mix.general_ratio) == (
+        0.5,
+        4_000 / 20_000,
+        5_000 / 20_000,
+    )
     assert (search.max_depth, search.max_attempts, search.label_guided) == (3, 3, False)

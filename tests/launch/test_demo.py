@@ -8,15 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from verippo.core.chat import parse_response
+from verippo.core.text.chat import parse_response
 from verippo.launch.ablation import VARIANTS, ablate
-from verippo.launch.demo import DemoConfig, demo, half_without_reasoning, make_data_and_model, ppo_config, verifier_rows
+from verippo.launch.demo import (
+    DemoConfig,
+    demo,
+    half_without_reasoning,
+    make_data_and_model,
+    ppo_config,
+    verifier_rows,
+)
 from verippo.search.calculations import generate
-from verippo.sft.data import conversation
+from verippo.sft.examples import conversation
 
 TINY = DemoConfig(
-    output="unused", num_train=64, num_eval=16, sft_steps=2, verifier_steps=2, ppo_steps=1, rollouts_per_step=8
-)  # fmt: skip
+    output="unused",
+    num_train=64,
+    num_eval=16,
+    sft_steps=2,
+    verifier_steps=2,
+    ppo_steps=1,
+    rollouts_per_step=8,
+)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -35,7 +48,9 @@ def test_every_stage_runs_and_the_report_tells_of_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_ablation_trains_every_variant_from_the_same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ablation_trains_every_variant_from_the_same_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = list(VARIANTS)
     for name in names[3:]:
         monkeypatch.delitem(VARIANTS, name)
@@ -49,7 +64,10 @@ def test_half_of_the_answers_come_without_reasoning_and_in_the_format() -> None:
     rows = half_without_reasoning(generate(10, seed=0, kinds="scores"))
     parsed = [parse_response(conversation(row, where="")[-1]["content"]) for row in rows]
     assert [bool(part and part.thinking) for part in parsed] == [True, False] * 5
-    assert all(part and part.final == row["Ground-True Answer"] for part, row in zip(parsed, rows, strict=True))
+    assert all(
+        part and part.final == row["Ground-True Answer"]
+        for part, row in zip(parsed, rows, strict=True)
+    )
 
 
 def test_verifier_rows_are_balanced_and_their_wording_gives_nothing_away() -> None:
@@ -64,18 +82,31 @@ def test_verifier_rows_are_balanced_and_their_wording_gives_nothing_away() -> No
 def test_the_demo_differs_from_the_papers_ppo_only_where_it_says(tmp_path: Path) -> None:
     from verippo.launch.demo import Paths
 
-    here = Paths(policy=tmp_path, verifier=tmp_path, template=tmp_path, problems=tmp_path, held_out=tmp_path)
+    here = Paths(
+        policy=tmp_path, verifier=tmp_path, template=tmp_path, problems=tmp_path, held_out=tmp_path
+    )
     config = ppo_config(DemoConfig(), here, tmp_path)
-    assert (config.kl.coef, config.clip_low, config.clip_high, config.value_clip, config.gamma) == (0.03, 0.2, 0.2, 0.2, 1.0)
+    assert (config.kl.coef, config.clip_low, config.clip_high, config.value_clip, config.gamma) == (
+        0.03,
+        0.2,
+        0.2,
+        0.2,
+        1.0,
+    )
     assert config.lam == 1.0
     with pytest.raises(ValueError, match="findings=9"):
         DemoConfig(findings=9)
-    with pytest.raises(ValueError, match="num_train=100, rollouts_per_step=128: evaluation needs 2"):
+    with pytest.raises(
+        ValueError, match="num_train=100, rollouts_per_step=128: evaluation needs 2"
+    ):
         DemoConfig(num_train=100)
 
 
 def test_a_folder_of_another_seed_is_refused_not_reported_as_this_one(tmp_path: Path) -> None:
     config = DemoConfig(num_train=8, num_eval=2, rollouts_per_step=8)
     assert make_data_and_model(config, tmp_path) == make_data_and_model(config, tmp_path)
-    with pytest.raises(ValueError, match='holds a demo with .*"seed": 0, .*not .*"seed": 1, .*: choose another folder'):
+    with pytest.raises(
+        ValueError,
+        match='holds a demo with .*"seed": 0, .*not .*"seed": 1, .*: choose another folder',
+    ):
         make_data_and_model(replace(config, seed=1), tmp_path)

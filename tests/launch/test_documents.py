@@ -27,7 +27,9 @@ def commands(text):
     """(stage, its options as they stand) of each command line, whose lines a backslash or the end of a code span joins."""
     text, stages = re.sub(r"\\\n\s*", " ", text), "|".join(sorted(cli.COMMANDS, reverse=True))
     for span in [*re.findall(r"^    (.*)$", text, re.MULTILINE), *re.findall(r"`([^`]*)`", text)]:
-        if found := re.search(rf"(?:\bverippo|verippo\.launch\.cli|\.\.\.)\s+({stages})\b(.*)", span, re.DOTALL):
+        if found := re.search(
+            rf"(?:\bverippo|verippo\.launch\.cli|\.\.\.)\s+({stages})\b(.*)", span, re.DOTALL
+        ):
             yield found[1], re.findall(r"(?<=\s)--[\w.]+", found[2].split(" #")[0])
 
 
@@ -36,5 +38,10 @@ def test_commands_in_the_documents_name_options_that_exist(document):
     found = list(commands((ROOT / document).read_text()))
     assert len(found) > 5
     for stage, given in found:
-        known = {"--config", "--help", "--print_config", *options(cli._named(cli.COMMANDS[stage].config))}
+        known = {
+            "--config",
+            "--help",
+            "--print_config",
+            *options(cli._named(cli.COMMANDS[stage].config)),
+        }
         assert set(given) <= known, stage

@@ -20,11 +20,17 @@ from unittest import mock
 
 import torch
 
-from verippo.core import dist
-from verippo.core import engine as core_engine
-from verippo.core.engine import EngineConfig, FrozenEngine, StepResult, TrainEngine, deepspeed_config
-from verippo.core.model import load_critic, load_policy
-from verippo.core.packing import pack
+from verippo.core.training import dist
+from verippo.core.training import engine as core_engine
+from verippo.core.training.engine import (
+    EngineConfig,
+    FrozenEngine,
+    StepResult,
+    TrainEngine,
+    deepspeed_config,
+)
+from verippo.core.training.model import load_critic, load_policy
+from verippo.core.training.packing import pack
 from verippo.rl import ppo
 from verippo.rl.experience import Experience, MiniBatch, compute
 
@@ -46,7 +52,9 @@ class Update(NamedTuple):
 
 UPDATES = [
     Update([0, 1, 2, 3, 4, 5], 1000),  # all in one micro-batch of each rank
-    Update([4, 2, 5, 0, 3, 1], 20),  # another order; many small micro-batches, the last of a rank with less work empty
+    Update(
+        [4, 2, 5, 0, 3, 1], 20
+    ),  # another order; many small micro-batches, the last of a rank with less work empty
     Update([2], 20),  # one sequence: on two ranks, one has nothing at all
     Update([0, 3], 1000, poisoned=True),
     Update([5, 1, 3], 1000),  # after a skipped step, the next goes on as if that had not been
@@ -73,12 +81,14 @@ def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[s
         return x + spread * torch.randn(x.shape, generator=generator)
 
     rows = [
-        SimpleNamespace(**{
-            f"{part}_ids": torch.randint(3, 320, (length,), generator=generator).tolist()
-            for part, length in zip(("prompt", "response"), lengths, strict=True)
-        })
+        SimpleNamespace(
+            **{
+                f"{part}_ids": torch.randint(3, 320, (length,), generator=generator).tolist()
+                for part, length in zip(("prompt", "response"), lengths, strict=True)
+            }
+        )
         for lengths in LENGTHS
-    ]  # fmt: skip
+    ]
     batch = pack(rows)
     with torch.no_grad():
         logprobs = load_policy(policy, dtype="fp32")(batch, temperature=TEMPERATURE)
@@ -91,18 +101,34 @@ def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[s
         advantages=near(nothing, 1.0),
         returns=near(values, 0.5),
     )
-    pairs = [("Pneumonia", "pneumonia"), ("A fever and " * 20, "cough"), ("x", "The patient has a fever.")]
+    pairs = [
+        ("Pneumonia", "pneumonia"),
+        ("A fever and " * 20, "cough"),
+        ("x", "The patient has a fever."),
+    ]
     return {
-        "folder": folder, "policy": policy, "critic": critic, "verifier": verifier,
-        "experience": experience, "pairs": pairs,
-    }  # fmt: skip
+        "folder": folder,
+        "policy": policy,
+        "critic": critic,
+        "verifier": verifier,
+        "experience": experience,
+        "pairs": pairs,
+    }
 
 
 STAGES = (0, 2, 3)
 
 
 def config(stage: int, **changes: Any) -> EngineConfig:
-    return EngineConfig(**{"zero_stage": stage, "dtype": "fp32", "gradient_checkpointing": False, "max_grad_norm": 1e9} | changes)
+    return EngineConfig(
+        **{
+            "zero_stage": stage,
+            "dtype": "fp32",
+            "gradient_checkpointing": False,
+            "max_grad_norm": 1e9,
+        }
+        | changes
+    )
 
 
 def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -110,7 +136,10 @@ def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def engines(job: Job, settings: EngineConfig) -> tuple[TrainEngine, TrainEngine]:
-    modules = load_policy(job.policy, dtype=settings.dtype), load_critic(job.critic, dtype=settings.dtype)
+    modules = (
+        load_policy(job.policy, dtype=settings.dtype),
+        load_critic(job.critic, dtype=settings.dtype),
+    )
     policy, critic = (TrainEngine(module, settings, optimizer=sgd(module)) for module in modules)
     return policy, critic
 
@@ -122,13 +151,21 @@ def update(
     if what.poisoned:
         first = experience.batch.seq_ids == what.seqs[0]
         bad = torch.where(first & experience.batch.response_mask, torch.inf, 0.0)
-        experience = replace(experience, advantages=experience.advantages + bad, returns=experience.returns + bad)
+        experience = replace(
+            experience, advantages=experience.advantages + bad, returns=experience.returns + bad
+        )
     mini = MiniBatch(experience=experience, seqs=what.seqs)
     for micro in mini.microbatches(what.max_tokens):
         pg = ppo.policy_loss(
-            policy(micro.batch, temperature=TEMPERATURE), micro.logprobs, micro.advantages, micro.mask, **CLIPS
+            policy(micro.batch, temperature=TEMPERATURE),
+            micro.logprobs,
+            micro.advantages,
+            micro.mask,
+            **CLIPS,
         )
-        vf = ppo.value_loss(critic(micro.batch), micro.values, micro.returns, micro.mask, clip=VALUE_CLIP)
+        vf = ppo.value_loss(
+            critic(micro.batch), micro.values, micro.returns, micro.mask, clip=VALUE_CLIP
+        )
         policy.backward(pg.loss_sum, mini.num_response_tokens, last=micro.last)
         critic.backward(vf.loss_sum, mini.num_response_tokens, last=micro.last)
     return policy.step(RATE), critic.step(RATE)
@@ -177,20 +214,29 @@ def resumed(job: Job, stage: int) -> dict[str, Any]:
         engine.step(1e-3)
         return engine.full_state()
 
-    first, second = (TrainEngine(load_critic(job.critic, dtype="fp32"), config(stage)) for _ in range(2))
+    first, second = (
+        TrainEngine(load_critic(job.critic, dtype="fp32"), config(stage)) for _ in range(2)
+    )
     folder = job.folder / f"checkpoint-{dist.world_size()}-{stage}"
     saved = step(first)
     first.save(folder, "critic")
     unbroken = step(first)
     second.load(folder, "critic")
-    return {"saved": saved, "loaded": second.full_state(), "unbroken": unbroken, "resumed": step(second)}
+    return {
+        "saved": saved,
+        "loaded": second.full_state(),
+        "unbroken": unbroken,
+        "resumed": step(second),
+    }
 
 
 def verdicts(job: Job, stage: int) -> list[float]:
     """P(right) of the pairs, all of them on rank 0: the other rank has none and must still take part."""
     from verippo.rl.verifier import ClassifierVerifier
 
-    verifier = ClassifierVerifier.load(job.verifier, config(stage), max_tokens=96, max_tokens_per_gpu=128)
+    verifier = ClassifierVerifier.load(
+        job.verifier, config(stage), max_tokens=96, max_tokens_per_gpu=128
+    )
     return verifier.probabilities(job.pairs if dist.is_main() else [])
 
 
@@ -206,7 +252,10 @@ def sharded_throughout(*args: Any, **kwargs: Any) -> dict[str, Any]:
 def run(job: Job) -> dict[str, Any]:
     return {
         "updates": {stage: list(updates(job, stage)) for stage in STAGES},
-        "clipped": {stage: list(islice(updates(job, stage, max_grad_norm=MAX_GRAD_NORM), 2))[1] for stage in STAGES},
+        "clipped": {
+            stage: list(islice(updates(job, stage, max_grad_norm=MAX_GRAD_NORM), 2))[1]
+            for stage in STAGES
+        },
         "forwards": forwards(job, 3),
         "resumed": {stage: resumed(job, stage) for stage in STAGES},
         "verdicts": verdicts(job, 3),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from verippo.core.packing import pack
+from verippo.core.training.packing import pack
 from verippo.rl.advantages import NoCritic, advantage_function
 from verippo.rl.config import PPOConfig, VerifierConfig
 
@@ -17,7 +17,14 @@ REWARDS = [[0.0, 0.5, 0.5], [3.0], [0.0, 2.0], [-1.0, -1.0]]
 
 def config(**changes):
     verifier = VerifierConfig(kind="exact")
-    given = {"policy": "p", "data": "d", "output": "o", "steps": 1, "verifier": verifier, "samples_per_prompt": 2}
+    given = {
+        "policy": "p",
+        "data": "d",
+        "output": "o",
+        "steps": 1,
+        "verifier": verifier,
+        "samples_per_prompt": 2,
+    }
     return PPOConfig(**given | changes)
 
 
@@ -25,7 +32,11 @@ def config(**changes):
 def step():
     """rewards [tokens], values [tokens], batch, rollouts"""
     rollouts = [
-        SimpleNamespace(problem=SimpleNamespace(index=problem), prompt_ids=[5] * prompt, response_ids=[6] * response)
+        SimpleNamespace(
+            problem=SimpleNamespace(index=problem),
+            prompt_ids=[5] * prompt,
+            response_ids=[6] * response,
+        )
         for problem, prompt, response in SHAPE
     ]
     batch = pack(rollouts)

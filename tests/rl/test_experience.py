@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verippo.core import dist
-from verippo.core.model import load_critic, load_policy
-from verippo.core.packing import pack
+from verippo.core.training import dist
+from verippo.core.training.model import load_critic, load_policy
+from verippo.core.training.packing import pack
 from verippo.rl.experience import Experience, MiniBatch, compute, share
 
 
@@ -28,7 +28,9 @@ def an_experience(lengths):
     """Every tensor tells its tokens apart: logprobs 0, 1, 2, ...; values those plus 0.1; and so on."""
     batch = pack(rows(lengths))
     count = torch.arange(batch.num_tokens, dtype=torch.float64)
-    return Experience(batch=batch, logprobs=count, values=count + 0.1, advantages=count + 0.2, returns=count + 0.3)
+    return Experience(
+        batch=batch, logprobs=count, values=count + 0.1, advantages=count + 0.2, returns=count + 0.3
+    )
 
 
 def as_rank(monkeypatch, rank, world_size):
@@ -42,7 +44,9 @@ def test_minibatches_are_a_partition_into_equal_counts():
     assert [len(mini.seqs) for mini in minis] == [3, 3, 3, 3]
     assert sorted(s for mini in minis for s in mini.seqs) == list(range(12))
     # sequence s has s + 1 response tokens
-    assert [mini.num_response_tokens for mini in minis] == [sum(s + 1 for s in mini.seqs) for mini in minis]
+    assert [mini.num_response_tokens for mini in minis] == [
+        sum(s + 1 for s in mini.seqs) for mini in minis
+    ]
 
 
 def test_each_epoch_step_and_seed_has_its_own_permutation_and_the_same_one_when_asked_again():
@@ -63,7 +67,9 @@ def test_each_epoch_step_and_seed_has_its_own_permutation_and_the_same_one_when_
     world_size=st.integers(1, 4),
     max_tokens=st.integers(14, 40),
 )
-def test_ranks_share_out_every_sequence_once_in_as_many_micro_batches_each(lengths, world_size, max_tokens):
+def test_ranks_share_out_every_sequence_once_in_as_many_micro_batches_each(
+    lengths, world_size, max_tokens
+):
     experience = an_experience(lengths)
     with pytest.MonkeyPatch.context() as patch:
         taken, counts, lasts = [], [], []
@@ -118,7 +124,9 @@ def test_compute_is_one_direct_forward_whatever_the_micro_batches(make_model, ma
         expected = policy(batch, temperature=0.6, with_entropy=True)
         (values,) = compute(critic, batch, max_tokens)
         torch.testing.assert_close(values, critic(batch), atol=1e-5, rtol=1e-5)
-    parts = compute(lambda micro: policy(micro, temperature=0.6, with_entropy=True), batch, max_tokens)
+    parts = compute(
+        lambda micro: policy(micro, temperature=0.6, with_entropy=True), batch, max_tokens
+    )
     for part, whole in zip(parts, expected, strict=True):
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
         assert not part.requires_grad

@@ -32,7 +32,9 @@ def test_kl_estimates_worked_by_hand():
     # l = ln(1/2) - ln(1/4) = ln 2:  k1 = ln 2,  k2 = (ln 2)^2 / 2,  k3 = 1/2 - 1 + ln 2
     logprobs, reference = tensor(math.log(1 / 2)), tensor(math.log(1 / 4))
     for estimator, expected in (("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)):
-        assert ppo.kl_estimate(logprobs, reference, estimator=estimator).item() == pytest.approx(expected, abs=1e-6)
+        assert ppo.kl_estimate(logprobs, reference, estimator=estimator).item() == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 def test_k1_and_k3_are_unbiased_on_three_words():
@@ -60,14 +62,23 @@ def test_score_lands_on_the_last_response_token_and_kl_on_each_worked_by_hand():
 
 
 def test_scores_may_be_a_list_and_the_reference_absent_without_a_kl_penalty():
-    rewards = ppo.token_rewards([1.0, 0.1], torch.zeros(3), None, mask_of(0, 1, 1), cu(2, 1), kl_coef=0.0)
+    rewards = ppo.token_rewards(
+        [1.0, 0.1], torch.zeros(3), None, mask_of(0, 1, 1), cu(2, 1), kl_coef=0.0
+    )
     assert rewards.tolist() == pytest.approx([0, 1.0, 0.1])
 
 
 def test_gae_worked_by_hand():
     # gamma 1, lambda 1/2. delta = 0.6 - 0.5, 0.7 - 0.6, 1 - 0.7 = 0.1, 0.1, 0.3
     # A2 = 0.3, A1 = 0.1 + 0.15 = 0.25, A0 = 0.1 + 0.125 = 0.225; returns A + V
-    advantages, returns = ppo.gae(tensor(0, 0, 0, 1.0), tensor(5, 0.5, 0.6, 0.7), mask_of(0, 1, 1, 1), cu(4), gamma=1.0, lam=0.5)
+    advantages, returns = ppo.gae(
+        tensor(0, 0, 0, 1.0),
+        tensor(5, 0.5, 0.6, 0.7),
+        mask_of(0, 1, 1, 1),
+        cu(4),
+        gamma=1.0,
+        lam=0.5,
+    )
     assert advantages.tolist() == pytest.approx([0, 0.225, 0.25, 0.3])
     assert returns.tolist() == pytest.approx([0, 0.725, 0.85, 1.0])
 
@@ -75,7 +86,9 @@ def test_gae_worked_by_hand():
 def test_gae_steps_over_a_gap_to_the_next_response_token_worked_by_hand():
     # The same response with a tool's output, values 8 and 9, between its first and second token.
     mask = mask_of(1, 0, 0, 1, 1)
-    advantages, returns = ppo.gae(tensor(0, 0, 0, 0, 1.0), tensor(0.5, 8, 9, 0.6, 0.7), mask, cu(5), gamma=1.0, lam=0.5)
+    advantages, returns = ppo.gae(
+        tensor(0, 0, 0, 0, 1.0), tensor(0.5, 8, 9, 0.6, 0.7), mask, cu(5), gamma=1.0, lam=0.5
+    )
     assert advantages.tolist() == pytest.approx([0.225, 0, 0, 0.25, 0.3])
     assert returns.tolist() == pytest.approx([0.725, 0, 0, 0.85, 1.0])
 
@@ -91,7 +104,9 @@ def test_whitening_worked_by_hand():
     # 1, 2, 3: mean 2, unbiased variance 1
     white = ppo.whiten(tensor(1.0, 99.0, 2.0, 3.0), mask_of(1, 0, 1, 1))
     assert white.tolist() == pytest.approx([-1, 0, 0, 1], abs=1e-7)
-    given_moments = ppo.whiten(tensor(1.0, 99.0, 2.0, 3.0), mask_of(1, 0, 1, 1), mean=1.0, var=tensor(4.0)[0])
+    given_moments = ppo.whiten(
+        tensor(1.0, 99.0, 2.0, 3.0), mask_of(1, 0, 1, 1), mean=1.0, var=tensor(4.0)[0]
+    )
     assert given_moments.tolist() == pytest.approx([0, 0, 0.5, 1], abs=1e-7)
 
 
@@ -133,7 +148,15 @@ def test_policy_loss_worked_by_hand(ratio, advantage, options, loss, gradient, c
     ("value", "old", "target", "clip", "loss", "gradient", "clipped"),
     [
         (0.1, 0.0, 1.0, 0.2, 0.405, -0.9, 0),  # inside the bound: 0.5 * 0.9^2
-        (1.0, 0.0, 0.0, 0.2, 0.5, 1.0, 0),  # moved away from the target: the plain error is the larger
+        (
+            1.0,
+            0.0,
+            0.0,
+            0.2,
+            0.5,
+            1.0,
+            0,
+        ),  # moved away from the target: the plain error is the larger
         (1.0, 0.0, 2.0, 0.2, 1.62, 0.0, 1),  # moved far towards it: 0.5 * (0.2 - 2)^2, held
         (1.0, 0.0, 2.0, None, 0.5, -1.0, 0),
     ],
@@ -157,7 +180,12 @@ def test_value_loss_worked_by_hand(value, old, target, clip, loss, gradient, cli
         ("grpo", [1.0, 0.0, 0.2], [0, 0, 0], [1.133893, -0.755929, -0.377964]),
         ("grpo", [0.1, 0.1, 1.0, 0.0], [0, 0, 1, 1], [0, 0, 0.707107, -0.707107]),
         # deviations 0.5, -0.5, 1, -1: mean 0, unbiased variance 2.5 / 3, std 0.912871
-        ("reinforce++", [1.0, 0.0, 3.0, 1.0], [0, 0, 1, 1], [0.547723, -0.547723, 1.095445, -1.095445]),
+        (
+            "reinforce++",
+            [1.0, 0.0, 3.0, 1.0],
+            [0, 0, 1, 1],
+            [0.547723, -0.547723, 1.095445, -1.095445],
+        ),
         # one sample to each prompt: mean 1/2, unbiased variance 1/2
         ("reinforce++", [1.0, 0.0], [0, 1], [0.707107, -0.707107]),
     ],
@@ -170,8 +198,16 @@ def test_group_advantages_worked_by_hand(kind, scores, groups, expected):
 def test_explained_variance_worked_by_hand():
     returns, mask = tensor(1.0, 2.0, 3.0, 50.0), mask_of(1, 1, 1, 0)
     # residuals 0, 0, -1 have variance 1/3, the returns 1
-    for values, expected in (([1, 2, 3], 1), ([2, 3, 4], 1), ([5, 5, 5], 0), ([1, 2, 4], 2 / 3), ([3, 2, 1], -3)):
-        assert ppo.explained_variance(tensor(*values, -9.0), returns, mask).item() == pytest.approx(expected)
+    for values, expected in (
+        ([1, 2, 3], 1),
+        ([2, 3, 4], 1),
+        ([5, 5, 5], 0),
+        ([1, 2, 4], 2 / 3),
+        ([3, 2, 1], -3),
+    ):
+        assert ppo.explained_variance(tensor(*values, -9.0), returns, mask).item() == pytest.approx(
+            expected
+        )
     assert ppo.explained_variance(tensor(1.0, 2.0), tensor(0.1, 0.1), mask_of(1, 1)).item() == 0
     assert ppo.explained_variance(tensor(1.0, 2.0), tensor(0.1, 0.3), mask_of(1, 0)).item() == 0
 
@@ -223,7 +259,9 @@ def twin(s, o):
             returns[t] = advantages[t] + s.old_values[t]
     chosen = np.flatnonzero(s.mask)
     white = np.zeros(n)
-    spread = sum((advantages[t] - advantages[chosen].mean()) ** 2 for t in chosen) / max(len(chosen) - 1, 1)
+    spread = sum((advantages[t] - advantages[chosen].mean()) ** 2 for t in chosen) / max(
+        len(chosen) - 1, 1
+    )
     for t in chosen:
         white[t] = (advantages[t] - advantages[chosen].mean()) / math.sqrt(spread + 1e-8)
 
@@ -243,7 +281,9 @@ def twin(s, o):
         kl_sum += rho - 1 - math.log(rho)
 
         error = s.new_values[t] - returns[t]
-        moved = min(max(s.new_values[t], s.old_values[t] - o.value_clip), s.old_values[t] + o.value_clip)
+        moved = min(
+            max(s.new_values[t], s.old_values[t] - o.value_clip), s.old_values[t] + o.value_clip
+        )
         if (moved - returns[t]) ** 2 > error**2:
             value += 0.5 * (moved - returns[t]) ** 2
             value_clips += 1
@@ -252,7 +292,19 @@ def twin(s, o):
             grad_values[t] = error
     log_rho = [abs(s.new[t] - s.old[t]) for t in chosen]
     counts = [len(chosen), clips, holds, value_clips]
-    return [rewards, advantages, returns, white, policy, kl_sum, max(log_rho), value, grad_logprobs, grad_values, counts]
+    return [
+        rewards,
+        advantages,
+        returns,
+        white,
+        policy,
+        kl_sum,
+        max(log_rho),
+        value,
+        grad_logprobs,
+        grad_values,
+        counts,
+    ]
 
 
 def step(s, o):
@@ -260,19 +312,38 @@ def step(s, o):
     t = SimpleNamespace(**{name: torch.as_tensor(array) for name, array in vars(s).items()})
     new, new_values = t.new.requires_grad_(), t.new_values.requires_grad_()
     boundaries = t.cu_seqlens.int()
-    rewards = ppo.token_rewards(t.scores, t.old, t.reference, t.mask, boundaries, kl_coef=o.kl_coef, estimator=o.estimator)
-    advantages, returns = ppo.gae(rewards, t.old_values, t.mask, boundaries, gamma=o.gamma, lam=t.lam)
+    rewards = ppo.token_rewards(
+        t.scores, t.old, t.reference, t.mask, boundaries, kl_coef=o.kl_coef, estimator=o.estimator
+    )
+    advantages, returns = ppo.gae(
+        rewards, t.old_values, t.mask, boundaries, gamma=o.gamma, lam=t.lam
+    )
     white = ppo.whiten(advantages, t.mask)
     pg = ppo.policy_loss(
-        new, t.old, white, t.mask, clip_low=o.clip_low, clip_high=o.clip_high, dual_clip=o.dual_clip,
+        new,
+        t.old,
+        white,
+        t.mask,
+        clip_low=o.clip_low,
+        clip_high=o.clip_high,
+        dual_clip=o.dual_clip,
         importance=t.importance,
-    )  # fmt: skip
+    )
     vf = ppo.value_loss(new_values, t.old_values, returns, t.mask, clip=o.value_clip)
     pg.loss_sum.backward()
     vf.loss_sum.backward()
     assert int(pg.num_tokens) == int(vf.num_tokens)
     counts = torch.stack([pg.num_tokens, pg.clip_sum, pg.dual_clip_sum, vf.clip_sum])
-    out = [rewards, advantages, returns, white, pg.loss_sum, pg.approx_kl_sum, pg.ratio_max_abs_log, vf.loss_sum]
+    out = [
+        rewards,
+        advantages,
+        returns,
+        white,
+        pg.loss_sum,
+        pg.approx_kl_sum,
+        pg.ratio_max_abs_log,
+        vf.loss_sum,
+    ]
     return [x.detach() for x in [*out, new.grad, new_values.grad, counts]]
 
 
@@ -286,7 +357,15 @@ options = st.builds(
     dual_clip=st.floats(1.1, 4),
     value_clip=st.floats(0.05, 1),
 )
-ORIGINAL = SimpleNamespace(estimator="k1", kl_coef=0.03, gamma=1.0, clip_low=0.2, clip_high=0.2, dual_clip=1.5, value_clip=0.2)
+ORIGINAL = SimpleNamespace(
+    estimator="k1",
+    kl_coef=0.03,
+    gamma=1.0,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=1.5,
+    value_clip=0.2,
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -298,14 +377,18 @@ def test_a_whole_step_equals_the_numpy_twin_with_its_gradients(seed, o):
 
 
 def test_the_twin_meets_every_branch():
-    clips, holds, value_clips = np.sum([twin(random_step(seed), ORIGINAL)[-1][1:] for seed in range(40)], axis=0)
+    clips, holds, value_clips = np.sum(
+        [twin(random_step(seed), ORIGINAL)[-1][1:] for seed in range(40)], axis=0
+    )
     assert min(clips, holds, value_clips) > 3
 
 
 def test_fp32_inputs_give_fp32_outputs_near_the_twin():
     for seed in range(10):
         s = random_step(seed)
-        narrow = SimpleNamespace(**{k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in vars(s).items()})
+        narrow = SimpleNamespace(
+            **{k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in vars(s).items()}
+        )
         for got, expected in zip(step(narrow, ORIGINAL), twin(s, ORIGINAL), strict=True):
             assert got.dtype in (torch.float32, torch.int64)
             np.testing.assert_allclose(got.numpy(), np.asarray(expected), rtol=2e-4, atol=2e-5)
@@ -345,7 +428,9 @@ def test_masked_slots_of_targets_and_metrics_do_not_matter(garbage):
     assert ppo.policy_loss(y, y, x, mask).loss_sum == ppo.policy_loss(y, y, clean, mask).loss_sum
     assert ppo.value_loss(y, y, x, mask).loss_sum == ppo.value_loss(y, y, clean, mask).loss_sum
     for a, b in zip(
-        ppo.gae(x, y, mask, cu(4), gamma=1.0, lam=0.9), ppo.gae(clean, y, mask, cu(4), gamma=1.0, lam=0.9), strict=True
+        ppo.gae(x, y, mask, cu(4), gamma=1.0, lam=0.9),
+        ppo.gae(clean, y, mask, cu(4), gamma=1.0, lam=0.9),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -411,14 +496,20 @@ def test_gae_with_lambda_zero_is_the_one_step_error(seed):
         tokens = [t for t in range(start, stop) if mask[t]]
         for t, following in zip(tokens, [*tokens[1:], None], strict=True):
             next_value = 0.0 if following is None else float(values[following])
-            assert float(advantages[t]) == pytest.approx(float(rewards[t]) + 0.9 * next_value - float(values[t]))
+            assert float(advantages[t]) == pytest.approx(
+                float(rewards[t]) + 0.9 * next_value - float(values[t])
+            )
 
 
 def test_undiscounted_return_of_every_token_is_the_score_when_lambda_is_one_and_kl_is_off():
     s = random_step(11)
     mask, boundaries = torch.as_tensor(s.mask), torch.as_tensor(s.cu_seqlens).int()
-    rewards = ppo.token_rewards(s.scores.tolist(), torch.as_tensor(s.old), None, mask, boundaries, kl_coef=0.0)
-    _, returns = ppo.gae(rewards, torch.as_tensor(s.old_values), mask, boundaries, gamma=1.0, lam=1.0)
+    rewards = ppo.token_rewards(
+        s.scores.tolist(), torch.as_tensor(s.old), None, mask, boundaries, kl_coef=0.0
+    )
+    _, returns = ppo.gae(
+        rewards, torch.as_tensor(s.old_values), mask, boundaries, gamma=1.0, lam=1.0
+    )
     for i, score in enumerate(s.scores):
         part = slice(s.cu_seqlens[i], s.cu_seqlens[i + 1])
         torch.testing.assert_close(returns[part], score * mask[part].double(), rtol=0, atol=1e-12)
@@ -439,7 +530,14 @@ def test_the_order_of_sequences_and_masked_slots_between_change_nothing(seed):
     together = ppo.gae(rewards, values, mask, boundaries, gamma=0.9, lam=0.8)
     for start, stop in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
         kept = mask[start:stop]
-        bare = ppo.gae(rewards[start:stop][kept], values[start:stop][kept], kept[kept], cu(int(kept.sum())), gamma=0.9, lam=0.8)
+        bare = ppo.gae(
+            rewards[start:stop][kept],
+            values[start:stop][kept],
+            kept[kept],
+            cu(int(kept.sum())),
+            gamma=0.9,
+            lam=0.8,
+        )
         for whole, alone in zip(together, bare, strict=True):
             torch.testing.assert_close(whole[start:stop][kept], alone, rtol=0, atol=1e-12)
 
@@ -450,7 +548,10 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_whole():
     cut = int(s.cu_seqlens[1])
     for loss in (ppo.policy_loss, ppo.value_loss):
         whole = loss(new, old, white, mask)
-        parts = [loss(*(x[part] for x in (new, old, white, mask))) for part in (slice(0, cut), slice(cut, None))]
+        parts = [
+            loss(*(x[part] for x in (new, old, white, mask)))
+            for part in (slice(0, cut), slice(cut, None))
+        ]
         for name in ("loss_sum", "num_tokens", "clip_sum"):
             total = sum(float(getattr(part, name)) for part in parts)
             assert total == pytest.approx(float(getattr(whole, name)), abs=1e-12)
@@ -458,7 +559,9 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_whole():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), shift=st.floats(-5, 5), scale=st.floats(0.1, 10))
-def test_whitened_values_have_mean_zero_and_variance_one_and_forget_shift_and_scale(seed, shift, scale):
+def test_whitened_values_have_mean_zero_and_variance_one_and_forget_shift_and_scale(
+    seed, shift, scale
+):
     rng = np.random.default_rng(seed)
     x, mask = torch.as_tensor(rng.normal(0, 1, 50)), torch.as_tensor(rng.random(50) < 0.6)
     white = ppo.whiten(x, mask)
@@ -476,7 +579,11 @@ def test_an_unmoved_policy_has_ratio_one_no_clipping_and_gradient_minus_advantag
     out.loss_sum.backward()
     assert out.loss_sum.item() == pytest.approx(-float(advantages[mask].sum()), abs=1e-5)
     assert torch.equal(new.grad, torch.where(mask, -advantages, 0.0))
-    assert (int(out.clip_sum), float(out.approx_kl_sum), float(out.ratio_max_abs_log)) == (0, 0.0, 0.0)
+    assert (int(out.clip_sum), float(out.approx_kl_sum), float(out.ratio_max_abs_log)) == (
+        0,
+        0.0,
+        0.0,
+    )
 
 
 def test_log_ratios_beyond_twenty_are_held_and_still_reported():
@@ -501,14 +608,19 @@ def test_targets_get_no_gradient():
     ppo.policy_loss(*x[:3], mask, importance=x[3]).loss_sum.backward()
     ppo.value_loss(*x[:3], mask).loss_sum.backward()
     assert [leaf.grad is None for leaf in x] == [False, True, True, True]
-    assert not any(out.requires_grad for out in ppo.gae(x[0], x[1], mask, cu(4), gamma=1.0, lam=1.0))
+    assert not any(
+        out.requires_grad for out in ppo.gae(x[0], x[1], mask, cu(4), gamma=1.0, lam=1.0)
+    )
     assert not ppo.token_rewards([1.0], x[0], x[1], mask, cu(4), kl_coef=0.1).requires_grad
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo", "reinforce++"])
 def test_group_advantages_sum_to_zero_and_forget_each_prompts_level(kind):
     rng = np.random.default_rng(0)
-    scores, groups = torch.as_tensor(rng.normal(0, 1, 12)), torch.as_tensor(rng.permutation(np.arange(12) % 4))
+    scores, groups = (
+        torch.as_tensor(rng.normal(0, 1, 12)),
+        torch.as_tensor(rng.permutation(np.arange(12) % 4)),
+    )
     advantages = ppo.group_advantages(scores, groups, kind=kind)
     for group in range(4):
         assert float(advantages[groups == group].sum()) == pytest.approx(0, abs=1e-12)
@@ -526,11 +638,23 @@ X, Y, MASK = torch.zeros(3), torch.zeros(2), torch.ones(3, dtype=torch.bool)
     [
         (lambda: ppo.kl_estimate(X, X, estimator="k4"), "estimator is 'k4'"),
         (lambda: ppo.kl_estimate(X, Y, estimator="k1"), r"ref_logprobs has shape \[2\]"),
-        (lambda: ppo.token_rewards([1.0], X, X, MASK, cu(2, 1), kl_coef=0.1), r"scores has shape \[1\], must be \[2\]"),
-        (lambda: ppo.token_rewards([1.0], X, X, MASK, cu(2), kl_coef=0.1), "must rise from 0 to the 3 tokens"),
+        (
+            lambda: ppo.token_rewards([1.0], X, X, MASK, cu(2, 1), kl_coef=0.1),
+            r"scores has shape \[1\], must be \[2\]",
+        ),
+        (
+            lambda: ppo.token_rewards([1.0], X, X, MASK, cu(2), kl_coef=0.1),
+            "must rise from 0 to the 3 tokens",
+        ),
         (lambda: ppo.token_rewards([1.0], X, X, MASK, cu(3), kl_coef=-0.1), "kl_coef is -0.1"),
-        (lambda: ppo.token_rewards([1.0], X, None, MASK, cu(3), kl_coef=0.1), "without ref_logprobs"),
-        (lambda: ppo.token_rewards([1.0], X, Y, MASK, cu(3), kl_coef=0.1), "ref_logprobs has shape"),
+        (
+            lambda: ppo.token_rewards([1.0], X, None, MASK, cu(3), kl_coef=0.1),
+            "without ref_logprobs",
+        ),
+        (
+            lambda: ppo.token_rewards([1.0], X, Y, MASK, cu(3), kl_coef=0.1),
+            "ref_logprobs has shape",
+        ),
         (lambda: ppo.gae(X, Y, MASK, cu(3), gamma=1.0, lam=1.0), "values has shape"),
         (lambda: ppo.gae(X, X, X, cu(3), gamma=1.0, lam=1.0), "the mask is torch.float32"),
         (lambda: ppo.gae(X, X, MASK[:2], cu(3), gamma=1.0, lam=1.0), "the mask has shape"),
@@ -545,7 +669,10 @@ X, Y, MASK = torch.zeros(3), torch.zeros(2), torch.ones(3, dtype=torch.bool)
         (lambda: ppo.policy_loss(X, Y, X, MASK), "old_logprobs has shape"),
         (lambda: ppo.policy_loss(X, X, Y, MASK), "advantages has shape"),
         (lambda: ppo.policy_loss(X, X, X, X), "the mask is"),
-        (lambda: ppo.policy_loss(X[None], X[None], X[None], MASK[None]), r"both must be \[tokens\]"),
+        (
+            lambda: ppo.policy_loss(X[None], X[None], X[None], MASK[None]),
+            r"both must be \[tokens\]",
+        ),
         (lambda: ppo.policy_loss(X, X, X, MASK, clip_low=0.0), "clip_low=0.0"),
         (lambda: ppo.policy_loss(X, X, X, MASK, clip_low=1.2), "clip_low=1.2"),
         (lambda: ppo.policy_loss(X, X, X, MASK, clip_high=0.0), "clip_high=0.0"),
@@ -557,9 +684,18 @@ X, Y, MASK = torch.zeros(3), torch.zeros(2), torch.ones(3, dtype=torch.bool)
         (lambda: ppo.group_advantages(X, MASK.int(), kind="mean"), "kind is 'mean'"),
         (lambda: ppo.group_advantages(X, X, kind="rloo"), "groups of integers"),
         (lambda: ppo.group_advantages(X, MASK[:2].int(), kind="rloo"), "shapes"),
-        (lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="rloo"), "group 9 has 1 score"),
-        (lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="grpo"), "group 9 has 1 score"),
-        (lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="reinforce++"), "group 9 has 1 score"),
+        (
+            lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="rloo"),
+            "group 9 has 1 score",
+        ),
+        (
+            lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="grpo"),
+            "group 9 has 1 score",
+        ),
+        (
+            lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="reinforce++"),
+            "group 9 has 1 score",
+        ),
         (lambda: ppo.explained_variance(X, Y, MASK), "returns has shape"),
     ],
 )

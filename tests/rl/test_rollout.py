@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from verippo.core.chat import render_prompt, render_response
-from verippo.core.data import Problem
-from verippo.core.local_sampler import LocalSampler
-from verippo.core.model import load_causal_lm, load_tokenizer
-from verippo.core.sampler import Completion, SamplingParams
+from verippo.core.sampling.local_sampler import LocalSampler
+from verippo.core.sampling.sampler import Completion, SamplingParams
+from verippo.core.text.chat import render_prompt, render_response
+from verippo.core.text.data import Problem
+from verippo.core.training.model import load_causal_lm, load_tokenizer
 from verippo.rl.rollout import Rollout, prompt_ids, rollout, rollout_prompts
 
-PROBLEMS = [Problem(question=f"What is {n} plus one?", answer=str(n + 1), index=n) for n in range(4)]
+PROBLEMS = [
+    Problem(question=f"What is {n} plus one?", answer=str(n + 1), index=n) for n in range(4)
+]
 IDS = [[5, 6], [7], [8, 9, 10], [11]]
 
 
@@ -19,7 +21,9 @@ def tokenizer(tokenizer_folder):
 
 
 def a_rollout(text):
-    return Rollout(problem=PROBLEMS[0], prompt_ids=[5], response_ids=[6], sampler_logprobs=[-1.0], text=text)
+    return Rollout(
+        problem=PROBLEMS[0], prompt_ids=[5], response_ids=[6], sampler_logprobs=[-1.0], text=text
+    )
 
 
 class Scripted:
@@ -40,19 +44,40 @@ def test_each_prompt_gets_its_own_completion_field_by_field(tokenizer):
     text = tokenizer.encode("I say", add_special_tokens=False)
     sampler = Scripted(
         [
-            Completion(token_ids=[*text, 2], logprobs=[-0.5] * (len(text) + 1), finish_reason="stop", version=7),
-            Completion(token_ids=text, logprobs=[-0.25] * len(text), finish_reason="length", version=7),
+            Completion(
+                token_ids=[*text, 2],
+                logprobs=[-0.5] * (len(text) + 1),
+                finish_reason="stop",
+                version=7,
+            ),
+            Completion(
+                token_ids=text, logprobs=[-0.25] * len(text), finish_reason="length", version=7
+            ),
         ]
     )
     sampling = SamplingParams(max_new_tokens=9)
     prompts = rollout_prompts(PROBLEMS[:2], IDS[:2], seed=1, step=2, samples=1)
     first, second = rollout(sampler, prompts, sampling, tokenizer=tokenizer)
     assert first == Rollout(
-        problem=PROBLEMS[0], prompt_ids=[5, 6], response_ids=[*text, 2], sampler_logprobs=[-0.5] * (len(text) + 1),
-        text="I say", truncated=False, sample=0, version=7,
-    )  # fmt: skip
-    assert (second.problem, second.truncated, second.response_ids, second.text) == (PROBLEMS[1], True, text, "I say")
-    assert [(list(p.token_ids), p.seed) for p in sampler.prompts] == [([5, 6], prompts[0].seed), ([7], prompts[1].seed)]
+        problem=PROBLEMS[0],
+        prompt_ids=[5, 6],
+        response_ids=[*text, 2],
+        sampler_logprobs=[-0.5] * (len(text) + 1),
+        text="I say",
+        truncated=False,
+        sample=0,
+        version=7,
+    )
+    assert (second.problem, second.truncated, second.response_ids, second.text) == (
+        PROBLEMS[1],
+        True,
+        text,
+        "I say",
+    )
+    assert [(list(p.token_ids), p.seed) for p in sampler.prompts] == [
+        ([5, 6], prompts[0].seed),
+        ([7], prompts[1].seed),
+    ]
     assert sampler.params is sampling
 
 
@@ -64,7 +89,9 @@ def test_a_completion_too_few_is_refused(tokenizer):
 
 def test_samples_of_a_problem_stand_together_and_each_has_its_own_seed():
     prompts = rollout_prompts(PROBLEMS, IDS, seed=3, step=5, samples=3)
-    assert [(p.problem.index, p.sample) for p in prompts] == [(n, s) for n in range(4) for s in range(3)]
+    assert [(p.problem.index, p.sample) for p in prompts] == [
+        (n, s) for n in range(4) for s in range(3)
+    ]
     assert all(p.token_ids == IDS[p.problem.index] for p in prompts)
     assert len({p.seed for p in prompts}) == 12
 
@@ -83,18 +110,33 @@ def test_a_seed_depends_on_run_step_problem_and_sample_and_on_nothing_else():
 
 
 def test_a_problem_that_stands_twice_in_a_step_is_drawn_anew():
-    prompts = rollout_prompts([PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]], [IDS[0], IDS[1], IDS[0]], seed=0, step=1, samples=2)
-    assert [(p.problem.index, p.sample) for p in prompts] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)]
+    prompts = rollout_prompts(
+        [PROBLEMS[0], PROBLEMS[1], PROBLEMS[0]], [IDS[0], IDS[1], IDS[0]], seed=0, step=1, samples=2
+    )
+    assert [(p.problem.index, p.sample) for p in prompts] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (0, 2),
+        (0, 3),
+    ]
     assert len({p.seed for p in prompts}) == 6
 
 
-def test_a_response_does_not_depend_on_what_else_is_drawn_nor_on_how_many_at_once(make_model, tokenizer):
+def test_a_response_does_not_depend_on_what_else_is_drawn_nor_on_how_many_at_once(
+    make_model, tokenizer
+):
     folder = str(make_model("llama", seed=21))
-    prompts = rollout_prompts(PROBLEMS, prompt_ids(tokenizer, PROBLEMS, system=None), seed=0, step=1, samples=2)
+    prompts = rollout_prompts(
+        PROBLEMS, prompt_ids(tokenizer, PROBLEMS, system=None), seed=0, step=1, samples=2
+    )
     sampling = SamplingParams(max_new_tokens=8)
 
     def draw(chosen, max_batch):
-        sampler = LocalSampler(load_causal_lm(folder, dtype="fp32"), stop_token_ids=(2,), max_batch=max_batch)
+        sampler = LocalSampler(
+            load_causal_lm(folder, dtype="fp32"), stop_token_ids=(2,), max_batch=max_batch
+        )
         rollouts = rollout(sampler, chosen, sampling, tokenizer=tokenizer)
         return {(r.problem.index, r.sample): list(r.response_ids) for r in rollouts}
 
@@ -105,9 +147,13 @@ def test_a_response_does_not_depend_on_what_else_is_drawn_nor_on_how_many_at_onc
 
 
 def test_prompts_are_the_chat_template_with_the_system_turn_when_there_is_one(tokenizer):
-    plain, with_system = (prompt_ids(tokenizer, PROBLEMS, system=system) for system in (None, "Be brief."))
+    plain, with_system = (
+        prompt_ids(tokenizer, PROBLEMS, system=system) for system in (None, "Be brief.")
+    )
     assert plain == [render_prompt(tokenizer, problem.question) for problem in PROBLEMS]
-    assert with_system == [render_prompt(tokenizer, problem.question, system="Be brief.") for problem in PROBLEMS]
+    assert with_system == [
+        render_prompt(tokenizer, problem.question, system="Be brief.") for problem in PROBLEMS
+    ]
     assert "Be brief." in tokenizer.decode(with_system[0])
     assert "Be brief." not in tokenizer.decode(plain[0])
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from verippo.core import dist
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.engine import FrozenEngine, TrainEngine
-from verippo.core.model import load_policy
-from verippo.core.packing import PackedBatch
-from verippo.core.sampler import SamplingParams
+from verippo.core.sampling.sampler import SamplingParams
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
+from verippo.core.training import dist
+from verippo.core.training.engine import FrozenEngine, TrainEngine
+from verippo.core.training.model import load_policy
+from verippo.core.training.packing import PackedBatch
 from verippo.rl.advantages import NoCritic
 from verippo.rl.config import PPOConfig, VerifierConfig
 from verippo.rl.setup import set_up
@@ -26,16 +26,26 @@ def policy(make_model):
 def given(policy, problems_file, tmp_path):
     """changes -> PPOConfig"""
     known = {
-        "policy": policy, "data": str(problems_file), "output": str(tmp_path / "out"), "steps": 2, "prompts_per_step": 4,
-        "verifier": VerifierConfig(kind="exact"), "sampling": SamplingParams(max_new_tokens=8), "max_prompt_tokens": 80,
-        "dtype": "fp32", "zero_stage": 0, "gradient_checkpointing": False,
-    }  # fmt: skip
+        "policy": policy,
+        "data": str(problems_file),
+        "output": str(tmp_path / "out"),
+        "steps": 2,
+        "prompts_per_step": 4,
+        "verifier": VerifierConfig(kind="exact"),
+        "sampling": SamplingParams(max_new_tokens=8),
+        "max_prompt_tokens": 80,
+        "dtype": "fp32",
+        "zero_stage": 0,
+        "gradient_checkpointing": False,
+    }
     return lambda **changes: PPOConfig(**known | changes)
 
 
 def batch():
     tokens = torch.arange(3, 13)
-    return PackedBatch(tokens=tokens, cu_seqlens=torch.tensor([0, 4, 10]).int(), response_mask=tokens % 4 > 1)
+    return PackedBatch(
+        tokens=tokens, cu_seqlens=torch.tensor([0, 4, 10]).int(), response_mask=tokens % 4 > 1
+    )
 
 
 def test_policy_and_reference_start_as_the_same_model_and_the_critic_at_zero(given, policy):
@@ -51,7 +61,10 @@ def test_policy_and_reference_start_as_the_same_model_and_the_critic_at_zero(giv
 
 
 def test_a_reference_and_a_critic_of_their_own_are_used(given, make_model):
-    reference, critic = str(make_model("llama", seed=52)), str(make_model("llama", classes=1, seed=53, num_hidden_layers=1))
+    reference, critic = (
+        str(make_model("llama", seed=52)),
+        str(make_model("llama", classes=1, seed=53, num_hidden_layers=1)),
+    )
     run = set_up(given(reference=reference, critic=critic))
     with torch.no_grad():
         assert torch.equal(run.reference(batch()), load_policy(reference, dtype="fp32")(batch()))
@@ -67,22 +80,36 @@ def test_the_verifier_is_the_one_that_was_named(given, make_model, tmp_path, mon
     (tmp_path / "constant.py").write_text("def score(rollouts): return [0.25 for _ in rollouts]\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert isinstance(set_up(given()).verifier, ExactMatchVerifier)
-    function = set_up(given(verifier=VerifierConfig(kind="function", function="constant:score"))).verifier
+    function = set_up(
+        given(verifier=VerifierConfig(kind="function", function="constant:score"))
+    ).verifier
     assert isinstance(function, FunctionVerifier)
     assert function.score([None, None]) == [0.25, 0.25]
     template = tmp_path / "template.txt"
     template.write_text("Is {response} the same as {reference}?")
     options = VerifierConfig(
-        kind="classifier", model=str(make_model("llama", classes=2, seed=54)), threshold=0.3, max_tokens=99,
-        template=str(template), right=2.0, wrong=1.0, unparsable=-1.0,
-    )  # fmt: skip
+        kind="classifier",
+        model=str(make_model("llama", classes=2, seed=54)),
+        threshold=0.3,
+        max_tokens=99,
+        template=str(template),
+        right=2.0,
+        wrong=1.0,
+        unparsable=-1.0,
+    )
     classifier = set_up(given(verifier=options)).verifier
     assert isinstance(classifier, ClassifierVerifier)
-    assert (classifier.threshold, classifier.max_tokens, tuple(classifier.tiers)) == (0.3, 99, (2.0, 1.0, -1.0))
+    assert (classifier.threshold, classifier.max_tokens, tuple(classifier.tiers)) == (
+        0.3,
+        99,
+        (2.0, 1.0, -1.0),
+    )
     assert classifier.template == "Is {response} the same as {reference}?"
 
 
-def test_over_long_prompts_are_left_out_with_their_row_numbers_and_the_rest_keep_theirs(given, problems_file):
+def test_over_long_prompts_are_left_out_with_their_row_numbers_and_the_rest_keep_theirs(
+    given, problems_file
+):
     rows = json.loads(problems_file.read_text())
     for n in (3, 8):
         rows[n][QUESTION_KEY] *= 5
@@ -91,7 +118,9 @@ def test_over_long_prompts_are_left_out_with_their_row_numbers_and_the_rest_keep
     assert run.train_set.dropped == [3, 8]
     assert [p.index for p in run.train_set.problems] == [n for n in range(12) if n not in (3, 8)]
     assert all(len(ids) <= 80 for ids in run.train_set.token_ids)
-    assert "".join(run.tokenizer.decode(run.train_set.token_ids[3])).count("What is 4 plus one?") == 1
+    assert (
+        "".join(run.tokenizer.decode(run.train_set.token_ids[3])).count("What is 4 plus one?") == 1
+    )
 
 
 def test_held_out_problems_are_no_training_problems_and_the_split_is_the_seeds(given):
@@ -108,14 +137,21 @@ def test_evaluation_data_of_its_own_is_read_with_the_same_keys(given, tmp_path):
     path = tmp_path / "held-out.jsonl"
     path.write_text(json.dumps({"q": "What?", "a": "That."}) + "\n")
     training = tmp_path / "train.jsonl"
-    training.write_text("".join(json.dumps({"q": f"Which {n}?", "a": "This."}) + "\n" for n in range(4)))
+    training.write_text(
+        "".join(json.dumps({"q": f"Which {n}?", "a": "This."}) + "\n" for n in range(4))
+    )
     run = set_up(given(data=str(training), eval_data=str(path), question_key="q", answer_key="a"))
     assert [(p.question, p.answer) for p in run.eval_set.problems] == [("What?", "That.")]
     assert len(run.train_set.problems) == 4
 
 
 def test_rates_climb_and_fall_over_all_optimizer_steps(given):
-    rates = {"policy_learning_rate": 1.0, "critic_learning_rate": 10.0, "warmup_ratio": 0.2, "schedule": "linear"}
+    rates = {
+        "policy_learning_rate": 1.0,
+        "critic_learning_rate": 10.0,
+        "warmup_ratio": 0.2,
+        "schedule": "linear",
+    }
     run = set_up(given(steps=5, epochs=2, minibatches=2, **rates))
     policy, critic = zip(*(run.rates(step) for step in range(20)), strict=True)
     # 20 optimizer steps, 4 of them warm-up
@@ -135,20 +171,31 @@ def test_too_few_problems_for_a_step_are_refused(given, problems_file):
 
 def test_rollouts_that_do_not_divide_over_the_ranks_are_refused(given, monkeypatch):
     monkeypatch.setattr(dist, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="4 rollouts a step .* do not divide over 3 ranks: choose a multiple"):
+    with pytest.raises(
+        ValueError, match="4 rollouts a step .* do not divide over 3 ranks: choose a multiple"
+    ):
         set_up(given())
 
 
 def test_a_context_too_short_for_prompt_and_response_is_refused(given, make_model):
     short = str(make_model("llama", seed=55, max_position_embeddings=87))
-    with pytest.raises(ValueError, match=r"max_prompt_tokens \+ sampling.max_new_tokens = 88, over the context of .* \(87\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_prompt_tokens \+ sampling.max_new_tokens = 88, over the context of .* \(87\)",
+    ):
         set_up(given(policy=short))
 
 
 def test_a_template_that_is_not_there_is_refused(given, make_model, tmp_path):
     model = str(make_model("llama", classes=2, seed=56))
     with pytest.raises(ValueError, match="nothing.txt"):
-        set_up(given(verifier=VerifierConfig(kind="classifier", model=model, template=str(tmp_path / "nothing.txt"))))
+        set_up(
+            given(
+                verifier=VerifierConfig(
+                    kind="classifier", model=model, template=str(tmp_path / "nothing.txt")
+                )
+            )
+        )
 
 
 def test_rows_keep_the_published_keys():

@@ -32,10 +32,17 @@ def twin_updates(rank_checks, job, *, max_grad_norm):
     )
     for what in rank_checks.UPDATES:
         if not what.poisoned:
-            losses = [twin_losses(rank_checks, job["experience"], s, policy, critic) for s in what.seqs]
+            losses = [
+                twin_losses(rank_checks, job["experience"], s, policy, critic) for s in what.seqs
+            ]
             num_tokens = sum(num for _, _, num in losses)
             norms = [
-                plain_sgd(model, sum(loss[part] for loss in losses) / num_tokens, rank_checks.RATE, max_grad_norm)
+                plain_sgd(
+                    model,
+                    sum(loss[part] for loss in losses) / num_tokens,
+                    rank_checks.RATE,
+                    max_grad_norm,
+                )
                 for part, model in enumerate((policy, critic))
             ]
         else:
@@ -56,14 +63,21 @@ def twin_losses(rank_checks, experience, seq, policy, critic):
     assert end - start == prompt + response
     ids = torch.cat([experience.batch.tokens[start:end], torch.zeros(PAD, dtype=torch.int64)])[None]
     attention_mask = torch.tensor([[1] * (prompt + response) + [0] * PAD])
-    before = slice(prompt - 1, prompt + response - 1)  # the states from which the response tokens are drawn
+    before = slice(
+        prompt - 1, prompt + response - 1
+    )  # the states from which the response tokens are drawn
     old_logprob, old_value, advantage, target = (
         x[start + prompt : end]
         for x in (experience.logprobs, experience.values, experience.advantages, experience.returns)
     )
 
-    logits = policy(input_ids=ids, attention_mask=attention_mask).logits[0, before] / rank_checks.TEMPERATURE
-    logprob = torch.log_softmax(logits, -1)[torch.arange(response), ids[0, prompt : prompt + response]]
+    logits = (
+        policy(input_ids=ids, attention_mask=attention_mask).logits[0, before]
+        / rank_checks.TEMPERATURE
+    )
+    logprob = torch.log_softmax(logits, -1)[
+        torch.arange(response), ids[0, prompt : prompt + response]
+    ]
     ratio = torch.exp(logprob - old_logprob)
     low, high = 1 - rank_checks.CLIPS["clip_low"], 1 + rank_checks.CLIPS["clip_high"]
     policy_loss = -torch.minimum(advantage * ratio, advantage * ratio.clip(low, high)).sum()
@@ -97,7 +111,10 @@ def test_the_update_is_plain_torchs_whatever_the_packing_the_micro_batches_the_o
     trail = results[0]["updates"][stage]
     for number, expected in enumerate(twin):
         for name, weights in expected["weights"].items():
-            assert largest_difference(trail[number + 1]["weights"][name], weights) < 1e-6, (number, name)
+            assert largest_difference(trail[number + 1]["weights"][name], weights) < 1e-6, (
+                number,
+                name,
+            )
         for step, norm in zip(trail[number + 1]["steps"], expected["norms"], strict=True):
             assert step == pytest.approx((not math.isnan(norm), norm), rel=1e-4, nan_ok=True)
 
@@ -111,10 +128,15 @@ def test_the_twins_updates_move_the_weights_far_more_than_the_tolerance(job, twi
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_of_any(results, rank_checks, stage):
+def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_of_any(
+    results, rank_checks, stage
+):
     number = next(n for n, what in enumerate(rank_checks.UPDATES) if what.poisoned)
     for rank in results:
-        assert [applied for applied, _ in rank["updates"][stage][number + 1]["steps"]] == [False, False]
+        assert [applied for applied, _ in rank["updates"][stage][number + 1]["steps"]] == [
+            False,
+            False,
+        ]
     before, after = (results[0]["updates"][stage][n]["weights"] for n in (number, number + 1))
     for name in ("policy", "critic"):
         assert largest_difference(before[name], after[name]) == 0.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.launch import cli
 
 OPENINGS = {
@@ -47,7 +47,11 @@ def between(prompt: str, tag: str) -> str:
 def chain(conclusion: str, *, after: bool = False) -> str:
     steps = [{"action": "Verification", "content": "Is that so?"}] if after else []
     steps += [
-        {"action": "Inner Thinking", "title": "Findings", "content": f"What speaks for {conclusion}?"},
+        {
+            "action": "Inner Thinking",
+            "title": "Findings",
+            "content": f"What speaks for {conclusion}?",
+        },
         {"action": "Final Conclusion", "content": conclusion},
         {"action": "Verification", "content": f"{conclusion} fits."},
     ]
@@ -81,7 +85,11 @@ class Doctor:
 
     def conclusion(self, question: str, num_before: int) -> str:
         answer = self.answers[question]
-        return answer if num_before >= self.plan[question] else f"wrong guess {num_before} at {question}"
+        return (
+            answer
+            if num_before >= self.plan[question]
+            else f"wrong guess {num_before} at {question}"
+        )
 
     def chain(self, prompt: str, question: str) -> str:
         return chain(self.conclusion(question, 0))
@@ -91,7 +99,12 @@ class Doctor:
             assert between(prompt, "answer") == self.answers[question]
             return chain(self.answers[question], after=True)
         assert self.answers[question] not in prompt.replace(question, "")
-        return chain(self.conclusion(question, prompt.count('"action": "Final Conclusion", "content": "wrong')), after=True)
+        return chain(
+            self.conclusion(
+                question, prompt.count('"action": "Final Conclusion", "content": "wrong')
+            ),
+            after=True,
+        )
 
     def verdict(self, prompt: str, given: str) -> str:
         return str(given == between(prompt, "reference"))
@@ -107,7 +120,9 @@ class Doctor:
 setattr(Doctor, "continue", Doctor.continue_)
 
 
-def unique_tokens(answer: Callable[[dict[str, Any]], Any], module: Any) -> Callable[[dict[str, Any]], Any]:
+def unique_tokens(
+    answer: Callable[[dict[str, Any]], Any], module: Any
+) -> Callable[[dict[str, Any]], Any]:
     """The same answers, but their count of tokens tells which request they belong to."""
 
     def script(body: dict[str, Any]) -> Any:
@@ -135,18 +150,31 @@ def scripted() -> Any:
 def command(tmp_path: Path) -> Callable[..., Path]:
     """Runs `verippo NAME` on rows in this process: (name, rows, server, **options) -> its output folder."""
 
-    def run(name: str, rows: list[dict[str, Any]], server: Any, *, output: str = "out", **options: Any) -> Path:
+    def run(
+        name: str, rows: list[dict[str, Any]], server: Any, *, output: str = "out", **options: Any
+    ) -> Path:
         data = tmp_path / "rows.json"
         data.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        given = {"data": data, "output": tmp_path / output, "llm.base_url": server.url, "llm.model": "scripted"} | options
-        cli.main([name, *[part for key, value in given.items() for part in (f"--{key}", str(value))]])
+        given = {
+            "data": data,
+            "output": tmp_path / output,
+            "llm.base_url": server.url,
+            "llm.model": "scripted",
+        } | options
+        cli.main(
+            [name, *[part for key, value in given.items() for part in (f"--{key}", str(value))]]
+        )
         return tmp_path / output
 
     return run
 
 
 def problem(number: int, *, answer: str | None = None) -> dict[str, Any]:
-    return {"id": number, QUESTION_KEY: f"What ails patient {number}?", ANSWER_KEY: answer or f"disease {number}"}
+    return {
+        "id": number,
+        QUESTION_KEY: f"What ails patient {number}?",
+        ANSWER_KEY: answer or f"disease {number}",
+    }
 
 
 def load(folder: Path, name: str) -> Any:

@@ -42,15 +42,37 @@ def signs(points, *names):
 # cut-offs (a value at a cut belongs above it).
 CRITERIA = {
     "glasgow_coma_scale": {
-        "eyes spontaneous": 4, "eyes speech": 3, "eyes pain": 2, "eyes none": 1,
-        "verbal oriented": 5, "verbal confused": 4, "verbal words": 3, "verbal sounds": 2, "verbal none": 1,
-        "motor obeys": 6, "motor localizing": 5, "motor withdrawal": 4, "motor flexion": 3, "motor extension": 2,
+        "eyes spontaneous": 4,
+        "eyes speech": 3,
+        "eyes pain": 2,
+        "eyes none": 1,
+        "verbal oriented": 5,
+        "verbal confused": 4,
+        "verbal words": 3,
+        "verbal sounds": 2,
+        "verbal none": 1,
+        "motor obeys": 6,
+        "motor localizing": 5,
+        "motor withdrawal": 4,
+        "motor flexion": 3,
+        "motor extension": 2,
         "motor none": 1,
     },
     "apgar": {
-        "skin pink": 2, "limbs blue": 1, "skin blue": 0, "pulse": band([100], [1, 2]), "pulse none": 0,
-        "reflex cough": 2, "reflex grimace": 1, "reflex none": 0, "tone active": 2, "tone flexion": 1, "tone limp": 0,
-        "breathing strong": 2, "breathing slow": 1, "breathing none": 0,
+        "skin pink": 2,
+        "limbs blue": 1,
+        "skin blue": 0,
+        "pulse": band([100], [1, 2]),
+        "pulse none": 0,
+        "reflex cough": 2,
+        "reflex grimace": 1,
+        "reflex none": 0,
+        "tone active": 2,
+        "tone flexion": 1,
+        "tone limp": 0,
+        "breathing strong": 2,
+        "breathing slow": 1,
+        "breathing none": 0,
     },
     "curb65": signs(1, "confusion")
     | {"urea": band([7.01], [0, 1]), "breaths": band([30], [0, 1]), "age": band([65], [0, 1])}
@@ -59,39 +81,76 @@ CRITERIA = {
     | signs(2, "stroke")
     | {"age": band([65, 75], [0, 1, 2]), "male": 0, "female": 1},
     "wells_dvt": signs(
-        1, "cancer", "leg paralysis", "bed rest", "vein tenderness", "leg swelling", "calf swelling", "pitting edema",
-        "collateral veins", "past thrombosis",
+        1,
+        "cancer",
+        "leg paralysis",
+        "bed rest",
+        "vein tenderness",
+        "leg swelling",
+        "calf swelling",
+        "pitting edema",
+        "collateral veins",
+        "past thrombosis",
     )
     | signs(-2, "likely alternative"),
     "mcisaac": signs(1, "tender nodes", "tonsil exudate")
-    | {"temperature": band([38.01], [0, 1]), "age": band([3, 15, 45], [0, 1, 0, -1]), "cough": 0, "no cough": 1},
+    | {
+        "temperature": band([38.01], [0, 1]),
+        "age": band([3, 15, 45], [0, 1, 0, -1]),
+        "cough": 0,
+        "no cough": 1,
+    },
     "has_bled": signs(1, "dialysis", "cirrhosis", "stroke", "bleeding", "aspirin", "alcohol")
-    | {"systolic": band([161], [0, 1]), "age": band([66], [0, 1]), "stable INR": 0, "labile INR": 1},
+    | {
+        "systolic": band([161], [0, 1]),
+        "age": band([66], [0, 1]),
+        "stable INR": 0,
+        "labile INR": 1,
+    },
     "alvarado": signs(1, "migrating pain", "anorexia", "vomiting", "rebound pain", "left shift")
     | signs(2, "quadrant tenderness")
     | {"temperature": band([37.3], [0, 1]), "leukocytes": band([10.01], [0, 2])},
     "child_pugh": {
-        "bilirubin": band([2, 3.01], [1, 2, 3]), "albumin": band([2.8, 3.51], [3, 2, 1]),
-        "prothrombin": band([4, 6.01], [1, 2, 3]), "encephalopathy": band([1, 3], [1, 2, 3]),
-        "no ascites": 1, "slight ascites": 2, "moderate ascites": 3,
+        "bilirubin": band([2, 3.01], [1, 2, 3]),
+        "albumin": band([2.8, 3.51], [3, 2, 1]),
+        "prothrombin": band([4, 6.01], [1, 2, 3]),
+        "encephalopathy": band([1, 3], [1, 2, 3]),
+        "no ascites": 1,
+        "slight ascites": 2,
+        "moderate ascites": 3,
     },
     "news2": {
-        "breaths": band([9, 12, 21, 25], [3, 1, 0, 2, 3]), "saturation": band([92, 94, 96], [3, 2, 1, 0]),
-        "on air": 0, "on oxygen": 2, "systolic": band([91, 101, 111, 220], [3, 2, 1, 0, 3]),
-        "pulse": band([41, 51, 91, 111, 131], [3, 1, 0, 1, 2, 3]), "alert": 0, "new confusion": 3,
+        "breaths": band([9, 12, 21, 25], [3, 1, 0, 2, 3]),
+        "saturation": band([92, 94, 96], [3, 2, 1, 0]),
+        "on air": 0,
+        "on oxygen": 2,
+        "systolic": band([91, 101, 111, 220], [3, 2, 1, 0, 3]),
+        "pulse": band([41, 51, 91, 111, 131], [3, 1, 0, 1, 2, 3]),
+        "alert": 0,
+        "new confusion": 3,
         "temperature": band([35.1, 36.1, 38.1, 39.1], [3, 1, 0, 1, 2]),
     },
     "bishop": {
-        "dilation": band([1, 3, 5], [0, 1, 2, 3]), "effacement": band([40, 60, 80], [0, 1, 2, 3]),
-        "station": band([-2, -1, 1], [0, 1, 2, 3]), "cervix firm": 0, "cervix medium": 1, "cervix soft": 2,
-        "cervix posterior": 0, "cervix middle": 1, "cervix anterior": 2,
+        "dilation": band([1, 3, 5], [0, 1, 2, 3]),
+        "effacement": band([40, 60, 80], [0, 1, 2, 3]),
+        "station": band([-2, -1, 1], [0, 1, 2, 3]),
+        "cervix firm": 0,
+        "cervix medium": 1,
+        "cervix soft": 2,
+        "cervix posterior": 0,
+        "cervix middle": 1,
+        "cervix anterior": 2,
     },
     "abcd2": signs(1, "diabetes")
     | {
-        "age": band([60], [0, 1]), "pressure": high_pressure, "arm weakness": 2, "only speech": 1, "only dizziness": 0,
+        "age": band([60], [0, 1]),
+        "pressure": high_pressure,
+        "arm weakness": 2,
+        "only speech": 1,
+        "only dizziness": 0,
         "minutes": band([10, 60], [0, 1, 2]),
     },
-}  # fmt: skip
+}
 
 
 def points_by_criteria(kind, finding):
@@ -106,13 +165,21 @@ def points_by_criteria(kind, finding):
 
 def score(kind, *findings):
     """The total by the code's tables."""
-    points = {finding.compact: finding.points for item in SCORES[kind].items for level in item for finding in level}
+    points = {
+        finding.compact: finding.points
+        for item in SCORES[kind].items
+        for level in item
+        for finding in level
+    }
     return sum(points[finding] for finding in findings)
 
 
 def calculate(kind, **inputs):
     """The unrounded answer by the code's formula."""
-    values = {name: value if value in ("male", "female") else Decimal(value) for name, value in inputs.items()}
+    values = {
+        name: value if value in ("male", "female") else Decimal(value)
+        for name, value in inputs.items()
+    }
     return float(FORMULAS[kind].work(Working(FORMULAS[kind].num_decimals), **values))
 
 
@@ -130,7 +197,9 @@ FORMULA_TWINS = {
     "mean_arterial_pressure": lambda systolic, diastolic: diastolic + (systolic - diastolic) / 3,
     "corrected_calcium": lambda calcium, albumin: calcium + 0.8 * (4 - albumin),
     "corrected_sodium": lambda sodium, glucose: sodium + 0.016 * (glucose - 100),
-    "osmolality": lambda sodium, glucose, urea_nitrogen: 2 * sodium + glucose / 18 + urea_nitrogen / 2.8,
+    "osmolality": lambda sodium, glucose, urea_nitrogen: (
+        2 * sodium + glucose / 18 + urea_nitrogen / 2.8
+    ),
     "body_mass_index": lambda weight, height: weight / height**2,
     "creatinine_clearance": lambda age, weight, creatinine, sex: (
         (140 - age) * weight / (72 * creatinine) * {"male": 1, "female": 0.85}[sex]
@@ -159,7 +228,9 @@ def tokens(record):
 
 def assert_lines_are_true(lines):
     """`a op b = c` exactly, `a op b ≈ c` to half a unit in c's last place."""
-    for left, sign, right, equals, shown in re.findall(r"([\d.]+) ([-+x/]) ([\d.]+) ([=≈]) (\d+(?:\.\d+)?)", lines):
+    for left, sign, right, equals, shown in re.findall(
+        r"([\d.]+) ([-+x/]) ([\d.]+) ([=≈]) (\d+(?:\.\d+)?)", lines
+    ):
         value = OPERATIONS[sign](Decimal(left), Decimal(right))
         places = len(shown.partition(".")[2])
         slack = Decimal("0.5").scaleb(-max(places, 2)) if equals == "≈" else 0
@@ -169,7 +240,9 @@ def assert_lines_are_true(lines):
 def test_every_finding_has_the_points_of_the_published_criteria():
     assert set(CRITERIA) == set(SCORES)
     for kind, one_score in SCORES.items():
-        for finding in itertools.chain.from_iterable(itertools.chain.from_iterable(one_score.items)):
+        for finding in itertools.chain.from_iterable(
+            itertools.chain.from_iterable(one_score.items)
+        ):
             assert finding.points == points_by_criteria(kind, finding.compact), (kind, finding)
 
 
@@ -198,7 +271,9 @@ def test_levels_rise_and_words_are_unique_within_a_score():
             level_points = [level[0].points for level in item]
             assert level_points == sorted(set(level_points))
             assert all(len({finding.points for finding in level}) == 1 for level in item)
-        findings = [finding for item in one_score.items for level in item for finding in level] + list(IRRELEVANT)
+        findings = [
+            finding for item in one_score.items for level in item for finding in level
+        ] + list(IRRELEVANT)
         assert len({finding.compact for finding in findings}) == len(findings)
         assert len({finding.prose for finding in findings}) == len(findings)
 
@@ -209,28 +284,73 @@ def test_score_totals_of_hand_worked_patients():
     # decorticate: E2 V2 M3
     assert score("glasgow_coma_scale", "eyes pain", "verbal sounds", "motor flexion") == 7
     # acrocyanosis 1, pulse 2, grimace 1, some flexion 1, strong cry 2
-    assert score("apgar", "limbs blue", "pulse 130", "reflex grimace", "tone flexion", "breathing strong") == 7
+    assert (
+        score(
+            "apgar", "limbs blue", "pulse 130", "reflex grimace", "tone flexion", "breathing strong"
+        )
+        == 7
+    )
     assert score("curb65", "confusion", "urea 9", "breaths 24", "pressure 84/50", "age 80") == 4
     # woman of 78 with hypertension and a stroke: 2 + 1 + 2 + 1
     assert score("cha2ds2_vasc", "age 78", "female", "hypertension", "stroke", "no diabetes") == 6
     # cancer 1, calf 1, pitting edema 1, another diagnosis -2
     assert score("wells_dvt", "cancer", "calf swelling", "pitting edema", "likely alternative") == 1
     # child with fever, no cough, nodes and exudate: 1 + 1 + 1 + 1 + 1
-    assert score("mcisaac", "temperature 38.6", "no cough", "tender nodes", "tonsil exudate", "age 6") == 5
-    assert score("mcisaac", "temperature 36.8", "cough", "tender nodes", "no tonsil exudate", "age 60") == 0
-    assert score("has_bled", "systolic 170", "no dialysis", "stroke", "labile INR", "age 70", "aspirin") == 5
+    assert (
+        score("mcisaac", "temperature 38.6", "no cough", "tender nodes", "tonsil exudate", "age 6")
+        == 5
+    )
+    assert (
+        score("mcisaac", "temperature 36.8", "cough", "tender nodes", "no tonsil exudate", "age 60")
+        == 0
+    )
+    assert (
+        score(
+            "has_bled", "systolic 170", "no dialysis", "stroke", "labile INR", "age 70", "aspirin"
+        )
+        == 5
+    )
     # migration 1, anorexia 1, right lower quadrant 2, rebound 1, leukocytosis 2
-    assert score("alvarado", "migrating pain", "anorexia", "quadrant tenderness", "rebound pain", "leukocytes 14") == 7
+    assert (
+        score(
+            "alvarado",
+            "migrating pain",
+            "anorexia",
+            "quadrant tenderness",
+            "rebound pain",
+            "leukocytes 14",
+        )
+        == 7
+    )
     # bilirubin 2.4 (2), albumin 2.4 (3), slight ascites (2), no encephalopathy (1), 5 s (2): class C begins at 10
-    findings = ("bilirubin 2.4", "albumin 2.4", "slight ascites", "encephalopathy 0", "prothrombin 5")
+    findings = (
+        "bilirubin 2.4",
+        "albumin 2.4",
+        "slight ascites",
+        "encephalopathy 0",
+        "prothrombin 5",
+    )
     assert score("child_pugh", *findings) == 10
     # 22/min 2, 93 % 2, oxygen 2, 98 mmHg 2, 116/min 2, alert 0, 38.6 C 1
-    findings = ("breaths 22", "saturation 93", "on oxygen", "systolic 98", "pulse 116", "alert", "temperature 38.6")
+    findings = (
+        "breaths 22",
+        "saturation 93",
+        "on oxygen",
+        "systolic 98",
+        "pulse 116",
+        "alert",
+        "temperature 38.6",
+    )
     assert score("news2", *findings) == 11
     # 3 cm 2, 70 % 2, station -1 2, soft 2, mid-position 1
-    assert score("bishop", "dilation 3", "effacement 70", "station -1", "cervix soft", "cervix middle") == 9
+    assert (
+        score("bishop", "dilation 3", "effacement 70", "station -1", "cervix soft", "cervix middle")
+        == 9
+    )
     # age 1, pressure 1, weakness 2, 20 minutes 1, diabetes 1
-    assert score("abcd2", "age 70", "pressure 160/80", "arm weakness", "minutes 20", "diabetes") == 6
+    assert (
+        score("abcd2", "age 70", "pressure 160/80", "arm weakness", "minutes 20", "diabetes") == 6
+    )
 
 
 def test_formulas_give_textbook_results():
@@ -255,7 +375,12 @@ def test_formulas_give_textbook_results():
     assert calculate("creatinine_clearance", age=60, weight=72, creatinine=1, sex="male") == 80
     assert calculate("creatinine_clearance", age=60, weight=72, creatinine=1, sex="female") == 68
     # prerenal: 10 x 2 / (140 x 100)
-    ratio = {"urine_sodium": 10, "plasma_sodium": 140, "urine_creatinine": 100, "plasma_creatinine": 2}
+    ratio = {
+        "urine_sodium": 10,
+        "plasma_sodium": 140,
+        "urine_creatinine": 100,
+        "plasma_creatinine": 2,
+    }
     assert calculate("sodium_excretion", **ratio) == close(0.143)
     assert calculate("winters_pco2", bicarbonate=12) == 26
     assert calculate("ldl_cholesterol", total=200, hdl=50, triglycerides=150) == 120
@@ -282,7 +407,9 @@ def test_plain_numbers_keep_their_value_without_trailing_zeros(value):
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_score_answers_equal_the_sum_of_published_points(style, split):
     for record in generate(400, seed=1, split=split, kinds="scores", style=style):
-        points = [points_by_criteria(record["kind"], finding) for finding in record["inputs"]["findings"]]
+        points = [
+            points_by_criteria(record["kind"], finding) for finding in record["inputs"]["findings"]
+        ]
         assert record["Ground-True Answer"] == str(sum(points))
         assert min(itertools.accumulate(points)) >= 0
 
@@ -370,7 +497,10 @@ def test_train_and_held_out_share_no_problem_whatever_the_seed():
 
 
 @settings(max_examples=50)
-@given(st.permutations(["age 70", "confusion", "urea 9"]), st.sampled_from(["brown eyes", "dark hair", "born in May"]))
+@given(
+    st.permutations(["age 70", "confusion", "urea 9"]),
+    st.sampled_from(["brown eyes", "dark hair", "born in May"]),
+)
 def test_split_ignores_order_and_irrelevant_findings(findings, irrelevant):
     expected = split_of("curb65", {"findings": ["age 70", "confusion", "urea 9"]})
     assert split_of("curb65", {"findings": [irrelevant, *findings]}) == expected
@@ -398,8 +528,12 @@ def test_records_are_the_same_in_another_process():
         "import json; from verippo.search.calculations import generate;"
         "print(json.dumps(generate(20, seed=11) + generate(20, seed=11, split='eval', style='prose')))"
     )
-    ran = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert json.loads(ran.stdout) == generate(20, seed=11) + generate(20, seed=11, split="eval", style="prose")
+    ran = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    )
+    assert json.loads(ran.stdout) == generate(20, seed=11) + generate(
+        20, seed=11, split="eval", style="prose"
+    )
 
 
 def test_both_styles_word_the_same_problems():
@@ -425,7 +559,9 @@ def test_no_total_pays_for_guessing(split, most_within_a_kind):
     records = generate(3000, seed=13, split=split, kinds="scores")
     totals = collections.Counter(record["Ground-True Answer"] for record in records)
     assert max(totals.values()) / len(records) < 0.16
-    for _, group in itertools.groupby(sorted(records, key=lambda r: r["kind"]), key=lambda r: r["kind"]):
+    for _, group in itertools.groupby(
+        sorted(records, key=lambda r: r["kind"]), key=lambda r: r["kind"]
+    ):
         answers = [record["Ground-True Answer"] for record in group]
         assert max(collections.Counter(answers).values()) / len(answers) < most_within_a_kind
 
@@ -434,7 +570,16 @@ def test_compact_scores_are_short_and_their_vocabulary_is_small_and_closed():
     train = generate(4000, seed=14, kinds="scores")
     vocabulary = {token for record in train for token in tokens(record)}
     assert len(vocabulary) < 200
-    assert len({word for record in train for word in f"{record['Question']} {record['Complex_CoT']}".split()}) < 250
+    assert (
+        len(
+            {
+                word
+                for record in train
+                for word in f"{record['Question']} {record['Complex_CoT']}".split()
+            }
+        )
+        < 250
+    )
     held_out = generate(500, seed=15, kinds="scores", split="eval")
     assert {token for record in held_out for token in tokens(record)} <= vocabulary
     for record in train:
@@ -459,11 +604,25 @@ def test_wrong_answers_are_distinct_and_never_right(style):
 
 
 def test_wrong_answers_contain_typical_slips():
-    record = next(r for r in stream(seed=0, kinds="weight_dose", style="prose") if r["Ground-True Answer"] == "120 mg")
-    numbers = {re.search(r"[\d.]*\d m?g", answer).group() for answer in wrong_answers(record, 9, seed=0)}
+    record = next(
+        r
+        for r in stream(seed=0, kinds="weight_dose", style="prose")
+        if r["Ground-True Answer"] == "120 mg"
+    )
+    numbers = {
+        re.search(r"[\d.]*\d m?g", answer).group() for answer in wrong_answers(record, 9, seed=0)
+    }
     assert numbers == {
-        "119.8 mg", "119.9 mg", "120.1 mg", "120.2 mg", "210 mg", "102 mg", "1200 mg", "12 mg", "120 g",
-    }  # fmt: skip
+        "119.8 mg",
+        "119.9 mg",
+        "120.1 mg",
+        "120.2 mg",
+        "210 mg",
+        "102 mg",
+        "1200 mg",
+        "12 mg",
+        "120 g",
+    }
 
 
 def test_wrong_and_right_answers_use_the_same_phrases():
@@ -473,7 +632,9 @@ def test_wrong_and_right_answers_use_the_same_phrases():
             for record in generate(60, seed=17, kinds=kinds, style=style):
                 unit = re.compile(r"[\d.]*\d( m(mol/L|g/dL))?")
                 shapes[True] |= {unit.sub("#", answer) for answer in paraphrases(record)}
-                shapes[False] |= {unit.sub("#", answer) for answer in wrong_answers(record, 4, seed=0)}
+                shapes[False] |= {
+                    unit.sub("#", answer) for answer in wrong_answers(record, 4, seed=0)
+                }
             assert shapes[True] == shapes[False]
 
 
@@ -504,4 +665,6 @@ def test_unknown_arguments_are_refused_at_once(arguments, message):
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_kind_makes_both_splits(kind):
     for split in ("train", "eval"):
-        assert {record["split"] for record in generate(5, seed=19, split=split, kinds=kind)} == {split}
+        assert {record["split"] for record in generate(5, seed=19, split=split, kinds=kind)} == {
+            split
+        }

@@ -8,20 +8,31 @@ from collections import Counter
 
 import pytest
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY, load_problems
-from verippo.core.llm import LLMConfig
+from verippo.core.llm.client import LLMConfig
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY, load_problems
 from verippo.search.config import ProblemsConfig
 from verippo.search.problems import ASKS_FOR_FALSE, STANDS_FOR_SEVERAL, as_problem, exam_question
 
 TOPICS = ["tuberculosis", "malaria", "scurvy", "cholera", "gout", "mumps", "rabies", "measles"]
-SHARED = "He has been coughing blood for eleven long weeks and sleeps badly at night."  # 75 characters
+SHARED = (
+    "He has been coughing blood for eleven long weeks and sleeps badly at night."  # 75 characters
+)
 
 
-def exam(number, *, text=None, options=("Aspirin", "Heparin", "Insulin", "Digoxin"), letter="B", **extra):
+def exam(
+    number, *, text=None, options=("Aspirin", "Heparin", "Insulin", "Digoxin"), letter="B", **extra
+):
     """A question of at least 100 characters that names its number."""
-    question = text or f"Case {number}: a patient comes with {TOPICS[number % 8]} and has had a fever since the last full moon."
+    question = (
+        text
+        or f"Case {number}: a patient comes with {TOPICS[number % 8]} and has had a fever since the last full moon."
+    )
     question += " Which of the following drugs is the best choice for this patient?"
-    return {"question": question, "options": dict(zip("ABCD", options, strict=True)), "answer_idx": letter} | extra
+    return {
+        "question": question,
+        "options": dict(zip("ABCD", options, strict=True)),
+        "answer_idx": letter,
+    } | extra
 
 
 class Examiner:
@@ -45,13 +56,18 @@ class Examiner:
             self.log["judge", body["model"]] += 1
             return self.judgements.get(number, "pass")
         self.log["rewrite", body["model"]] += 1
-        return self.rewrites.get(number) or json.dumps({QUESTION_KEY: f"Open case {number}?", ANSWER_KEY: "Heparin"})
+        return self.rewrites.get(number) or json.dumps(
+            {QUESTION_KEY: f"Open case {number}?", ANSWER_KEY: "Heparin"}
+        )
 
 
 def funnel(folder):
     """step -> (in, dropped, failed, unreached, out), as report.md says."""
     text = (folder / "report.md").read_text().split("## Funnel")[1].split("##")[0]
-    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in text.strip().splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in text.strip().splitlines()[2:]
+    ]
     return {row[0]: tuple(map(int, row[1:])) for row in rows}
 
 
@@ -62,31 +78,57 @@ def models(*servers):
 def test_the_funnel_worked_by_hand(llm_server, command, scripted, tmp_path):
     rows = [
         exam(0, id="zero"),
-        exam(0, options=("Heparin", "Aspirin", "Insulin", "Digoxin"), letter="A"),  # a duplicate: same options
+        exam(
+            0, options=("Heparin", "Aspirin", "Insulin", "Digoxin"), letter="A"
+        ),  # a duplicate: same options
         {**exam(1), "question": "Case 1: <b>short</b> | ?"},
-        exam(2, text="Case 2: all of the following drugs were given to this patient, except for one that was not. NOT"),
+        exam(
+            2,
+            text="Case 2: all of the following drugs were given to this patient, except for one that was not. NOT",
+        ),
         exam(3, options=("Aspirin", "All of the above", "Insulin", "Digoxin")),
         exam(4, text=f"Case 4: {SHARED.upper()}  "),
         exam(6),  # both small models know it
-        exam(7), exam(9), exam(11), exam(13), exam(15), exam(17), exam(19), exam(21),
-    ]  # fmt: skip
+        exam(7),
+        exam(9),
+        exam(11),
+        exam(13),
+        exam(15),
+        exam(17),
+        exam(19),
+        exam(21),
+    ]
     examiner = Examiner(
         {7: "too simple", 9: "Ambiguous answer.", 11: "not reformulatable", 13: "does not pass"},
-        {15: "no JSON", 17: json.dumps({QUESTION_KEY: f"Open case 17? {SHARED}", ANSWER_KEY: "Heparin"})},
+        {
+            15: "no JSON",
+            17: json.dumps({QUESTION_KEY: f"Open case 17? {SHARED}", ANSWER_KEY: "Heparin"}),
+        },
     )
     server = llm_server(examiner)
     evaluation = [tmp_path / "eval1.json", tmp_path / "eval2.json"]
-    evaluation[0].write_text(json.dumps({"MedQA": [{"question": f"A man. {SHARED} Why?", "options": {"A": "x"}}]}))
+    evaluation[0].write_text(
+        json.dumps({"MedQA": [{"question": f"A man. {SHARED} Why?", "options": {"A": "x"}}]})
+    )
     evaluation[1].write_text(json.dumps([{QUESTION_KEY: "Nothing in common."}]))
     folder = command(
-        "problems", rows, server, decontaminate=f"{evaluation[0]},{evaluation[1]}", split=0.34,
+        "problems",
+        rows,
+        server,
+        decontaminate=f"{evaluation[0]},{evaluation[1]}",
+        split=0.34,
         **{"difficulty.models": models(("knows", server), ("knows even", server))},
-    )  # fmt: skip
+    )
     assert funnel(folder) == {
-        "duplicates": (15, 1, 0, 0, 14), "length": (14, 1, 0, 0, 13), "one right option": (13, 2, 0, 0, 11),
-        "contaminated question": (11, 1, 0, 0, 10), "difficulty": (10, 2, 0, 0, 8), "judgement": (8, 3, 1, 0, 4),
-        "rewriting": (4, 0, 1, 0, 3), "contaminated problem": (3, 1, 0, 0, 2),
-    }  # fmt: skip
+        "duplicates": (15, 1, 0, 0, 14),
+        "length": (14, 1, 0, 0, 13),
+        "one right option": (13, 2, 0, 0, 11),
+        "contaminated question": (11, 1, 0, 0, 10),
+        "difficulty": (10, 2, 0, 0, 8),
+        "judgement": (8, 3, 1, 0, 4),
+        "rewriting": (4, 0, 1, 0, 3),
+        "contaminated problem": (3, 1, 0, 0, 2),
+    }
     records = scripted.load(folder, "problems.json")
     assert records == [
         exam(19) | {QUESTION_KEY: "Open case 19?", ANSWER_KEY: "Heparin"},
@@ -96,22 +138,37 @@ def test_the_funnel_worked_by_hand(llm_server, command, scripted, tmp_path):
     assert [len(half) for half in halves] == [1, 1]
     assert sorted(map(json.dumps, halves[0] + halves[1])) == sorted(map(json.dumps, records))
     report = (folder / "report.md").read_text()
-    for line in ("| judgement: dropped | too simple | 1 | Case 7: a patient", "| judgement: dropped | ambiguous answer | 1 |",
-                 "| judgement: failed | judge: it is not one of",
-                 "| rewriting: failed | rewrite: it holds no JSON object (3 asks) | 1 |",
-                 "| length: dropped | shorter than 100 characters | 1 | Case 1: <b>short</b> \\| ? |"):  # fmt: skip
+    for line in (
+        "| judgement: dropped | too simple | 1 | Case 7: a patient",
+        "| judgement: dropped | ambiguous answer | 1 |",
+        "| judgement: failed | judge: it is not one of",
+        "| rewriting: failed | rewrite: it holds no JSON object (3 asks) | 1 |",
+        "| length: dropped | shorter than 100 characters | 1 | Case 1: <b>short</b> \\| ? |",
+    ):
         assert line in report
     page = (folder / "report.html").read_text()
     assert "<h2>Funnel</h2>" in page
     assert "Case 1: &lt;b&gt;short&lt;/b&gt; | ?" in page
-    assert [problem.answer for problem in load_problems(str(folder / "problems.json"))] == ["Heparin", "Heparin"]
+    assert [problem.answer for problem in load_problems(str(folder / "problems.json"))] == [
+        "Heparin",
+        "Heparin",
+    ]
     # 10 questions reach the first small model, which knows all; then 10 the second
     assert examiner.log == {
-        ("choice", "knows"): 10, ("choice", "knows even"): 10, ("judge", "scripted"): 7 + 3, ("rewrite", "scripted"): 3 + 3
-    }  # fmt: skip
+        ("choice", "knows"): 10,
+        ("choice", "knows even"): 10,
+        ("judge", "scripted"): 7 + 3,
+        ("rewrite", "scripted"): 3 + 3,
+    }
     before = len(server.bodies)
-    command("problems", rows, server, decontaminate=f"{evaluation[0]},{evaluation[1]}", split=0.34,
-            **{"difficulty.models": models(("knows", server), ("knows even", server))})  # fmt: skip
+    command(
+        "problems",
+        rows,
+        server,
+        decontaminate=f"{evaluation[0]},{evaluation[1]}",
+        split=0.34,
+        **{"difficulty.models": models(("knows", server), ("knows even", server))},
+    )
     assert len(server.bodies) == before
     assert scripted.load(folder, "problems.json") == records
 
@@ -119,37 +176,75 @@ def test_the_funnel_worked_by_hand(llm_server, command, scripted, tmp_path):
 def test_a_small_model_that_fails_spares_the_others_the_question(llm_server, command):
     examiner = Examiner()
     server = llm_server(examiner)
-    command("problems", [exam(n) for n in range(8)], server,
-            **{"difficulty.models": models(("fails", server), ("knows", server))}, judge="false")  # fmt: skip
+    command(
+        "problems",
+        [exam(n) for n in range(8)],
+        server,
+        **{"difficulty.models": models(("fails", server), ("knows", server))},
+        judge="false",
+    )
     assert examiner.log == {("choice", "fails"): 8, ("rewrite", "scripted"): 8}
 
 
-def test_options_stand_in_another_order_for_each_question_and_model_and_in_the_same_when_run_again(llm_server, command):
+def test_options_stand_in_another_order_for_each_question_and_model_and_in_the_same_when_run_again(
+    llm_server, command
+):
     seen = []
     for output in ("one", "two"):
         examiner = Examiner()
         server = llm_server(examiner)
-        command("problems", [exam(n) for n in range(40)], server, output=output, **{
-            "difficulty.models": models(("knows", server), ("knows even", server)), "llm.concurrency": 1,
-        })  # fmt: skip
-        choices = [prompt for prompt in examiner.prompts if prompt.startswith("A medical examination")]
-        seen.append({(n, prompt.split("Reply")[0].split("patient?")[1].strip()) for n, prompt in enumerate(sorted(choices))})
-        places = Counter(re.search(r"^([A-D])\. Heparin$", prompt, re.MULTILINE)[1] for prompt in choices)
+        command(
+            "problems",
+            [exam(n) for n in range(40)],
+            server,
+            output=output,
+            **{
+                "difficulty.models": models(("knows", server), ("knows even", server)),
+                "llm.concurrency": 1,
+            },
+        )
+        choices = [
+            prompt for prompt in examiner.prompts if prompt.startswith("A medical examination")
+        ]
+        seen.append(
+            {
+                (n, prompt.split("Reply")[0].split("patient?")[1].strip())
+                for n, prompt in enumerate(sorted(choices))
+            }
+        )
+        places = Counter(
+            re.search(r"^([A-D])\. Heparin$", prompt, re.MULTILINE)[1] for prompt in choices
+        )
         assert set(places) == set("ABCD")
         assert all(8 <= places[letter] <= 32 for letter in "ABCD")  # 80 asked
         for prompt in choices:
-            assert sorted(re.findall(r"^[A-D]\. (\w+)$", prompt, re.MULTILINE)) == ["Aspirin", "Digoxin", "Heparin", "Insulin"]
+            assert sorted(re.findall(r"^[A-D]\. (\w+)$", prompt, re.MULTILINE)) == [
+                "Aspirin",
+                "Digoxin",
+                "Heparin",
+                "Insulin",
+            ]
     assert seen[0] == seen[1]
 
 
-def test_the_rl_half_takes_in_the_papers_share_of_unconverted_and_general_questions(llm_server, command, scripted, tmp_path):
+def test_the_rl_half_takes_in_the_papers_share_of_unconverted_and_general_questions(
+    llm_server, command, scripted, tmp_path
+):
     rows = [exam(n) for n in range(40)]
     server = llm_server(Examiner())
     choice, general = tmp_path / "choice.json", tmp_path / "general.json"
     # half of this pool became problems; one is contaminated
-    choice.write_text(json.dumps([exam(n) for n in range(20, 59)] + [exam(99, text=f"Case 99: {SHARED}")]))
-    general.write_text(json.dumps([{QUESTION_KEY: f"What is {n} times two?", ANSWER_KEY: str(2 * n), "question": None}
-                                   for n in (0, 1, 2, 2, 1)]))  # fmt: skip
+    choice.write_text(
+        json.dumps([exam(n) for n in range(20, 59)] + [exam(99, text=f"Case 99: {SHARED}")])
+    )
+    general.write_text(
+        json.dumps(
+            [
+                {QUESTION_KEY: f"What is {n} times two?", ANSWER_KEY: str(2 * n), "question": None}
+                for n in (0, 1, 2, 2, 1)
+            ]
+        )
+    )
     evaluation = tmp_path / "eval.json"
     evaluation.write_text(json.dumps([{"question": SHARED}]))
     options = {"mix.choice": choice, "mix.general": general, "decontaminate": evaluation}
@@ -158,9 +253,14 @@ def test_the_rl_half_takes_in_the_papers_share_of_unconverted_and_general_questi
     assert len(search) == 20
     assert len(rl) == 20 + 4 + 3  # 0.2 of 20; 0.25 of 20 would be 5, but there are 3
     mixed = rl[20:24]
-    assert {json.dumps(row["question"]) for row in mixed} <= {json.dumps(exam(n)["question"]) for n in range(40, 59)}
+    assert {json.dumps(row["question"]) for row in mixed} <= {
+        json.dumps(exam(n)["question"]) for n in range(40, 59)
+    }
     for row in mixed:
-        assert row[QUESTION_KEY] == row["question"] + "\nA. Aspirin\nB. Heparin\nC. Insulin\nD. Digoxin"
+        assert (
+            row[QUESTION_KEY]
+            == row["question"] + "\nA. Aspirin\nB. Heparin\nC. Insulin\nD. Digoxin"
+        )
         assert row[ANSWER_KEY] == "B. Heparin"
     assert {row[ANSWER_KEY] for row in rl[24:]} == {"0", "2", "4"}
     report = (folder / "report.md").read_text()
@@ -175,38 +275,74 @@ def test_published_exam_questions_go_through(shared, llm_server, command, script
     def script(body):
         prompt = body["messages"][0]["content"]
         question = prompt.split("<question>\n")[1].split("\n</question>")[0]
-        return "pass" if prompt.startswith("An exam") else json.dumps({QUESTION_KEY: f"{question} Why?", ANSWER_KEY: "x"})
+        return (
+            "pass"
+            if prompt.startswith("An exam")
+            else json.dumps({QUESTION_KEY: f"{question} Why?", ANSWER_KEY: "x"})
+        )
 
-    rows, server = json.loads((shared / "data" / "medical_demo_198.json").read_text()), llm_server(script)
+    rows, server = (
+        json.loads((shared / "data" / "medical_demo_198.json").read_text()),
+        llm_server(script),
+    )
     folder = command("problems", rows, server, **{"llm.concurrency": 32})
     table = funnel(folder)
     assert table["length"] == (198, 0, 0, 0, 198)
-    assert table["one right option"] == (198, 19, 0, 0, 179)  # 18 ask for the exception, one answer is "All of the above"
+    assert table["one right option"] == (
+        198,
+        19,
+        0,
+        0,
+        179,
+    )  # 18 ask for the exception, one answer is "All of the above"
     assert table["contaminated problem"][4] == len(scripted.load(folder, "problems.json")) == 179
     # none of them is an evaluation item, but all of them are themselves
-    again = command("problems", rows, server, output="again", decontaminate=folder.parent / "rows.json")
+    again = command(
+        "problems", rows, server, output="again", decontaminate=folder.parent / "rows.json"
+    )
     assert funnel(again)["contaminated question"][4] == 0
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [({"options": ["a", "b"]}, "'options' is not an object"), ({"options": {"A": "a"}}, "'options' is not an object"),
-     ({"answer_idx": "E"}, "answer_idx 'E' is not among the options A, B, C, D"), ({"question": " "}, "'question' is empty")],
-)  # fmt: skip
+    [
+        ({"options": ["a", "b"]}, "'options' is not an object"),
+        ({"options": {"A": "a"}}, "'options' is not an object"),
+        ({"answer_idx": "E"}, "answer_idx 'E' is not among the options A, B, C, D"),
+        ({"question": " "}, "'question' is empty"),
+    ],
+)
 def test_a_malformed_question_is_refused_before_any_call(change, complaint):
     with pytest.raises(ValueError, match=f"row 3: {complaint}"):
         exam_question(exam(0) | change, where="row 3")
 
 
 def test_questions_that_ask_for_what_is_false_are_told_from_those_that_only_sound_so():
-    for text in ("All are causes of shock, except", "Which is NOT a sign?", "Which drug is not indicated here?",
-                 "Which statement is false?", "Which one is least likely to help?", "下列哪项不正确？",
-                 "以下各项，除外哪项？"):  # fmt: skip
+    for text in (
+        "All are causes of shock, except",
+        "Which is NOT a sign?",
+        "Which drug is not indicated here?",
+        "Which statement is false?",
+        "Which one is least likely to help?",
+        "下列哪项不正确？",
+        "以下各项，除外哪项？",
+    ):
         assert ASKS_FOR_FALSE.search(text), text
-    for text in ("What is the false positive rate?", "He does not smoke. What is the diagnosis?", "下列哪项正确？",
-                 "Which drug, except for aspirin, helps?"):  # fmt: skip
+    for text in (
+        "What is the false positive rate?",
+        "He does not smoke. What is the diagnosis?",
+        "下列哪项正确？",
+        "Which drug, except for aspirin, helps?",
+    ):
         assert not ASKS_FOR_FALSE.search(text), text
-    for text in ("All of the above", "None of these", "A and B", "A, C & D", "Both of the above", "以上都对"):
+    for text in (
+        "All of the above",
+        "None of these",
+        "A and B",
+        "A, C & D",
+        "Both of the above",
+        "以上都对",
+    ):
         assert STANDS_FOR_SEVERAL.search(text), text
     for text in ("All transretinoic acid", "Vitamin A and D", "A band", "Both kidneys"):
         assert not STANDS_FOR_SEVERAL.search(text), text

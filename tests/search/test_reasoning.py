@@ -8,12 +8,12 @@ from collections import Counter
 
 import pytest
 
-from verippo.core.chat import parse_response, render_response
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.journal import content_key
-from verippo.core.model import load_tokenizer
-from verippo.sft.data import conversation, load_examples
-from verippo.sft.verifier_data import load_answers
+from verippo.core.llm.journal import content_key
+from verippo.core.text.chat import parse_response, render_response
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
+from verippo.core.training.model import load_tokenizer
+from verippo.sft.examples import conversation, load_examples
+from verippo.sft.verifier_examples import load_answers
 
 FIRST = ["correction", "exploring_new_paths", "verification"]
 ALL = ["backtracking", *FIRST]
@@ -36,7 +36,12 @@ def searched(llm_server, doctor, command, scripted):
         model.faults = faults or {}
         server = llm_server(model)
         folder = command("search", rows, server, **options)
-        return scripted.load(folder, "search.json"), scripted.load(folder, "given_up.json"), model, server
+        return (
+            scripted.load(folder, "search.json"),
+            scripted.load(folder, "given_up.json"),
+            model,
+            server,
+        )
 
     return run
 
@@ -49,21 +54,45 @@ def test_a_right_first_conclusion_takes_four_calls(searched):
         "disease 0": ["verdict"],
     }
     assert record == {
-        "id": 0, QUESTION_KEY: "What ails patient 0?", ANSWER_KEY: "disease 0", "Question": "What ails patient 0?",
-        "Complex_CoT": "Hmm.\nWhat speaks for disease 0?\ndisease 0\ndisease 0 fits.", "Response": "It is disease 0.",
+        "id": 0,
+        QUESTION_KEY: "What ails patient 0?",
+        ANSWER_KEY: "disease 0",
+        "Question": "What ails patient 0?",
+        "Complex_CoT": "Hmm.\nWhat speaks for disease 0?\ndisease 0\ndisease 0 fits.",
+        "Response": "It is disease 0.",
         "trajectory": record["trajectory"],
-    }  # fmt: skip
+    }
     assert list(record)[-4:] == ["Question", "Complex_CoT", "Response", "trajectory"]
     first, *texts = record["trajectory"]
-    assert [step["strategy"] for step in record["trajectory"]] == ["initial", "monologue", "response"]
-    assert (first["attempt"], first["depth"], first["conclusion"], first["verdict"]) == (0, 0, "disease 0", True)
-    assert [step["action"] for step in first["chain"]] == ["Inner Thinking", "Final Conclusion", "Verification"]
+    assert [step["strategy"] for step in record["trajectory"]] == [
+        "initial",
+        "monologue",
+        "response",
+    ]
+    assert (first["attempt"], first["depth"], first["conclusion"], first["verdict"]) == (
+        0,
+        0,
+        "disease 0",
+        True,
+    )
+    assert [step["action"] for step in first["chain"]] == [
+        "Inner Thinking",
+        "Final Conclusion",
+        "Verification",
+    ]
     calls = [call for step in record["trajectory"] for call in step["calls"]]
     assert [call["prompt"] for call in calls] == ["chain", "verdict", "monologue", "response"]
-    assert [body["temperature"] for body in server.bodies] == [1.0, 0.0, 1.0, 1.0]  # verdicts are not drawn
+    assert [body["temperature"] for body in server.bodies] == [
+        1.0,
+        0.0,
+        1.0,
+        1.0,
+    ]  # verdicts are not drawn
     by_hash = {content_key(body["messages"][0]["content"]): body for body in server.bodies}
     assert [call["hash"] for call in calls] == list(by_hash)
-    assert [call["prompt_tokens"] for call in calls] == [len(b["messages"][0]["content"].split()) for b in by_hash.values()]
+    assert [call["prompt_tokens"] for call in calls] == [
+        len(b["messages"][0]["content"].split()) for b in by_hash.values()
+    ]
     assert texts[-1]["calls"][0]["completion_tokens"] == 4  # It is disease 0.
 
 
@@ -80,30 +109,46 @@ def test_each_wrong_conclusion_costs_one_strategy_and_one_verdict(searched, wron
     assert [step["attempt"] for step in steps] == [0] + [1] * wrong
     assert [step["depth"] for step in steps] == list(range(wrong + 1))
     # each continuation's Verification takes the place of the one that it doubts
-    doubts = "".join(f"\nWhat speaks for wrong guess {n} at {question}?\nwrong guess {n} at {question}\nIs that so?"
-                     for n in range(wrong))  # fmt: skip
-    assert record["Complex_CoT"] == f"Hmm.{doubts}\nWhat speaks for {answer}?\n{answer}\n{answer} fits."
+    doubts = "".join(
+        f"\nWhat speaks for wrong guess {n} at {question}?\nwrong guess {n} at {question}\nIs that so?"
+        for n in range(wrong)
+    )
+    assert (
+        record["Complex_CoT"]
+        == f"Hmm.{doubts}\nWhat speaks for {answer}?\n{answer}\n{answer} fits."
+    )
 
 
 def test_all_attempts_start_from_the_one_initial_chain_and_the_label_ends_them(searched):
     (record,), _, model, server = searched([99])
     question, answer = record[QUESTION_KEY], record[ANSWER_KEY]
-    strategies = [drawn(question, answer, attempt, depth) for attempt in (1, 2, 3) for depth in (1, 2, 3)]
+    strategies = [
+        drawn(question, answer, attempt, depth) for attempt in (1, 2, 3) for depth in (1, 2, 3)
+    ]
     assert model.log[question] == ["chain", *strategies, "label_guided", "monologue", "response"]
     assert not {"backtracking"} & {strategies[0], strategies[3], strategies[6]}
     places = [(step["attempt"], step["depth"]) for step in record["trajectory"][:-2]]
-    assert places == [(0, 0), *((attempt, depth) for attempt in (1, 2, 3) for depth in (1, 2, 3)), (4, 1)]
+    assert places == [
+        (0, 0),
+        *((attempt, depth) for attempt in (1, 2, 3) for depth in (1, 2, 3)),
+        (4, 1),
+    ]
     # the scripted model counts wrong conclusions along the chain: 0, then 1, 2, 3 in each attempt; each is judged once
     guesses = [step["conclusion"].split(" at ")[0] for step in record["trajectory"][:-3]]
     assert guesses == ["wrong guess 0", *["wrong guess 1", "wrong guess 2", "wrong guess 3"] * 3]
     assert {topic: kinds for topic, kinds in model.log.items() if topic != question} == {
-        **{f"wrong guess {n} at {question}": ["verdict"] for n in range(4)}, answer: ["verdict"]
-    }  # fmt: skip
+        **{f"wrong guess {n} at {question}": ["verdict"] for n in range(4)},
+        answer: ["verdict"],
+    }
     assert len(server.bodies) == 1 + 9 + 1 + 2 + 5
 
 
-def test_without_the_label_an_unsolved_problem_is_given_up_and_keeps_its_trajectory(searched, tmp_path):
-    records, given_up, model, server = searched([0, 99, 1], label_guided="false", max_attempts=2, max_depth=1)
+def test_without_the_label_an_unsolved_problem_is_given_up_and_keeps_its_trajectory(
+    searched, tmp_path
+):
+    records, given_up, model, server = searched(
+        [0, 99, 1], label_guided="false", max_attempts=2, max_depth=1
+    )
     assert [row["id"] for row in records] == [0, 2]
     assert [row["id"] for row in given_up] == [1]
     assert [step["verdict"] for step in given_up[0]["trajectory"]] == [False, False, False]
@@ -120,24 +165,34 @@ def test_depth_zero_tries_no_strategy(searched):
     assert model.log[given_up[0][QUESTION_KEY]] == ["chain"]
 
 
-def test_draws_depend_on_the_seed_and_on_the_problem_not_on_its_place(searched, llm_server, doctor, command, scripted):
+def test_draws_depend_on_the_seed_and_on_the_problem_not_on_its_place(
+    searched, llm_server, doctor, command, scripted
+):
     plan = [3] * 24
     records = searched(plan)[0]
     again = searched(plan, output="again", seed=1)[0]
     strategies = [[step["strategy"] for step in record["trajectory"][1:-2]] for record in records]
-    assert strategies == [[drawn(r[QUESTION_KEY], r[ANSWER_KEY], 1, depth) for depth in (1, 2, 3)] for r in records]
+    assert strategies == [
+        [drawn(r[QUESTION_KEY], r[ANSWER_KEY], 1, depth) for depth in (1, 2, 3)] for r in records
+    ]
     assert "backtracking" not in {row[0] for row in strategies}
-    assert strategies != [[step["strategy"] for step in record["trajectory"][1:-2]] for record in again]
+    assert strategies != [
+        [step["strategy"] for step in record["trajectory"][1:-2]] for record in again
+    ]
     counts = Counter(name for row in strategies for name in row)
     assert all(counts[name] > 6 for name in ALL)
     rows = [scripted.problem(n) for n in reversed(range(8))]
     answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
-    folder = command("search", rows, llm_server(doctor(answers, dict.fromkeys(answers, 3))), output="reversed")
+    folder = command(
+        "search", rows, llm_server(doctor(answers, dict.fromkeys(answers, 3))), output="reversed"
+    )
     reversed_ = {record["id"]: record for record in scripted.load(folder, "search.json")}
     assert all(reversed_[n] == records[n] for n in range(8))
 
 
-def test_equal_problems_are_searched_once_and_each_row_keeps_its_own_keys(llm_server, doctor, command, scripted):
+def test_equal_problems_are_searched_once_and_each_row_keeps_its_own_keys(
+    llm_server, doctor, command, scripted
+):
     rows = [scripted.problem(0) | {"id": place} for place in ("a", "b")]
     server = llm_server(doctor({"What ails patient 0?": "disease 0"}, {"What ails patient 0?": 1}))
     records = scripted.load(command("search", rows, server), "search.json")
@@ -146,10 +201,14 @@ def test_equal_problems_are_searched_once_and_each_row_keeps_its_own_keys(llm_se
     assert len(server.bodies) == 6
 
 
-def test_the_output_trains_stage_1_and_its_verdicts_train_the_verifier(searched, tmp_path, tokenizer_folder):
+def test_the_output_trains_stage_1_and_its_verdicts_train_the_verifier(
+    searched, tmp_path, tokenizer_folder
+):
     records, given_up, _, _ = searched([0, 2, 99], label_guided="false")
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    examples = load_examples(str(tmp_path / "out" / "search.json"), tokenizer, limit=None, system=None, workers=1)
+    examples = load_examples(
+        str(tmp_path / "out" / "search.json"), tokenizer, limit=None, system=None, workers=1
+    )
     for record, example in zip(records, examples, strict=True):
         target = render_response(record["Complex_CoT"], record["Response"])
         assert tokenizer.decode(example.response_ids, skip_special_tokens=True) == target
@@ -158,22 +217,33 @@ def test_the_output_trains_stage_1_and_its_verdicts_train_the_verifier(searched,
     answers, kinds = load_answers(sources, limit=None, seed=0, wrong_per_question=1)
     assert kinds == {"search record": 3}
     assert [(a.response.split(" at ")[0], a.reference, a.label) for a in answers][:4] == [
-        ("disease 0", "disease 0", True), ("wrong guess 0", "disease 1", False), ("wrong guess 1", "disease 1", False),
+        ("disease 0", "disease 0", True),
+        ("wrong guess 0", "disease 1", False),
+        ("wrong guess 1", "disease 1", False),
         ("disease 1", "disease 1", True),
-    ]  # fmt: skip
+    ]
     assert len(answers) == 1 + 3 + 10
 
 
 def test_the_papers_baselines_are_cut_from_each_record(searched, tmp_path, scripted):
     searched([1])
-    (simple,), (no,) = (scripted.load(tmp_path / "out", f"search_{kind}_cot.json") for kind in ("simple", "no"))
+    (simple,), (no,) = (
+        scripted.load(tmp_path / "out", f"search_{kind}_cot.json") for kind in ("simple", "no")
+    )
     question = "What ails patient 0?"
     assert simple == {
-        "id": 0, QUESTION_KEY: question, ANSWER_KEY: "disease 0", "Question": question,
-        "Complex_CoT": f"What speaks for wrong guess 0 at {question}?", "Response": f"wrong guess 0 at {question}",
-    }  # fmt: skip
+        "id": 0,
+        QUESTION_KEY: question,
+        ANSWER_KEY: "disease 0",
+        "Question": question,
+        "Complex_CoT": f"What speaks for wrong guess 0 at {question}?",
+        "Response": f"wrong guess 0 at {question}",
+    }
     assert (no["Complex_CoT"], no["Response"]) == ("", "It is disease 0.")
-    assert conversation(no, where="here")[1]["content"] == "## Thinking\n\n\n\n## Final Response\n\nIt is disease 0."
+    assert (
+        conversation(no, where="here")[1]["content"]
+        == "## Thinking\n\n\n\n## Final Response\n\nIt is disease 0."
+    )
 
 
 def test_published_items_all_come_through(shared, llm_server, doctor, command, scripted):
@@ -181,7 +251,9 @@ def test_published_items_all_come_through(shared, llm_server, doctor, command, s
     answers = {row[QUESTION_KEY]: row[ANSWER_KEY] for row in rows}
     plan = {question: (0, 1, 2, 3, 99)[n % 5] for n, question in enumerate(answers)}
     server = llm_server(doctor(answers, plan))
-    records = scripted.load(command("search", rows, server, **{"llm.concurrency": 32}), "search.json")
+    records = scripted.load(
+        command("search", rows, server, **{"llm.concurrency": 32}), "search.json"
+    )
     assert len(records) == 198
     for row, record in zip(rows, records, strict=True):
         assert list(record) == [*row, "trajectory"]  # the published keys, in the published order
@@ -192,10 +264,17 @@ def test_published_items_all_come_through(shared, llm_server, doctor, command, s
         wrong = plan[row[QUESTION_KEY]]
         assert verdicts == [False] * min(wrong, 10) + [True]
         assert record["trajectory"][-3]["strategy"] == (
-            "initial" if wrong == 0 else "label_guided" if wrong == 99
+            "initial"
+            if wrong == 0
+            else "label_guided"
+            if wrong == 99
             else drawn(row[QUESTION_KEY], row[ANSWER_KEY], 1, wrong)
-        )  # fmt: skip
+        )
     # 40 items of 4, 40 of 6, 40 of 8 calls, 39 of 10 and 39 of 18 where no two items share a verdict
-    verdicts = {(step["conclusion"], record[ANSWER_KEY]) for record in records for step in record["trajectory"][:-2]}
+    verdicts = {
+        (step["conclusion"], record[ANSWER_KEY])
+        for record in records
+        for step in record["trajectory"][:-2]
+    }
     others = 40 * 3 + 40 * 4 + 40 * 5 + 39 * 6 + 39 * (3 + 9 + 1)
     assert len(server.bodies) == others + len(verdicts)

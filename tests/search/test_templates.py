@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.launch import cli
 from verippo.search import templates
 from verippo.search.templates import STRATEGY, VARIABLES, Prompts
@@ -21,7 +21,9 @@ FOLDER = Path(templates.__file__).parent / "prompts"
 def test_each_language_has_every_prompt_and_the_four_strategies(language):
     prompts = Prompts(language)
     assert prompts.strategies == FOUR
-    assert {path.name for path in (FOLDER / language).iterdir()} == {path.name for path in (FOLDER / "en").iterdir()}
+    assert {path.name for path in (FOLDER / language).iterdir()} == {
+        path.name for path in (FOLDER / "en").iterdir()
+    }
     for name in [*VARIABLES, *(f"{STRATEGY}{strategy}" for strategy in FOUR)]:
         if name == STRATEGY:
             continue
@@ -41,13 +43,18 @@ def test_values_are_text_whatever_they_look_like():
 
 def test_a_folder_overrides_by_name_and_adds_strategies(tmp_path, llm_server, command, scripted):
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "verdict.jinja").write_text("Compare {{ conclusion }} with {{ answer }} for {{ question }}.")
+    (tmp_path / "own" / "verdict.jinja").write_text(
+        "Compare {{ conclusion }} with {{ answer }} for {{ question }}."
+    )
     (tmp_path / "own" / "strategy-analogy.jinja").write_text(
         '{% extends "_continue.jinja" %}{% block strategy %}Think of a similar case.{% endblock %}'
     )
     prompts = Prompts("en", str(tmp_path / "own"))
     assert prompts.strategies == ["analogy", *FOUR]
-    assert prompts.render("verdict", question="q", conclusion="c", answer="a") == "Compare c with a for q."
+    assert (
+        prompts.render("verdict", question="q", conclusion="c", answer="a")
+        == "Compare c with a for q."
+    )
     assert "Think of a similar case." in prompts.render("strategy-analogy", question="q", chain="c")
     assert "Work out the following" in prompts.render("chain", question="q")
     assert prompts.digest != Prompts("en").digest
@@ -58,30 +65,51 @@ def test_a_folder_overrides_by_name_and_adds_strategies(tmp_path, llm_server, co
             return "False"
         return scripted.chain("no")
 
-    folder = command("search", [scripted.problem(n) for n in range(6)], llm_server(script), prompts=tmp_path / "own",
-                     label_guided="false")  # fmt: skip
-    drawn = {step["strategy"] for row in scripted.load(folder, "given_up.json") for step in row["trajectory"]}
+    folder = command(
+        "search",
+        [scripted.problem(n) for n in range(6)],
+        llm_server(script),
+        prompts=tmp_path / "own",
+        label_guided="false",
+    )
+    drawn = {
+        step["strategy"]
+        for row in scripted.load(folder, "given_up.json")
+        for step in row["trajectory"]
+    }
     assert drawn == {"initial", "analogy", *FOUR}
 
 
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
-    [("verdikt.jinja", "x", "verdikt.jinja: overrides nothing: name it chain, label, verdict"),
-     ("chain.jinja", "{{ problem }}", "chain.jinja: 'problem' is undefined"),
-     ("chain.jinja", "one\n{% if %}", "line 2: Expected an expression"),
-     ("strategy-x.jinja", '{% extends "_none.jinja" %}', "strategy-x.jinja: .*_none.jinja"),
-     ("chain.jinja", '{% extends "chain.jinja" %}', "chain.jinja: maximum recursion depth"),
-     ("chain.txt", "x", "holds no [*].jinja")],
-)  # fmt: skip
+    [
+        ("verdikt.jinja", "x", "verdikt.jinja: overrides nothing: name it chain, label, verdict"),
+        ("chain.jinja", "{{ problem }}", "chain.jinja: 'problem' is undefined"),
+        ("chain.jinja", "one\n{% if %}", "line 2: Expected an expression"),
+        ("strategy-x.jinja", '{% extends "_none.jinja" %}', "strategy-x.jinja: .*_none.jinja"),
+        ("chain.jinja", '{% extends "chain.jinja" %}', "chain.jinja: maximum recursion depth"),
+        ("chain.txt", "x", "holds no [*].jinja"),
+    ],
+)
 def test_a_folder_that_cannot_be_used_is_refused_before_any_call(name, text, complaint, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=complaint):
         Prompts("en", str(tmp_path))
 
 
-def test_chinese_problems_and_search_keep_the_records_keys_and_full_width_punctuation(llm_server, doctor, command, scripted):
-    question, answer = "病人，男，４５岁：“发热”三天（最高 39℃）……最可能的诊断是什么？", "疟疾（间日疟）；"
-    exam = {"question": question, "options": {"A": "流感", "B": answer}, "answer_idx": "B", "answer": answer}
+def test_chinese_problems_and_search_keep_the_records_keys_and_full_width_punctuation(
+    llm_server, doctor, command, scripted
+):
+    question, answer = (
+        "病人，男，４５岁：“发热”三天（最高 39℃）……最可能的诊断是什么？",
+        "疟疾（间日疟）；",
+    )
+    exam = {
+        "question": question,
+        "options": {"A": "流感", "B": answer},
+        "answer_idx": "B",
+        "answer": answer,
+    }
 
     class Examiner(doctor):
         def __call__(self, body):
@@ -91,7 +119,10 @@ def test_chinese_problems_and_search_keep_the_records_keys_and_full_width_punctu
             if kind == "judge":
                 return "pass"
             if kind == "rewrite":
-                return json.dumps({QUESTION_KEY: between(prompt, "question"), ANSWER_KEY: answer}, ensure_ascii=False)
+                return json.dumps(
+                    {QUESTION_KEY: between(prompt, "question"), ANSWER_KEY: answer},
+                    ensure_ascii=False,
+                )
             return super().__call__(body)
 
     between = scripted.between
@@ -101,7 +132,15 @@ def test_chinese_problems_and_search_keep_the_records_keys_and_full_width_punctu
     assert problems == [exam | {QUESTION_KEY: question, ANSWER_KEY: answer}]
     folder = command("search", problems, server, language="zh", output="searched")
     (record,) = scripted.load(folder, "search.json")
-    assert list(record) == [*exam, QUESTION_KEY, ANSWER_KEY, "Question", "Complex_CoT", "Response", "trajectory"]
+    assert list(record) == [
+        *exam,
+        QUESTION_KEY,
+        ANSWER_KEY,
+        "Question",
+        "Complex_CoT",
+        "Response",
+        "trajectory",
+    ]
     assert (record["Question"], record["Response"]) == (question, f"It is {answer}.")
     assert f"\n{answer}\n" in record["Complex_CoT"]
     assert question in (folder / "search.json").read_text(encoding="utf-8")  # not as escapes
@@ -114,5 +153,12 @@ def test_the_commands_explain_themselves(capsys):
             cli.main([name, "--help"])
         assert caught.value.code == 0
     out = capsys.readouterr().out
-    for option in ("--llm.base_url", "--difficulty.models", "--mix.general_ratio", "--label_guided", "--retry_failed", "--split"):
+    for option in (
+        "--llm.base_url",
+        "--difficulty.models",
+        "--mix.general_ratio",
+        "--label_guided",
+        "--retry_failed",
+        "--split",
+    ):
         assert option in out

@@ -12,8 +12,21 @@ pytestmark = pytest.mark.sglang
 
 
 def test_the_server_gets_the_weights_and_both_engines_draw(make_model, sglang_server, capsys):
-    sizes = ["--prompts", "4", "--prompt_tokens", "5", "--max_new_tokens", "8", "--repeats", "1", "--dtype", "fp32"]
-    cli.main(["bench", "--model", str(make_model(seed=3)), "--sampler.urls", sglang_server.url, *sizes])
+    sizes = [
+        "--prompts",
+        "4",
+        "--prompt_tokens",
+        "5",
+        "--max_new_tokens",
+        "8",
+        "--repeats",
+        "1",
+        "--dtype",
+        "fp32",
+    ]
+    cli.main(
+        ["bench", "--model", str(make_model(seed=3)), "--sampler.urls", sglang_server.url, *sizes]
+    )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["figure"], row["engine"]) for row in rows] == [
         ("weights", "sglang"),
@@ -21,4 +34,6 @@ def test_the_server_gets_the_weights_and_both_engines_draw(make_model, sglang_se
         ("sampler", "local"),
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows[1:])
-    cli.main(["bench", "--model", sglang_server.model_path, "--sampler.urls", sglang_server.url, *sizes])  # as it was
+    cli.main(
+        ["bench", "--model", sglang_server.model_path, "--sampler.urls", sglang_server.url, *sizes]
+    )  # as it was

@@ -14,14 +14,35 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verippo.core.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.sglang_client import SglangServer, disk_request, flush_request, read_scores, score_request
+from verippo.core.sampling.sglang_client import (
+    SglangServer,
+    disk_request,
+    flush_request,
+    read_scores,
+    score_request,
+)
+from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 
 pytestmark = pytest.mark.sglang
 STEPS = 5
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "verippo.launch.cli"]
-DEEPSPEED = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank", "--master_port", "FREE", "--module",
-             "verippo.launch.cli"]  # fmt: skip
+TORCHRUN = [
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    "-m",
+    "verippo.launch.cli",
+]
+DEEPSPEED = [
+    "deepspeed.launcher.runner",
+    "--num_accelerators",
+    "2",
+    "--no_local_rank",
+    "--master_port",
+    "FREE",
+    "--module",
+    "verippo.launch.cli",
+]
 SCORING = "def score(rollouts):\n    return [sum(r.response_ids) % 7 / 7 for r in rollouts]\n"
 
 
@@ -34,17 +55,42 @@ def command(tmp_path):
 
     def make(launcher, policy, url, **changes):
         options = {
-            "policy": policy, "data": tmp_path / "problems.json", "output": tmp_path / "run", "steps": STEPS,
-            "verifier.kind": "function", "verifier.function": "scoring:score", "prompts_per_step": 4, "samples_per_prompt": 2,
-            "epochs": 1, "minibatches": 2, "zero_stage": 3, "dtype": "fp32", "gradient_checkpointing": "false",
-            "max_prompt_tokens": 100, "sampling.max_new_tokens": 20, "max_tokens_per_gpu": 512, "log_to": "jsonl",
-            "policy_learning_rate": 3e-3, "critic_learning_rate": 1e-2, "sampler.kind": "sglang", "sampler.urls": url,
-            "sampler.timeout_seconds": 60, "timeout_seconds": 120,
-        } | changes  # fmt: skip
+            "policy": policy,
+            "data": tmp_path / "problems.json",
+            "output": tmp_path / "run",
+            "steps": STEPS,
+            "verifier.kind": "function",
+            "verifier.function": "scoring:score",
+            "prompts_per_step": 4,
+            "samples_per_prompt": 2,
+            "epochs": 1,
+            "minibatches": 2,
+            "zero_stage": 3,
+            "dtype": "fp32",
+            "gradient_checkpointing": "false",
+            "max_prompt_tokens": 100,
+            "sampling.max_new_tokens": 20,
+            "max_tokens_per_gpu": 512,
+            "log_to": "jsonl",
+            "policy_learning_rate": 3e-3,
+            "critic_learning_rate": 1e-2,
+            "sampler.kind": "sglang",
+            "sampler.urls": url,
+            "sampler.timeout_seconds": 60,
+            "timeout_seconds": 120,
+        } | changes
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            launcher = [str(probe.getsockname()[1]) if part == "FREE" else part for part in launcher]
-        return [sys.executable, "-m", *launcher, "ppo", *[str(part) for k, v in options.items() for part in (f"--{k}", v)]]
+            launcher = [
+                str(probe.getsockname()[1]) if part == "FREE" else part for part in launcher
+            ]
+        return [
+            sys.executable,
+            "-m",
+            *launcher,
+            "ppo",
+            *[str(part) for k, v in options.items() for part in (f"--{k}", v)],
+        ]
 
     return make
 
@@ -55,9 +101,17 @@ def start(tmp_path):
     running = []
 
     def begin(command):
-        environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = os.environ | {
+            "PYTHONPATH": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, **pipes))
+        running.append(
+            subprocess.Popen(
+                command, env=environment, cwd=tmp_path, start_new_session=True, **pipes
+            )
+        )
         return running[-1]
 
     yield begin
@@ -74,7 +128,9 @@ def rows(folder):
 @torch.no_grad()
 def logprobs(folder, ids):
     """transformers' log-probs of ids[1:] with the model of a folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     tokens = torch.tensor([ids])
     table = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits[0, :-1], -1)
     return table.gather(1, tokens[0, 1:, None]).squeeze(1)
@@ -83,12 +139,18 @@ def logprobs(folder, ids):
 def check_run(folder, url):
     """Every step's update arrived, and the weights moved; the server ends with those of the exported model."""
     found = rows(folder)
-    assert [row["step"] for row in found] == [row["weight_version"] for row in found] == list(range(1, STEPS + 1))
+    assert (
+        [row["step"] for row in found]
+        == [row["weight_version"] for row in found]
+        == list(range(1, STEPS + 1))
+    )
     assert max(row["weight_parity_gap"] for row in found) < 1e-4
     assert max(row["sampler_logprob_gap_p99"] for row in found) < 1e-4
     assert all(row["sampler_logprob_gap_mean"] <= row["sampler_logprob_gap_p99"] for row in found)
     assert found[-1]["kl_mean"] > 0.01
-    ids = AutoTokenizer.from_pretrained(folder / "model")("The patient has a fever and a cough. What is it?").input_ids
+    ids = AutoTokenizer.from_pretrained(folder / "model")(
+        "The patient has a fever and a cough. What is it?"
+    ).input_ids
     answer = SglangServer(url).ask(score_request(ids), timeout_seconds=60)
     scores = torch.tensor(read_scores(answer, ids, url=url, version=STEPS))
     assert torch.allclose(scores, logprobs(folder / "model", ids), atol=1e-4)
@@ -103,7 +165,9 @@ def check_run(folder, url):
     ],
     ids=["disk", "distributed", "tensor"],
 )
-def test_after_every_step_the_server_holds_the_trainers_weights(sglang_server, command, start, tmp_path, launcher, changes):
+def test_after_every_step_the_server_holds_the_trainers_weights(
+    sglang_server, command, start, tmp_path, launcher, changes
+):
     run = start(command(launcher, sglang_server.model_path, sglang_server.url, **changes))
     try:
         _, errors = run.communicate(timeout=180)

@@ -14,14 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from verippo.core.server import servers, stop
+from verippo.core.sampling.server import servers, stop
 from verippo.launch import cli
 
 pytestmark = pytest.mark.sglang
 
 
 def generate(url, **headers):
-    body = {"input_ids": [1, 5, 7], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
+    body = {
+        "input_ids": [1, 5, 7],
+        "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True},
+    }
     content = {"Content-Type": "application/json"} | headers
     request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), content)
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -31,12 +34,22 @@ def generate(url, **headers):
 def alive(server):
     """Of its processes those that have not ended: of an orphan's end init takes note when it likes."""
     pids = {pid for pid, _ in server.processes}
-    return [p for p in psutil.process_iter(["status"]) if p.pid in pids and p.info["status"] != psutil.STATUS_ZOMBIE]
+    return [
+        p
+        for p in psutil.process_iter(["status"])
+        if p.pid in pids and p.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
-def test_serve_starts_lists_refuses_a_second_start_and_stops_with_nothing_left(make_model, sglang_options, tmp_path, capsys):
+def test_serve_starts_lists_refuses_a_second_start_and_stops_with_nothing_left(
+    make_model, sglang_options, tmp_path, capsys
+):
     environment = json.dumps(sglang_options["environment"])
-    options = sglang_options | {"model": make_model("llama"), "state": tmp_path, "environment": environment}
+    options = sglang_options | {
+        "model": make_model("llama"),
+        "state": tmp_path,
+        "environment": environment,
+    }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     cli.main(["serve", "start", *arguments])
     url = capsys.readouterr().out.splitlines()[-1].removeprefix("--sampler.urls ")
@@ -48,11 +61,17 @@ def test_serve_starts_lists_refuses_a_second_start_and_stops_with_nothing_left(m
         with pytest.raises(SystemExit) as caught:
             cli.main(["serve", "start", *arguments, "--port", str(server.port)])
         assert caught.value.code == 2
-        assert f"port {server.port}: a server of ours runs there already (pid {server.pid}" in capsys.readouterr().err
+        assert (
+            f"port {server.port}: a server of ours runs there already (pid {server.pid}"
+            in capsys.readouterr().err
+        )
         assert len(generate(url)) == 4
         idle = sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid, _ in server.processes)
         time.sleep(3)
-        assert sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid, _ in server.processes) - idle < 1.0
+        assert (
+            sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid, _ in server.processes) - idle
+            < 1.0
+        )
     finally:
         begun = time.monotonic()
         cli.main(["serve", "stop", "--state", str(tmp_path)])
@@ -60,13 +79,17 @@ def test_serve_starts_lists_refuses_a_second_start_and_stops_with_nothing_left(m
     assert capsys.readouterr().out == f"{url}  stopped\n"
     assert not alive(server)
     with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: old connections may linger
+        free.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as servers do: old connections may linger
         free.bind(("127.0.0.1", server.port))
     cli.main(["serve", "status", "--state", str(tmp_path)])
     assert capsys.readouterr().out == ""
 
 
-def test_the_key_guards_a_real_server_and_a_killed_one_leaves_no_children(make_model, start_sglang, tmp_path):
+def test_the_key_guards_a_real_server_and_a_killed_one_leaves_no_children(
+    make_model, start_sglang, tmp_path
+):
     (tmp_path / "key").write_text("sesame-7c1\n")
     state = str(tmp_path / "state")
     server = start_sglang(make_model("llama"), api_key_file=str(tmp_path / "key"), state=state)

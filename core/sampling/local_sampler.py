@@ -1,0 +1,280 @@
+"""Sampling in-process: batched decoding where finished rows leave the batch and waiting prompts enter."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ...kernels.attention import varlen_attention
+from ..training.model import context_length, decoder_pass
+from ..training.packing import PackedBatch
+from .sampler import Completion, Prompt, SamplingParams, check_prompts
+
+
+class LocalSampler:
+    """Draws from a model of its own on this rank's device (a full copy of the weights: for small models and for tests).
+
+    model: a causal language model from `core.model.load_causal_lm`. max_batch: rows decoded at once.
+    A token is drawn by inverting the distribution at a number that depends on (the prompt's seed, the position) alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Sequence[int],
+        max_batch: int = 64,
+        progress: bool = False,
+    ) -> None:
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.stop_ids = torch.tensor(sorted(stop_token_ids), device=self.device)
+        self.max_batch = max_batch
+        self.progress = progress
+        self.version = 0
+
+    @torch.no_grad()
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies the weights in. Raises ValueError naming a parameter that is missing, unknown or of another shape."""
+        waiting = dict(self.model.named_parameters())
+        for name, tensor in named_tensors:
+            if name not in waiting:
+                if name == "lm_head.weight" and self.model.config.tie_word_embeddings:
+                    continue
+                raise ValueError(f"weight {name} is not a parameter of the sampler's model")
+            own = waiting.pop(name)
+            if own.shape != tensor.shape:
+                raise ValueError(
+                    f"weight {name} has shape {list(tensor.shape)}, the sampler's has {list(own.shape)}"
+                )
+            own.copy_(tensor)
+        if waiting:
+            raise ValueError(f"weights were not sent: {', '.join(sorted(waiting))}")
+        self.version = version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt, in order. Raises ValueError for an empty prompt, an id outside the vocabulary, or a
+        prompt that with `max_new_tokens` exceeds the model's context."""
+        vocabulary, context = self.model.config.vocab_size, context_length(self.model.config)
+        check_prompts(prompts, params, vocabulary=vocabulary, context=context)
+        if not prompts:
+            return []
+        # the longest first: short ones fill the gaps at the end
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i)))
+        slots = min(self.max_batch, len(prompts))
+        rows = _Rows(self.model, slots, max(len(p.token_ids) for p in prompts), params)
+        done: dict[int, Completion] = {}
+        with tqdm(
+            total=len(prompts),
+            desc="rollout",
+            unit="response",
+            leave=False,
+            disable=not self.progress,
+        ) as bar:
+            while waiting or rows.items:
+                free = slots - len(rows.items)
+                if waiting and (
+                    free >= max(1, slots // 8) or not rows.items
+                ):  # a pass for one new prompt does not pay
+                    entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    rows.enter({item: prompts[item] for item in entering})
+                else:
+                    rows.advance()
+                for item, tokens, logprobs, stopped in rows.leave(self.stop_ids):
+                    done[item] = Completion(
+                        token_ids=tokens,
+                        logprobs=logprobs,
+                        finish_reason="stop" if stopped else "length",
+                        version=self.version,
+                    )
+                    bar.update()
+        return [done[i] for i in range(len(prompts))]
+
+
+class _Rows:
+    """The rows being decoded, always in slots 0..n-1: their tokens so far, and their keys and values."""
+
+    def __init__(
+        self, model: PreTrainedModel, slots: int, longest_prompt: int, params: SamplingParams
+    ) -> None:
+        config, parameter = model.config, next(model.parameters())
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        capacity = longest_prompt + params.max_new_tokens
+        kv_heads = (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )  # GPT-2 has no such field
+        shape = (config.num_hidden_layers, slots, kv_heads, capacity, head_dim)
+        self.keys, self.values = (
+            torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in "kv"
+        )
+        self.model, self.params, self.device = model, params, parameter.device
+        self.items: list[int] = []
+        self.stored = torch.zeros(
+            slots, dtype=torch.int64, device=self.device
+        )  # tokens whose keys are in the cache
+        self.drawn = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self.seeds = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(
+            slots, params.max_new_tokens, dtype=torch.int64, device=self.device
+        )
+        self.logprobs = torch.zeros(slots, params.max_new_tokens, device=self.device)
+
+    def enter(self, prompts: dict[int, Prompt]) -> None:
+        """Takes prompts into the free slots, reads them in one packed pass, and draws each one's first token."""
+        first, lengths = len(self.items), [len(p.token_ids) for p in prompts.values()]
+        slots = slice(first, first + len(lengths))
+        self.items += prompts
+        self.stored[slots] = torch.tensor(lengths, device=self.device)
+        self.drawn[slots] = 0
+        self.seeds[slots] = torch.tensor([p.seed for p in prompts.values()], device=self.device)
+        ids = torch.tensor([t for p in prompts.values() for t in p.token_ids], device=self.device)
+        batch = PackedBatch(
+            tokens=ids,
+            cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32, device=self.device).cumsum(
+                0, dtype=torch.int32
+            ),
+            response_mask=torch.zeros_like(ids, dtype=torch.bool),
+        )
+        cache = _Prefill(self, batch, first)
+        hidden = decoder_pass(self.model, ids, batch.position_ids, kv_cache=cache)
+        self._draw(hidden[batch.cu_seqlens[1:].long() - 1], slots)
+
+    def advance(self) -> None:
+        """Reads the last token of every row in one pass and draws the next."""
+        slots = slice(0, len(self.items))
+        last = self.tokens[slots].gather(1, self.drawn[slots, None] - 1).squeeze(1)
+        hidden = decoder_pass(self.model, last, self.stored[slots], kv_cache=_Step(self))
+        self.stored[slots] += 1
+        self._draw(hidden, slots)
+
+    def _draw(self, hidden: Tensor, slots: slice) -> None:
+        drawn = self.drawn[slots]
+        tokens, logprobs = draw(
+            self.model.lm_head(hidden), self.seeds[slots], drawn, self.params.temperature
+        )
+        self.tokens[slots].scatter_(1, drawn[:, None], tokens[:, None])
+        self.logprobs[slots].scatter_(1, drawn[:, None], logprobs[:, None])
+        self.drawn[slots] += 1
+
+    def leave(self, stop_ids: Tensor) -> list[tuple[int, list[int], list[float], bool]]:
+        """Takes out the finished rows: (item, tokens, log-probs, stopped). The last rows move into the gaps."""
+        num = len(self.items)
+        last = self.tokens[:num].gather(1, self.drawn[:num, None] - 1).squeeze(1)
+        stopped = torch.isin(last, stop_ids)
+        finished = (
+            (stopped | (self.drawn[:num] == self.params.max_new_tokens))
+            .nonzero()
+            .squeeze(1)
+            .tolist()
+        )
+        left = []
+        for slot in reversed(finished):
+            count = int(self.drawn[slot])
+            tokens, logprobs = (
+                self.tokens[slot, :count].tolist(),
+                self.logprobs[slot, :count].tolist(),
+            )
+            left.append((self.items[slot], tokens, logprobs, bool(stopped[slot])))
+            end = len(self.items) - 1
+            if slot != end:
+                used = int(self.stored[end])
+                for store in (self.keys, self.values):
+                    store[:, slot, :, :used] = store[:, end, :, :used]
+                for state in (self.stored, self.drawn, self.seeds, self.tokens, self.logprobs):
+                    state[slot] = state[end]
+                self.items[slot] = self.items[end]
+            self.items.pop()
+        return left
+
+
+class _Prefill:
+    """Stores the keys and values of packed prompts in slots from `first` on, and attends within each prompt."""
+
+    def __init__(self, rows: _Rows, batch: PackedBatch, first: int) -> None:
+        self.rows, self.batch, self.slots = rows, batch, batch.seq_ids + first
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.rows.keys[layer][self.slots, :, self.batch.position_ids] = key
+        self.rows.values[layer][self.slots, :, self.batch.position_ids] = value
+        cu_seqlens = self.batch.boundaries if query.device.type == "cpu" else self.batch.cu_seqlens
+        return varlen_attention(query, key, value, cu_seqlens, self.batch.max_seqlen, scale=scale)
+
+
+class _Step:
+    """One new token a row: stores its key and value and attends to all that the row has stored."""
+
+    def __init__(self, rows: _Rows) -> None:
+        num = len(rows.items)
+        self.rows, self.at, self.slots = (
+            rows,
+            rows.stored[:num],
+            torch.arange(num, device=rows.device),
+        )
+        self.longest = int(self.at.max()) + 1
+        self.mask = (torch.arange(self.longest, device=rows.device) <= self.at[:, None])[
+            :, None, None
+        ]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys, values = self.rows.keys[layer], self.rows.values[layer]
+        keys[self.slots, :, self.at] = key
+        values[self.slots, :, self.at] = value
+        num, gqa = len(self.slots), query.shape[1] != key.shape[1]
+        k, v = (store[:num, :, : self.longest] for store in (keys, values))
+        out = F.scaled_dot_product_attention(
+            query.unsqueeze(2), k, v, attn_mask=self.mask, scale=scale, enable_gqa=gqa
+        )
+        return out.squeeze(2)
+
+
+def draw(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """One token a row, and its log-prob at the temperature.
+
+    logits [rows, vocabulary], seeds and positions [rows] int64 -> tokens [rows] int64, log-probs [rows] fp32. The token is
+    the first whose cumulative probability exceeds `uniform(seed, position)`: a draw from the distribution, the same for
+    the same row whatever the others are. Temperature 0 takes the likeliest, with its log-prob at temperature 1.
+    """
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.double().exp().cumsum(-1)
+        level = uniform(seeds, positions) * cumulative[:, -1]
+        tokens = (
+            torch.searchsorted(cumulative, level[:, None], right=True)
+            .squeeze(1)
+            .clamp(max=logits.shape[-1] - 1)
+        )
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Counter-based uniform numbers in [0, 1), float64, of 53 random bits: SplitMix64 (Steele, Lea, Flood 2014) of the
+    seed advanced by the position. Plain wrapping integer arithmetic: the same on every device."""
+    x = _mix(seeds) + (positions + 1) * _signed(0x9E3779B97F4A7C15)
+    return _shift_right(_mix(x), 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x

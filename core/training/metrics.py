@@ -1,0 +1,224 @@
+"""What a run writes as it goes: metrics to JSONL, TensorBoard and wandb, sampled texts, and what machine it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOGGERS = ("jsonl", "tensorboard", "wandb")
+FILES = ("metrics", "eval", "samples")
+
+
+def parse_loggers(log_to: str) -> list[str]:
+    """The loggers of a comma-separated list. Raises ValueError for an unknown one."""
+    names = [name.strip() for name in log_to.split(",") if name.strip()]
+    for name in names:
+        if name not in LOGGERS:
+            raise ValueError(
+                f"log_to={log_to!r}: unknown logger {name!r}; known are {', '.join(LOGGERS)}"
+            )
+    return names
+
+
+class MetricLog:
+    """Appends one object a step to `folder/name.jsonl`, and the numbers to TensorBoard and wandb when asked.
+
+    The JSONL file is always written: resume, the report and people read it. On resume, rows past `first_step` (written
+    after the checkpoint that the run goes on from) are dropped, so that no step stands there twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        loggers: list[str],
+        first_step: int,
+        config: dict[str, Any],
+        run_id: str | None,
+    ):
+        self.folder = folder
+        self.run_id = run_id
+        for file in (folder / f"{name}.jsonl" for name in FILES):
+            if file.exists():
+                _drop_rows_after(
+                    file, first_step or -1
+                )  # without a checkpoint step 0's evaluation is made again too
+        self._tensorboard = self._wandb = None
+        if "tensorboard" in loggers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1
+            )
+        if "wandb" in loggers:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError(
+                    "log_to has wandb but it is not installed: pip install 'verippo[wandb]'"
+                ) from None
+            self._wandb = wandb.init(dir=str(folder), id=run_id, resume="allow", config=config)
+            self.run_id = self._wandb.id
+
+    def write(self, name: str, row: dict[str, Any], *, prefix: str = "") -> None:
+        """Appends the row, which has a `step`, to NAME.jsonl and flushes it; its numbers go to the other loggers."""
+        self.write_text(name, row)
+        numbers = {
+            prefix + key: value
+            for key, value in row.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+
+    def write_text(self, name: str, row: dict[str, Any]) -> None:
+        """Appends the row to NAME.jsonl alone."""
+        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_log(
+    folder: Path,
+    *,
+    log_to: str,
+    step: int,
+    total_steps: int,
+    config: dict[str, Any],
+    world_size: int,
+    run_id: str | None,
+) -> MetricLog:
+    """The log of a run after `step` steps, with config.yaml and environment.json beside it. Says where a run goes on, and
+    which of its settings are others than before."""
+    record = folder / "config.yaml"
+    if step > 0:
+        before, now = _flat(_settings(record)), _flat(config)
+        changed = [
+            f"{name} {before[name]} -> {now[name]}"
+            for name in now
+            if name in before and before[name] != now[name]
+        ]
+        print(f"goes on after step {step} of {total_steps} (another --output starts afresh)")
+        if changed:
+            print(f"changed since the last start: {', '.join(changed)}")
+    record.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(world_size), indent=1))
+    return MetricLog(
+        folder, loggers=parse_loggers(log_to), first_step=step, config=config, run_id=run_id
+    )
+
+
+def _settings(record: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # never written, or torn by a kill
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
+    return flat
+
+
+def _drop_rows_after(file: Path, step: int) -> None:
+    kept = []
+    # a kill may tear a character; splitlines would also split at U+2028 and its like, which stand in JSON text as they are
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # torn by a kill in mid-write; its step is run again
+        if row.get("step", step) <= step:
+            kept.append(line + "\n")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
+
+
+class Stopwatch:
+    """Adds up the seconds of named phases: `with watch("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The sums since the last call, as `seconds_<phase>`."""
+        taken = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: on the GPU where there is one, else resident (GiB)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What a reader needs to know of the machine and the packages to believe a number."""
+    import psutil
+    import torch
+
+    facts: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "world_size": world_size,
+    }
+    for package in ("torch", "transformers", "deepspeed", "flash-attn", "sglang", "verippo"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: JSON has no word for them."""
+    import math
+
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

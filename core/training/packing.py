@@ -1,0 +1,236 @@
+"""Packed sequences and balanced micro-batches. Pure.
+
+Sequences lie end to end in one `[tokens]` row; `cu_seqlens` marks where each begins. Index i of every `[tokens]` tensor
+speaks of tokens[i]: a log-prob at i is that of tokens[i], a value at i is that of the state before tokens[i].
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class PromptAndResponse(Protocol):
+    """What `pack` reads of a rollout or a training row."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def response_ids(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    tokens: Tensor
+    """[tokens] int64"""
+    cu_seqlens: Tensor
+    """[seqs + 1] int32, first 0, last the number of tokens"""
+    response_mask: Tensor
+    """[tokens] bool: the tokens whose log-prob is trained or scored"""
+
+    @cached_property
+    def boundaries(self) -> list[int]:
+        return self.cu_seqlens.tolist()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [
+            end - start
+            for start, end in zip(self.boundaries[:-1], self.boundaries[1:], strict=True)
+        ]
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.boundaries[-1]
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def num_response_tokens(self) -> int:
+        return int(self.response_mask.sum())
+
+    @cached_property
+    def seq_ids(self) -> Tensor:
+        """[tokens] int64: the sequence each token belongs to."""
+        sizes = torch.tensor(self.lengths, dtype=torch.int64, device=self.tokens.device)
+        return torch.repeat_interleave(
+            torch.arange(self.num_seqs, device=self.tokens.device), sizes
+        )
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """[tokens] int64, from 0 in every sequence."""
+        positions = torch.arange(self.num_tokens, device=self.tokens.device)
+        return positions - self.cu_seqlens[:-1].long()[self.seq_ids]
+
+    @cached_property
+    def response_positions(self) -> Tensor:
+        """[response tokens] int64: where the mask is true. The state before token p is the hidden state at p - 1."""
+        return self.response_mask.nonzero().squeeze(-1)
+
+    def token_index(self, seqs: Sequence[int]) -> Tensor:
+        """[tokens of these sequences] int64: gathers any `[tokens]` tensor into the order of `select(seqs)`."""
+        spans = [torch.arange(self.boundaries[s], self.boundaries[s + 1]) for s in seqs]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+
+    def select(self, seqs: Sequence[int]) -> PackedBatch:
+        """The given sequences as a batch of their own, in the given order."""
+        index = self.token_index(seqs).to(self.tokens.device)
+        return PackedBatch(
+            tokens=self.tokens[index],
+            cu_seqlens=_cu_seqlens([self.lengths[s] for s in seqs]).to(index.device),
+            response_mask=self.response_mask[index],
+        )
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return PackedBatch(
+            tokens=self.tokens.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            response_mask=self.response_mask.to(device),
+        )
+
+
+def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
+    """Lays prompts and responses end to end; the mask covers each response, end-of-sequence included.
+
+    Masks come from lengths, never from token values. Raises ValueError on an empty prompt (nothing would predict the
+    first response token) or an empty response, naming the row.
+    """
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for number, row in enumerate(rows):
+        if not len(row.prompt_ids) or not len(row.response_ids):
+            part = "response" if len(row.prompt_ids) else "prompt"
+            raise ValueError(
+                f"row {number} has an empty {part}: nothing to train on; drop it before packing"
+            )
+        tokens += row.prompt_ids
+        tokens += row.response_ids
+        mask += [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
+    return PackedBatch(
+        tokens=torch.tensor(tokens, dtype=torch.int64),
+        cu_seqlens=_cu_seqlens([len(row.prompt_ids) + len(row.response_ids) for row in rows]),
+        response_mask=torch.tensor(mask, dtype=torch.bool),
+    )
+
+
+def empty_batch() -> PackedBatch:
+    """A batch with no response token, for a rank that has run out of work: the model still runs forward and backward,
+    which ZeRO-3 needs of every rank alike, and every gradient is zero."""
+    return PackedBatch(
+        tokens=torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=_cu_seqlens([1]),
+        response_mask=torch.zeros(1, dtype=torch.bool),
+    )
+
+
+def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Splits the items into `num_bins` lists of nearly equal total length (longest first, each into the lightest bin).
+    Every list is in ascending order; some are empty when there are fewer items than bins."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0, b) for b in range(num_bins)]
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, lightest = heapq.heappop(heap)
+        bins[lightest].append(item)
+        heapq.heappush(heap, (load + lengths[item], lightest))
+    return [sorted(items) for items in bins]
+
+
+def microbatches(
+    lengths: Sequence[int], *, max_tokens: int, num: int | None = None
+) -> list[list[int]]:
+    """Splits sequences into micro-batches of at most `max_tokens` tokens, as few and as equal as can be.
+
+    num: exactly this many instead (the most that any rank needs), the surplus empty.
+    Raises ValueError for a sequence over the cap, and for a `num` that is too small.
+    """
+    for number, length in enumerate(lengths):
+        _check_length(number, length, max_tokens)
+    fewest = best_fit(lengths, max_tokens)
+    wanted = len(fewest) if num is None else num
+    if wanted < len(fewest):
+        raise ValueError(
+            f"{len(fewest)} micro-batches are needed under max_tokens_per_gpu={max_tokens}, got num={num}"
+        )
+    balanced = balance(lengths, wanted)
+    if all(sum(lengths[i] for i in items) <= max_tokens for items in balanced):
+        return balanced
+    return fewest + [[] for _ in range(wanted - len(fewest))]
+
+
+def share_out(
+    lengths: Sequence[int], *, max_tokens: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """One rank's part of the sequences in micro-batches under the cap: parts of nearly equal tokens, and as many
+    micro-batches on every rank, some perhaps empty. Every rank computes the same plan, so nothing need be asked.
+
+    Raises ValueError for a sequence over the cap.
+    """
+    for number, length in enumerate(lengths):
+        _check_length(number, length, max_tokens)
+    parts = balance(lengths, world_size)
+    num = max(
+        len(microbatches([lengths[i] for i in part], max_tokens=max_tokens)) if part else 0
+        for part in parts
+    )
+    part = parts[rank]
+    plan = microbatches([lengths[i] for i in part], max_tokens=max_tokens, num=num)
+    return [[part[i] for i in micro] for micro in plan]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bin packing: each item goes into the fullest bin that still holds it.
+
+    Uses at most 11/9 of the fewest bins plus 4 (Johnson 1973). Raises ValueError for an item over the capacity.
+    """
+    room_of: list[list[int]] = [
+        [] for _ in range(capacity + 1)
+    ]  # room left -> bins with exactly that room
+    open_rooms: list[int] = []  # the rooms that some bin has, ascending
+    bins: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[item]
+        if length > capacity:
+            raise ValueError(
+                f"row {item} has {length} tokens, over the pack's {capacity}: raise max_seq_len or drop it"
+            )
+        place = bisect.bisect_left(open_rooms, length)
+        if place == len(open_rooms):
+            bins.append([])
+            chosen, room = len(bins) - 1, capacity
+        else:
+            room = open_rooms[place]
+            chosen = room_of[room].pop()
+            if not room_of[room]:
+                open_rooms.pop(place)
+        bins[chosen].append(item)
+        left = room - length
+        if not room_of[left]:
+            open_rooms.insert(bisect.bisect_left(open_rooms, left), left)
+        room_of[left].append(chosen)
+    return [sorted(items) for items in bins]
+
+
+def _check_length(number: int, length: int, max_tokens: int) -> None:
+    if length > max_tokens:
+        raise ValueError(
+            f"rollout {number} has {length} tokens, over max_tokens_per_gpu={max_tokens}: raise it or lower "
+            "sampling.max_new_tokens"
+        )
+
+
+def _cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -1,0 +1,167 @@
+"""Training conversations: checked, tokenised once (cached by content, in parallel), over-long ones counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..core.text.chat import DEFAULT_TEMPLATE, render_example, render_response
+from ..core.text.data import load_rows, text_field
+from ..core.training import dist
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A tokenised conversation: the loss is on the response."""
+
+    prompt_ids: Sequence[int] = field(repr=False)
+    response_ids: Sequence[int] = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def conversation(
+    row: dict[str, Any], *, where: str, system: str | None = None
+) -> list[dict[str, str]]:
+    """The turns of one row: `messages` (role, content), `conversations` (from, value), or Question / Complex_CoT / Response.
+
+    A record without Complex_CoT, or with a blank one, is an answer without reasoning. Raises ValueError naming the place.
+    """
+    if "messages" in row or "conversations" in row:
+        turns = row.get("messages") or row.get("conversations")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"{where}: its turns are not a list of objects")
+        return [_turn(turn, where=f"{where}, turn {n}") for n, turn in enumerate(turns)]
+    question, final = (
+        text_field(row, "Question", where=where),
+        text_field(row, "Response", where=where),
+    )
+    thinking = row.get("Complex_CoT") or ""
+    if not isinstance(thinking, str):
+        raise ValueError(f"{where}: 'Complex_CoT' is {type(thinking).__name__}, expected text")
+    messages = [{"role": "system", "content": system}] if system else []
+    answer = render_response(thinking.strip(), final)
+    return [
+        *messages,
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _turn(turn: dict[str, Any], *, where: str) -> dict[str, str]:
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+        raise ValueError(
+            f"{where}: needs a role of {', '.join(sorted(set(ROLES.values())))} and text content"
+        )
+    return {"role": ROLES[role], "content": content}
+
+
+def load_examples(
+    sources: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None,
+    system: str | None,
+    workers: int,
+) -> list[Example]:
+    """All rows of the sources as examples, in order. Raises ValueError naming the first row that cannot be trained on."""
+    conversations = [
+        conversation(row, where=f"data {sources}: row {n}", system=system)
+        for n, row in enumerate(load_rows(sources, limit=limit))
+    ]
+    for n, messages in enumerate(conversations):  # cheap, and before any worker starts
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"data {sources}: row {n}: the last turn is not the assistant's")
+        if not messages[-1]["content"].strip():
+            raise ValueError(f"data {sources}: row {n}: the assistant's turn is empty")
+    tokenised = _tokenise(conversations, tokenizer, sources=sources, workers=workers)
+    return [
+        Example(prompt_ids=row["prompt_ids"], response_ids=row["response_ids"]) for row in tokenised
+    ]
+
+
+def _tokenise(
+    conversations: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sources: str,
+    workers: int,
+) -> Any:
+    """A `datasets` table of token ids, kept under a name made of all that goes into it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    cache = _cache_folder(conversations, tokenizer)
+    if (
+        dist.local_rank() == 0 and not cache.exists()
+    ):  # each node has its own cache, or they share one and the first wins
+        table = datasets.Dataset.from_dict(
+            {"turns": [json.dumps(turns) for turns in conversations]}
+        )
+        table = table.map(
+            _encode_row,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "sources": sources},
+            num_proc=workers if workers > 1 else None,
+            remove_columns=["turns"],
+            keep_in_memory=True,
+            new_fingerprint=cache.name,
+        )
+        temporary = cache.with_name(f".{cache.name}-{os.getpid()}")
+        table.save_to_disk(str(temporary))
+        try:
+            temporary.rename(cache)
+        except OSError:  # another run was first with the same content
+            shutil.rmtree(temporary)
+    dist.barrier()
+    return datasets.load_from_disk(str(cache))
+
+
+def _encode_row(
+    row: dict[str, str], index: int, *, tokenizer: PreTrainedTokenizerBase, sources: str
+) -> dict[str, list[int]]:
+    try:
+        prompt, response = render_example(tokenizer, json.loads(row["turns"]))
+    except ValueError as error:
+        raise ValueError(f"data {sources}: row {index}: {error}") from None
+    return {"prompt_ids": prompt, "response_ids": response}
+
+
+def _cache_folder(
+    conversations: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    import datasets
+
+    digest = hashlib.blake2b(digest_size=16)
+    template = tokenizer.chat_template or DEFAULT_TEMPLATE
+    for part in (
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps(template),
+        str(tokenizer.eos_token),
+        "1",
+    ):
+        digest.update(part.encode())
+    for turns in conversations:
+        digest.update(json.dumps(turns).encode())
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "verippo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"sft-{digest.hexdigest()}"

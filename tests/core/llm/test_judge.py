@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+
+from verippo.core.llm import client as llm
+from verippo.core.llm.client import LLMConfig
+from verippo.core.llm.judge import Case, Judge
+
+CASE = Case("row 7", "Fever {and} cough?", "Pneumonia", "{reference} Asthma")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(llm, "FIRST_WAIT_SECONDS", 0.01)
+
+
+def judge(server, *, journal=None, max_asks=3, **settings):
+    return Judge(
+        LLMConfig(base_url=server.url, model="m", **settings), journal=journal, max_asks=max_asks
+    )
+
+
+def first(body):
+    return body["messages"][0]["content"]
+
+
+def test_verdicts_come_in_the_cases_order(llm_server):
+    server = llm_server(
+        lambda body: llm_server.module.Answer(
+            "True" if "yes" in first(body) else "False", delay_seconds=0.1 * ("slow" in first(body))
+        )
+    )
+    cases = [CASE._replace(response=text) for text in ("slow yes", "no", "yes", "slow no")]
+    assert judge(server).verdicts(cases) == [True, False, True, False]
+    assert judge(server).verdicts([]) == []
+
+
+def test_the_prompt_holds_every_part_as_it_stands_and_is_asked_at_temperature_zero(llm_server):
+    server = llm_server(lambda body: "True")
+    judge(server).verdicts([CASE])
+    (body,) = server.bodies
+    parts = [
+        "[Question]\nFever {and} cough?\n",
+        "[Reference answer]\nPneumonia\n",
+        "[Answer to mark]\n{reference} Asthma\n",
+    ]
+    assert all(part in first(body) for part in parts)
+    assert body["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "babble", ["untrue", "True or False?", "The answer agrees: True", "Falsehood"]
+)
+def test_what_is_no_verdict_is_asked_again_with_the_fault_named(llm_server, babble):
+    server = llm_server(lambda body: babble if len(body["messages"]) < 5 else "true")
+    assert judge(server).verdicts([CASE]) == [True]
+    assert [len(body["messages"]) for body in server.bodies] == [1, 3, 5]
+    said, asked = server.bodies[2]["messages"][1:3]
+    assert said == {"role": "assistant", "content": babble}
+    assert f"{babble!r} is not the one word True or False" in asked["content"]
+
+
+def test_without_a_verdict_the_case_and_the_fault_are_named(llm_server):
+    server = llm_server(lambda body: "untrue")
+    with pytest.raises(
+        RuntimeError,
+        match="judge: no verdict of m on row 7 in 2 asks: 'untrue' is not the one word True or F",
+    ):
+        judge(server, max_asks=2).verdicts([CASE])
+    cut = llm_server(
+        lambda body: llm_server.module.Answer("Let me think", "length", completion_tokens=9)
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"it was cut off after 9 tokens \(llm.max_new_tokens\); give another llm.model",
+    ):
+        judge(cut).verdicts([CASE])
+
+
+def test_a_tenth_of_the_cases_may_stay_without_a_verdict_each_said_and_counted(llm_server, capsys):
+    def answer(body):
+        if "Gout" in first(body):
+            return llm_server.module.error(400, "content policy")
+        return "untrue" if "Flu" in first(body) else "True"
+
+    cases = [
+        CASE._replace(response=text, name=text) for text in ("Flu", "Gout", *map(str, range(18)))
+    ]
+    one = judge(llm_server(answer))
+    assert one.verdicts(cases) == [None, None] + [True] * 18
+    assert one.num_unjudged == 2
+    said = sorted(capsys.readouterr().err.splitlines())
+    assert [line.split(":")[:3] for line in said] == [
+        ["verippo", " judge", " no verdict of m on Flu in 3 asks"],
+        ["verippo", " judge", " no verdict on Gout"],
+    ]
+    with pytest.raises(RuntimeError, match="no verdict .*on (Flu|Gout)"):
+        one.verdicts(cases[:19])
+    assert one.verdicts(cases[2:]) == [True] * 18
+
+
+def test_a_call_that_fails_for_good_names_the_case_and_the_reason_and_a_spent_budget_is_the_callers(
+    llm_server,
+):
+    server = llm_server(lambda body: llm_server.module.error(500, "out of order"))
+    with pytest.raises(
+        RuntimeError, match="judge: no verdict on row 7: m at .* HTTP 500: out of order"
+    ):
+        judge(server, max_retries=1).verdicts([CASE])
+    assert len(server.bodies) == 2
+    with pytest.raises(ValueError, match="judge: 0.0000 USD are spent and the next call may cost"):
+        judge(server, budget_usd=0.001, price_out=1e3).verdicts([CASE])
+
+
+def test_a_run_that_goes_on_asks_for_no_verdict_again_but_for_failures(llm_server, tmp_path):
+    server = llm_server(
+        lambda body: "True" if len(server.bodies) < 3 else llm_server.module.error(400, "enough")
+    )
+    path, others = tmp_path / "judge-journal.jsonl", [CASE, CASE._replace(response="Gout")]
+    assert judge(server, journal=path).verdicts(others) == [True, True]
+    again = judge(server, journal=path)
+    assert again.verdicts([*others, CASE]) == [True] * 3
+    third = [*others, CASE._replace(response="Flu")]
+    with pytest.raises(RuntimeError, match="enough"):
+        again.verdicts(third)
+    server.bodies.clear()
+    assert judge(server, journal=path).verdicts(third) == [True] * 3
+    assert len(server.bodies) == 1

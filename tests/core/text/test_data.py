@@ -1,0 +1,214 @@
+import json
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from verippo.core.text.data import Order, Problem, load_problems, load_rows, split, text_field
+
+ROWS = [{"q": "one", "a": "1"}, {"q": "zwei — 二", "a": "2"}, {"q": "three", "a": "3"}]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(
+                content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+            )
+        return str(path)
+
+    return write
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def saved_folder(tmp_path, *, parts):
+    table = datasets.Dataset.from_list(ROWS)
+    loaded = (
+        datasets.DatasetDict({"train": table.select([0, 1]), "test": table.select([2])})
+        if parts
+        else table
+    )
+    loaded.save_to_disk(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def test_every_format_gives_the_same_rows(write, tmp_path):
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    sources = [
+        write("list.json", ROWS),
+        write("dict.json", {"en": ROWS[:2], "zh": ROWS[2:]}),
+        write("rows.jsonl", jsonl(ROWS)),
+        write("byte_order_mark.json", "\ufeff" + json.dumps(ROWS)),
+        write("byte_order_mark.jsonl", "\ufeff" + jsonl(ROWS)),
+        write("blank_lines.jsonl", "\n" + jsonl(ROWS).replace("\n", "\n\n").rstrip()),
+        str(tmp_path / "rows.parquet"),
+        saved_folder(tmp_path, parts=False),
+    ]
+    for source in sources:
+        assert load_rows(source) == ROWS, source
+
+
+def test_a_table_of_objects_with_different_keys_gives_each_its_own(tmp_path):
+    rows = [
+        {"options": {"A": "a", "B": "b"}, "note": None},
+        {"options": {"A": "a", "B": "b", "C": "c"}, "note": "n"},
+    ]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    assert load_rows(str(tmp_path / "rows.parquet")) == load_rows(str(tmp_path / "saved")) == rows
+
+
+def test_a_folder_of_several_parts_gives_all_of_them(tmp_path):
+    assert load_rows(saved_folder(tmp_path, parts=True)) == ROWS
+
+
+def test_sources_are_joined_in_order_and_each_is_limited(write):
+    both = f"{write('a.json', ROWS)}, {write('b.jsonl', jsonl(ROWS[::-1]))}"
+    assert [row["a"] for row in load_rows(both)] == ["1", "2", "3", "3", "2", "1"]
+    assert [row["a"] for row in load_rows(both, limit=2)] == ["1", "2", "3", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("bad.json", "[{", "bad.json: not valid JSON: .*line 1 column 3"),
+        ("latin.json", '[{"q": "ä"}]'.encode("latin-1"), "latin.json: not valid JSON"),
+        ("text.json", '"text"', "text.json: expected a list of objects, got str"),
+        ("object.json", {"q": "one"}, "object.json: expected a list of objects, got dict"),
+        ("mixed.json", [{"q": 1}, "two"], "mixed.json: row 1 is str, expected an object"),
+        ("empty.json", [], "empty.json' holds no rows"),
+        ("bad.jsonl", jsonl(ROWS[:2]) + "\n{broken\n", "bad.jsonl: line 4 is not valid JSON"),
+        ("latin.jsonl", b'{"q": "ok"}\n{"q": "\xe4"}\n', "latin.jsonl: line 2 is not valid JSON"),
+        ("mixed.jsonl", '{"q": 1}\n3\n', "mixed.jsonl: row 1 is int, expected an object"),
+        ("rows.parquet", b"PAR0 not at all", "rows.parquet: not a Parquet file"),
+        ("rows.csv", "q,a\n", r"rows.csv: cannot read .csv: give .json, .jsonl, .parquet"),
+        ("rows", "q,a\n", "cannot read a file without suffix"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_file_and_place(write, name, content, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_rows(write(name, content))
+
+
+@pytest.mark.parametrize(
+    "source", ["absent.json", "./absent", "/no/such/folder", "~/absent", "a/b/c", "absent"]
+)
+def test_a_missing_file_is_refused_without_asking_the_hub(source, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=f"data {source}: no such file"):
+        load_rows(source)
+
+
+def test_a_hub_name_that_cannot_be_had_is_refused_in_one_line(monkeypatch):
+    def fail(name, split):
+        raise ConnectionError(f"no way to {name} {split}\nand a long tail")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        ValueError,
+        match="^data owner/name: neither a file nor a hub data set.*no way to owner/name train$",
+    ):
+        load_rows("owner/name")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a folder, but not one saved by datasets"):
+        load_rows(str(tmp_path))
+
+
+def test_a_stray_comma_is_refused(write):
+    with pytest.raises(ValueError, match="empty entry: remove the stray comma"):
+        load_rows(write("a.json", ROWS) + ",")
+
+
+def test_problems_carry_their_row_number_over_all_sources(problems_file):
+    problems = load_problems(f"{problems_file},{problems_file}", limit=2)
+    assert problems == [
+        Problem(question=f"What is {n} plus one?", answer=str(n + 1), index=index)
+        for index, n in enumerate([0, 1, 0, 1])
+    ]
+
+
+def test_problems_under_other_keys_are_read(write):
+    problems = load_problems(write("a.json", ROWS), question_key="q", answer_key="a")
+    assert problems[1] == Problem(question="zwei — 二", answer="2", index=1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"q": "x"}, "row 3: no key 'a'; it has q"),
+        ({"q": "x", "a": ""}, "row 3: 'a' is empty"),
+        ({"q": " \n", "a": "1"}, "row 3: 'q' is empty"),
+        ({"q": "x", "a": 5}, "row 3: 'a' is int, expected text"),
+        ({"q": "x", "a": None}, "row 3: 'a' is NoneType, expected text"),
+    ],
+)
+def test_a_bad_problem_is_named_by_row_and_key(write, bad, reason):
+    with pytest.raises(ValueError, match=f"a.json: {reason}"):
+        load_problems(write("a.json", [*ROWS, bad]), question_key="q", answer_key="a")
+
+
+def test_text_is_given_back_as_it_stands():
+    assert text_field({"a": "  x\n"}, "a", where="here") == "  x\n"
+
+
+@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 2**32))
+def test_a_split_is_disjoint_complete_and_seeded(num, fraction, seed):
+    if not 0 < round(num * fraction) < num:
+        with pytest.raises(ValueError, match=f"of {num} rows leaves"):
+            split(num, fraction=fraction, seed=seed)
+        return
+    train, held_out = split(num, fraction=fraction, seed=seed)
+    assert sorted(train + held_out) == list(range(num))
+    assert len(held_out) == round(num * fraction)
+    assert split(num, fraction=fraction, seed=seed) == (train, held_out)
+
+
+def test_another_seed_holds_out_other_rows_and_no_fraction_none():
+    held_out = {tuple(split(1000, fraction=0.1, seed=seed)[1]) for seed in range(20)}
+    assert len(held_out) == 20
+    assert split(3, fraction=0.0, seed=0) == ([0, 1, 2], [])
+
+
+def test_every_row_is_held_out_about_equally_often():
+    # 300 draws of 5 out of 10: a count has mean 150 and standard deviation 8.7
+    counts = [0] * 10
+    for seed in range(300):
+        for row in split(10, fraction=0.5, seed=seed)[1]:
+            counts[row] += 1
+    assert all(110 < count < 190 for count in counts)
+
+
+@given(st.integers(1, 20), st.integers(0, 1000), st.integers(1, 5))
+def test_every_epoch_is_a_permutation(num, seed, epochs):
+    taken = Order(num, seed=seed).take(num * epochs)
+    for start in range(0, num * epochs, num):
+        assert sorted(taken[start : start + num]) == list(range(num))
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 30), min_size=1, max_size=8), st.data())
+def test_an_order_resumed_at_its_position_goes_on_exactly(num, counts, data):
+    unbroken = Order(num, seed=3).take(sum(counts))
+    order, taken, stop = Order(num, seed=3), [], data.draw(st.integers(0, len(counts)))
+    for number, count in enumerate(counts):
+        if number == stop:
+            order = Order(num, seed=3, position=order.position)
+        taken += order.take(count)
+    assert taken == unbroken
+    assert order.position == sum(counts)
+
+
+def test_epochs_and_seeds_differ():
+    first = Order(50, seed=0).take(100)
+    assert first[:50] != first[50:]
+    assert first[:50] != Order(50, seed=1).take(50)

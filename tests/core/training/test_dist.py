@@ -1,0 +1,233 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from verippo.core.training import dist
+
+SIZES = [5, 38]  # tokens of each rank: uneven
+COLLECTIVES = """
+import json, sys, threading
+import torch
+from verippo.core.training import dist
+
+def moments(x, mask):
+    try:
+        return [part.item() for part in dist.masked_moments(x, mask)]
+    except ValueError as error:
+        return str(error)
+
+dist.init(timeout_seconds=60)
+with dist.fail_together():
+    rank = dist.rank()
+    x, mask = torch.load(f"{sys.argv[1]}/input-{rank}.pt")
+    nothing = torch.zeros_like(mask)
+    found = {
+        "world_size": dist.world_size(),
+        "is_main": dist.is_main(),
+        "all_gather": dist.all_gather({"rank": rank, "text": "x" * (1 + 1000 * rank)}),
+        "broadcast": dist.broadcast(["from", rank]),
+        "all_sum": dist.all_sum(torch.tensor([1.0 + rank, 10.0])).tolist(),
+        "all_max": dist.all_max(torch.tensor([1.0 + rank, -rank])).tolist(),
+        "moments": moments(x, mask),
+        "moments of float32": moments(x.float(), mask),
+        "moments of one rank": moments(x, mask if rank == 1 else nothing),
+        "moments of one token": moments(x, torch.arange(len(x)) < rank),
+        "moments of nothing": moments(x, nothing),
+    }
+    dist.barrier()
+    with open(f"{sys.argv[1]}/found-{rank}.json", "w") as file:
+        json.dump(found, file)
+assert not [thread for thread in threading.enumerate() if thread.daemon], "a daemon thread at exit may abort the process"
+"""
+FAILING = """
+import sys, time
+from verippo.core.training import dist
+
+dist.init(timeout_seconds=600)
+with dist.fail_together():
+    if dist.rank() == int(sys.argv[1]):
+        time.sleep(1)
+        raise ValueError("row 17 is broken")
+    dist.barrier()  # in which it would wait for ten minutes
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    x = [1e3 + torch.randn(size, generator=generator, dtype=torch.float64) for size in SIZES]
+    return [(part, torch.rand(len(part), generator=generator) < 0.6) for part in x]
+
+
+@pytest.fixture(scope="module")
+def found(two_ranks, inputs, tmp_path_factory):
+    """What each of two ranks saw of every collective."""
+    folder = tmp_path_factory.mktemp("collectives")
+    for rank, tensors in enumerate(inputs):
+        torch.save(tensors, folder / f"input-{rank}.pt")
+    (folder / "script.py").write_text(COLLECTIVES)
+    done = two_ranks(str(folder / "script.py"), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_ranks_exchange_values_in_rank_order(found):
+    assert [part.pop("is_main") for part in found] == [True, False]
+    for part in found:
+        assert part["world_size"] == 2
+        assert part["all_gather"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 1001}]
+        assert part["broadcast"] == ["from", 0]
+        assert part["all_sum"] == [3.0, 20.0]
+        assert part["all_max"] == [2.0, 0.0]
+
+
+def test_moments_over_ranks_are_those_of_all_tokens_together(found, inputs):
+    x, mask = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    alone, masked_alone = inputs[1]
+    expected = [x[mask].mean().item(), x[mask].var().item()]
+    for part in found:
+        assert part["moments"] == pytest.approx(expected, rel=1e-12)
+        assert part["moments of float32"] == pytest.approx(expected, rel=1e-4)
+        assert part["moments of one rank"] == pytest.approx(
+            [alone[masked_alone].mean().item(), alone[masked_alone].var().item()], rel=1e-12
+        )
+
+
+def test_moments_of_fewer_than_two_tokens_are_refused_on_every_rank(found):
+    for part in found:
+        assert part["moments of one token"] == "a variance needs at least 2 response tokens, got 1"
+        assert part["moments of nothing"] == "a variance needs at least 2 response tokens, got 0"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_raises_brings_the_other_down_with_its_reason(tmp_path, failing):
+    """Started as srun would: no launcher stands by to end the other rank."""
+    (tmp_path / "script.py").write_text(FAILING)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in (0, 1):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+        }
+        command = [sys.executable, str(tmp_path / "script.py"), str(failing)]
+        ranks.append(
+            subprocess.Popen(
+                command, env=env | {"MASTER_PORT": str(port)}, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        start = time.perf_counter()
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+        seconds = time.perf_counter() - start
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert seconds < 60
+    assert "ValueError: row 17 is broken" in errors[failing]
+    assert (
+        f"verippo: rank {1 - failing} stops: rank {failing}: ValueError: row 17 is broken"
+        in errors[1 - failing]
+    )
+
+
+def test_alone_every_collective_is_the_identity():
+    assert dist.world_size() == 1
+    assert dist.rank() == 0
+    assert dist.is_main()
+    assert dist.all_gather({"a": 1}) == [{"a": 1}]
+    assert dist.broadcast("x") == "x"
+    assert dist.all_sum(torch.tensor([2.0])).tolist() == [2.0]
+    assert dist.all_max(torch.tensor([2.0])).tolist() == [2.0]
+    with pytest.raises(KeyError), dist.fail_together():
+        raise KeyError
+
+
+def test_moments_worked_by_hand():
+    # 1, 2, 6 with the rest masked: mean 3, variance (4 + 1 + 9) / 2 = 7
+    x, mask = (
+        torch.tensor([1.0, float("nan"), 2.0, 6.0, float("inf")]),
+        torch.tensor([True, False, True, True, False]),
+    )
+    mean, var = dist.masked_moments(x, mask)
+    assert [mean.item(), var.item()] == [3.0, 7.0]
+    assert mean.dtype == var.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"},
+            "MASTER_ADDR, MASTER_PORT",
+        ),
+    ],
+)
+def test_half_an_environment_is_refused(monkeypatch, environment, missing):
+    monkeypatch.setattr(dist.td, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(
+        ValueError,
+        match=f"RANK is set but {missing} is not: start with deepspeed, torchrun or srun",
+    ):
+        dist.init()
+
+
+JOINING = """
+import sys
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+address, port, world_size, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+store = torch.distributed.TCPStore(address, port, world_size, is_master=False)
+group, _ = c10d._new_process_group_helper(
+    world_size, 1, [], c10d.Backend("gloo"), c10d.PrefixStore(name, store), group_name=name, timeout=c10d.default_pg_timeout
+)
+c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+for shape in ((2, 3), (4,)):
+    tensor = torch.empty(shape)
+    torch.distributed.broadcast(tensor, src=0, group=group)
+    print(tensor.flatten().tolist())
+"""
+
+
+def test_a_process_outside_the_run_joins_an_outer_group_by_address_and_gets_what_is_sent():
+    dist.init()
+    group = dist.OuterGroup(
+        address="127.0.0.1", port=0, world_size=2, name="outer", timeout_seconds=60
+    )
+    place = [group.address, str(group.port), "2", "outer"]
+    with subprocess.Popen(
+        [sys.executable, "-c", JOINING, *place], stdout=subprocess.PIPE, text=True
+    ) as child:
+        group.join()
+        group.send([torch.arange(6.0).reshape(2, 3), torch.ones(4)])
+        assert child.communicate(timeout=60)[0].splitlines() == [
+            "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]",
+            "[1.0, 1.0, 1.0, 1.0]",
+        ]
+    group.leave()
+    assert dist.world_size() == 1
+
+
+def test_an_outer_group_that_nobody_joins_gives_up_after_its_time_out():
+    dist.init()
+    group = dist.OuterGroup(
+        address="127.0.0.1", port=0, world_size=2, name="lonely", timeout_seconds=1
+    )
+    with pytest.raises(RuntimeError):
+        group.join()
