@@ -131,7 +131,6 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
         weight=lambda row: len(row.response_ids),
         loss_sum=loss_sum,
         evaluate=evaluate,
-        better=lambda new, old: new["loss"] < old["loss"],
         export=export,
     )
 

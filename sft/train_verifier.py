@@ -113,7 +113,6 @@ def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) ->
         weight=lambda row: 1,
         loss_sum=loss_sum,
         evaluate=evaluate,
-        better=lambda new, old: new["loss"] < old["loss"],
         export=export,
     )
 

@@ -1,0 +1,198 @@
+"""What SFT, the verifier's training and PPO share: state, resume, metrics, evaluation, checkpoints, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, dist
+from .metrics import MetricLog, Stopwatch, finite, start_log
+from .run_config import RunConfig
+
+Metrics = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """Progress of a run, as stored in the checkpoint's state.json."""
+
+    step: int = 0
+    """Finished steps."""
+    position: int = 0
+    """Rows taken from the shuffled order."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    best: Metrics | None = None
+    """Metrics of the best evaluation."""
+    skipped_steps: int = 0
+    """Optimizer steps skipped because a gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Those since the last applied step."""
+    run_id: str | None = None
+    """Identifier of the wandb run."""
+
+
+class Saveable(Protocol):
+    """A part of the run that is stored in its checkpoints."""
+
+    def save(self, folder: Path, name: str) -> None: ...
+
+    def load(self, folder: Path, name: str) -> None: ...
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """A run's folder, state and log, with everything that happens around the algorithm.
+
+    Every rank holds one and calls every method; only the main rank writes.
+    """
+
+    config: RunConfig
+    folder: Path
+    engines: Mapping[str, Saveable]
+    """Parts stored in checkpoints, by name."""
+    export: Callable[[Path], None]
+    """Writes the trained model as a Hugging Face folder; called on every rank."""
+    better: Callable[[Metrics, Metrics], bool]
+    """Whether the first evaluation beats the second."""
+    save_when_best: bool = False
+    """Whether a new best evaluation is followed by a checkpoint at once."""
+    stop_early: Callable[[RunState], bool] = lambda state: False
+    """Whether the run is done before its last step."""
+    state: RunState = field(default_factory=RunState)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    total_steps: int = 0
+    log: MetricLog | None = None
+
+    def resume(self) -> None:
+        """Loads the checkpoint that `config.resume` selects, if there is one."""
+        found = checkpoint.find_resume(self.folder, self.config.resume)
+        if found is None:
+            return
+        with checkpoint.taking_up(found):
+            for name, engine in self.engines.items():
+                engine.load(found, name)
+            torch.set_rng_state(torch.load(found / f"rng-{dist.rank()}.pt"))
+            self.state = RunState(**checkpoint.load_state(found))
+
+    def start(self, total_steps: int, *, resolved: dict[str, Any]) -> None:
+        """Opens the log. `resolved` is the configuration as plain values, for config.yaml."""
+        self.total_steps = total_steps
+        if dist.is_main():
+            self.log = start_log(
+                self.folder,
+                log_to=self.config.log_to,
+                step=self.state.step,
+                total_steps=total_steps,
+                config=resolved,
+                world_size=dist.world_size(),
+                run_id=self.state.run_id,
+            )
+
+    def steps(self, name: str) -> Iterator[tuple[int, tqdm]]:
+        """Yields (step, progress bar) for each remaining step, counted from 1.
+
+        The body of the loop must end with `end_step`.
+        """
+        start = self.state.step
+        hidden = not dist.is_main()
+        with tqdm(
+            total=self.total_steps, initial=start, desc=name, unit="step", disable=hidden
+        ) as bar:
+            while not self.is_over:
+                yield self.state.step + 1, bar
+                bar.update()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is done."""
+        return self.state.step >= self.total_steps or self.stop_early(self.state)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return self.state.step % every == 0 or self.state.step == self.total_steps
+
+    def count_skipped(self, applied: bool, *, save_failure: Callable[[], str] | None = None) -> None:
+        """Counts optimizer steps whose gradient was not finite.
+
+        Args:
+            applied: whether the last optimizer step was applied.
+            save_failure: saves the data of the failed step and returns where it is.
+
+        Raises:
+            RuntimeError: `max_skipped_steps` of them in a row.
+        """
+        state = self.state
+        state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+        state.skipped_steps += not applied
+        if state.skipped_in_a_row >= self.config.max_skipped_steps:
+            where = f"; see {save_failure()}" if save_failure else ""
+            raise RuntimeError(
+                f"{state.skipped_in_a_row} consecutive optimizer steps had a gradient that is not "
+                f"finite{where}"
+            )
+
+    def log_metrics(self, row: Metrics) -> None:
+        """Appends a row to metrics.jsonl."""
+        if self.log is not None:
+            self.log.write("metrics", finite({"step": self.state.step, **row}))
+
+    def log_evaluation(self, metrics: Metrics) -> None:
+        """Appends a row to eval.jsonl."""
+        if self.log is not None:
+            self.log.write("eval", finite({"step": self.state.step, **metrics}), prefix="eval/")
+
+    def is_best(self, metrics: Metrics) -> bool:
+        """Whether an evaluation is the best so far; if so, it is the one to beat from now on."""
+        if self.state.best is not None and not self.better(metrics, self.state.best):
+            return False
+        self.state.best = metrics
+        return True
+
+    def end_step(self, evaluate: Callable[[], Metrics] | None) -> None:
+        """Evaluates, exports the best model and saves a checkpoint, each when it is due.
+
+        `evaluate` returns the metrics of the held-out rows; None where there are none.
+        """
+        best = False
+        if evaluate and self.is_due(self.config.eval_every):
+            metrics = evaluate()
+            self.log_evaluation(metrics)
+            best = self.is_best(metrics)
+        if best:
+            self.export(self.folder / "model-best")
+        saves = self.is_due(self.config.save_every) or self.is_over
+        if saves or (best and self.save_when_best):
+            self.save(best=best)
+
+    def save(self, *, best: bool) -> None:
+        """Writes a checkpoint; `best` protects it from pruning."""
+
+        def write(temporary: Path) -> None:
+            for name, engine in self.engines.items():
+                engine.save(temporary, name)
+            torch.save(torch.get_rng_state(), temporary / f"rng-{dist.rank()}.pt")
+
+        self.state.run_id = self.log.run_id if self.log else None
+        checkpoint.save(
+            self.folder,
+            step=self.state.step,
+            state=vars(self.state),
+            write=write,
+            best=best,
+            total_limit=self.config.save_total_limit,
+        )
+
+    def finish(self) -> None:
+        """Exports the final model."""
+        self.export(self.folder / "model")
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self.log is not None:
+            self.log.close()

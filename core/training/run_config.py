@@ -1,0 +1,92 @@
+"""Configuration fields that SFT, the verifier's training and PPO share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..bounds import (
+    CountingInt,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SeedInt,
+    ShareFloat,
+    UnitFloat,
+    check_bounds,
+)
+from .engine import Dtype, EngineConfig, Offload
+from .metrics import parse_loggers
+from .schedule import ScheduleKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Configuration of a training run."""
+
+    data: str
+    """Training rows: comma-separated JSON, JSONL or Parquet files, datasets folders or hub ids."""
+    output: str
+    """Folder that receives everything the run writes."""
+    limit: PositiveInt | None = None
+    """Number of rows to read from the start of each source; null reads all."""
+    seed: SeedInt = 0
+    """Seed of every random draw."""
+
+    eval_data: str | None = None
+    """Held-out rows, in the formats of `data`."""
+    eval_fraction: ShareFloat = 0.0
+    """Share of `data` to hold out when there is no `eval_data`; drawn by `seed`."""
+    eval_every: CountingInt = 20
+    """Steps between evaluations; the last step is always evaluated."""
+    save_every: CountingInt = 20
+    """Steps between checkpoints; the last step is always saved."""
+    save_total_limit: CountingInt = 2
+    """Number of checkpoints to keep, not counting the best one."""
+    log_to: str = "jsonl,tensorboard"
+    """Comma-separated loggers: jsonl, tensorboard, wandb. jsonl is always written."""
+    resume: str = "auto"
+    """auto resumes from the newest checkpoint in `output`; never; or a checkpoint folder."""
+
+    warmup_ratio: UnitFloat = 0.05
+    """Share of all optimizer steps over which the learning rate rises from zero."""
+    schedule: ScheduleKind = "linear"
+    """Learning-rate schedule after warm-up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of AdamW; never applied to norms and biases."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global norm to which the gradients of each model are clipped."""
+    max_skipped_steps: CountingInt = 3
+    """Consecutive optimizer steps with a non-finite gradient after which the run stops."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    offload: Offload = "none"
+    """States kept in host memory: none, optimizer, or all (optimizer states and parameters)."""
+    dtype: Dtype = "bf16"
+    """Data type of weights and activations."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of storing them."""
+    max_tokens_per_gpu: CountingInt = 8192
+    """Number of tokens in a micro-batch, at most."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """Seconds that a collective operation may wait before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.eval_data and self.eval_fraction:
+            raise ValueError("give eval_data or eval_fraction, not both")
+        parse_loggers(self.log_to)
+        self.engine  # noqa: B018 runs its own checks
+
+    @property
+    def engine(self) -> EngineConfig:
+        """Settings of the DeepSpeed engines."""
+        return EngineConfig(
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            dtype=self.dtype,
+            gradient_checkpointing=self.gradient_checkpointing,
+            max_grad_norm=self.max_grad_norm,
+            weight_decay=self.weight_decay,
+        )
