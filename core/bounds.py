@@ -71,5 +71,7 @@ def _bounds(hint: Any) -> Bounds | None:
         return Bounds()
     if get_origin(hint) is Annotated:
         return next((extra for extra in hint.__metadata__ if isinstance(extra, Bounds)), None)
-    found = [_bounds(part) for part in get_args(hint) if get_origin(hint) not in (list, tuple, dict)]
+    found = [
+        _bounds(part) for part in get_args(hint) if get_origin(hint) not in (list, tuple, dict)
+    ]
     return next((bounds for bounds in found if bounds), None)

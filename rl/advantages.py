@@ -1,11 +1,10 @@
-"""Where advantages come from, chosen once before the loop: a critic and GAE, or the other samples of the prompt."""
+"""Advantage estimators and policy losses, chosen once before the loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,33 +13,112 @@ from ..core.training.engine import StepResult
 from ..core.training.packing import PackedBatch
 from . import ppo
 from .config import PPOConfig
+from .corrections import adaptive_lambda, sampler_correction
+from .experience import MicroBatch
+from .hooks import load_function
 from .rollout import Rollout
 
 AdvantageFunction = Callable[
     [Tensor, Tensor, PackedBatch, Sequence[Rollout]], tuple[Tensor, Tensor]
 ]
-"""(rewards [tokens], values [tokens], batch, rollouts) -> (advantages, returns) [tokens] each, 0 off the mask"""
+"""(rewards, values, batch, rollouts) -> (advantages, returns): [tokens] each, 0 off the mask."""
+
+PolicyLossFunction = Callable[[Tensor, MicroBatch], ppo.PolicyLoss]
+"""(log-probs [tokens] of the policy being trained, the micro-batch) -> loss to minimise."""
 
 
 def advantage_function(config: PPOConfig) -> AdvantageFunction:
+    """The advantage estimator that a configuration names."""
+    if config.advantage_function:
+        function = load_function(config.advantage_function, option="advantage_function")
+        return partial(_checked, function, config.advantage_function)
     if config.advantage == "gae":
-        return partial(_with_critic, gamma=config.gamma, lam=config.lam)
-    return partial(_within_groups, kind=config.advantage, alone=config.samples_per_prompt == 1)
+        return partial(_from_critic, config=config)
+    alone = config.samples_per_prompt == 1
+    return partial(_from_groups, kind=config.advantage, alone=alone)
 
 
-def _with_critic(
+def policy_loss_function(config: PPOConfig) -> PolicyLossFunction:
+    """The policy loss that a configuration names."""
+    if config.policy_loss_function:
+        return load_function(config.policy_loss_function, option="policy_loss_function")
+    return partial(_clipped_loss, config=config)
+
+
+def importance_weights(
+    config: PPOConfig, logprobs: Tensor, batch: PackedBatch, rollouts: Sequence[Rollout]
+) -> Tensor | None:
+    """[tokens] weights for the difference between sampler and trainer; None without correction."""
+    if config.importance_cap is None:
+        return None
+    sampled = torch.zeros_like(logprobs)
+    sampled[batch.response_mask] = torch.tensor(
+        [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs],
+        dtype=logprobs.dtype,
+    )
+    return sampler_correction(
+        logprobs,
+        sampled,
+        batch.response_mask,
+        batch.cu_seqlens,
+        level="token",
+        mode="truncate",
+        low=0.0,
+        high=config.importance_cap,
+    ).weights
+
+
+def _clipped_loss(logprobs: Tensor, micro: MicroBatch, *, config: PPOConfig) -> ppo.PolicyLoss:
+    return ppo.policy_loss(
+        logprobs,
+        micro.logprobs,
+        micro.advantages,
+        micro.mask,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        importance=micro.importance,
+    )
+
+
+def _checked(
+    function: AdvantageFunction,
+    name: str,
+    rewards: Tensor,
+    values: Tensor,
+    batch: PackedBatch,
+    rollouts: Sequence[Rollout],
+) -> tuple[Tensor, Tensor]:
+    """Calls a user's estimator and refuses what the update could not use."""
+    result = function(rewards, values, batch, rollouts)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(f"{name} returned {type(result).__name__}: must be (advantages, returns)")
+    for part, tensor in zip(("advantages", "returns"), result, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.shape != rewards.shape:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: {part} are {shape}, must be [{len(rewards)}], one per token")
+        if not bool(tensor[batch.response_mask].isfinite().all()):
+            raise ValueError(f"{name}: {part} hold a value that is not finite")
+    return result
+
+
+def _from_critic(
     rewards: Tensor,
     values: Tensor,
     batch: PackedBatch,
     rollouts: Sequence[Rollout],
     *,
-    gamma: float,
-    lam: float,
+    config: PPOConfig,
 ) -> tuple[Tensor, Tensor]:
-    return ppo.gae(rewards, values, batch.response_mask, batch.cu_seqlens, gamma=gamma, lam=lam)
+    lam: float | Tensor = config.lam
+    if config.lam_alpha is not None:
+        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        lam = adaptive_lambda(lengths, alpha=config.lam_alpha)
+    mask = batch.response_mask
+    return ppo.gae(rewards, values, mask, batch.cu_seqlens, gamma=config.gamma, lam=lam)
 
 
-def _within_groups(
+def _from_groups(
     rewards: Tensor,
     values: Tensor,
     batch: PackedBatch,
@@ -49,30 +127,35 @@ def _within_groups(
     kind: str,
     alone: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Every token of a response gets its response's advantage; a response's reward is its tokens' sum, KL included.
+    """Gives every token its response's advantage; a response's reward is the sum over its tokens.
 
-    alone: one sample a prompt, each a group by itself, even where a step meets a problem twice."""
-    totals = torch.zeros(batch.num_seqs, dtype=rewards.dtype).index_add(0, batch.seq_ids, rewards)
-    groups = torch.tensor(
-        [number if alone else rollout.problem.index for number, rollout in enumerate(rollouts)]
-    )
+    `alone`: with one sample per prompt each response is a group of its own, even where a step
+    contains the same problem twice.
+    """
+    totals = torch.zeros(batch.num_seqs, dtype=rewards.dtype)
+    totals = totals.index_add(0, batch.seq_ids, rewards)
+    if alone:
+        groups = torch.arange(len(rollouts))
+    else:
+        groups = torch.tensor([rollout.problem.index for rollout in rollouts])
     advantages = ppo.group_advantages(totals, groups, kind=kind)[batch.seq_ids]
     return torch.where(batch.response_mask, advantages, 0.0), torch.zeros_like(rewards)
 
 
 class NoCritic:
-    """In the critic's place when advantages need none: values of zero, and nothing to train."""
+    """Stands in for the critic when advantages need none: values of zero, nothing to train."""
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         return torch.zeros_like(batch.tokens, dtype=torch.float32)
 
     def backward(self, loss_sum: Tensor, num_tokens: int, *, last: bool) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def step(self, learning_rate: float) -> StepResult:
         return StepResult(applied=True, grad_norm=0.0)
 
     def save(self, folder: Path, name: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
-    load: Any = save
+    def load(self, folder: Path, name: str) -> None:
+        """Does nothing."""

@@ -28,6 +28,8 @@ class Experience:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    importance: Tensor | None = None
+    """Weights of the tokens' policy losses, for a sampler that differs from the trainer."""
 
     def minibatches(self, num: int, *, seed: tuple[int, ...]) -> Iterator[MiniBatch]:
         """`num` mini-batches of whole sequences, of equal count, in a fresh seeded permutation: the same on every rank."""
@@ -67,6 +69,7 @@ class MicroBatch:
     returns: Tensor
     last: bool
     """of its mini-batch"""
+    importance: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -93,6 +96,9 @@ def _micro(experience: Experience, seqs: Sequence[int], *, last: bool) -> MicroB
         advantages=experience.advantages[index].to(device),
         returns=experience.returns[index].to(device),
         last=last,
+        importance=(
+            None if experience.importance is None else experience.importance[index].to(device)
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything a PPO run stands on, made and checked once before the first step."""
+"""Loads and checks everything that a PPO run needs, once, before the first step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ..core.text.data import Order, Problem, load_problems, split
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
 from ..core.training.engine import FrozenEngine, TrainEngine
-from ..core.training.metrics import MetricLog, start_log
 from ..core.training.model import (
     check_embedding,
     check_same_vocabulary,
@@ -32,7 +31,13 @@ from ..core.training.model import (
     stop_token_ids,
 )
 from ..core.training.schedule import learning_rate
-from .advantages import AdvantageFunction, NoCritic, advantage_function
+from .advantages import (
+    AdvantageFunction,
+    NoCritic,
+    PolicyLossFunction,
+    advantage_function,
+    policy_loss_function,
+)
 from .config import PPOConfig
 from .hooks import load_function
 from .judge_verifier import share_of_limits
@@ -45,25 +50,32 @@ from .verifier import (
     Verifier,
 )
 
+MAX_NAMED_ROWS = 20
+"""Number of dropped rows that a message names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemSet:
-    """Problems with their prompts' token ids, over-long ones left out."""
+    """Problems with the token ids of their prompts, without over-long ones."""
 
     problems: list[Problem]
     token_ids: list[list[int]]
     dropped: list[int]
-    """row numbers of the problems whose prompt is over the limit"""
+    """Row numbers of the problems whose prompt is too long."""
 
     def prompts(
         self, numbers: list[int], *, seed: int, step: int, samples: int = 1
     ) -> list[RolloutPrompt]:
-        problems, ids = [self.problems[n] for n in numbers], [self.token_ids[n] for n in numbers]
+        """The prompts of some problems, `samples` for each, with the seeds of their draws."""
+        problems = [self.problems[n] for n in numbers]
+        ids = [self.token_ids[n] for n in numbers]
         return rollout_prompts(problems, ids, seed=seed, step=step, samples=samples)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Components:
+    """Models, sampler, verifier, hooks and data of a PPO run."""
+
     policy: TrainEngine
     critic: TrainEngine | NoCritic
     reference: FrozenEngine
@@ -71,51 +83,72 @@ class Run:
     verifier: Verifier
     rollout: RolloutFunction
     advantages: AdvantageFunction
+    policy_loss: PolicyLossFunction
     tokenizer: PreTrainedTokenizerBase
     train_set: ProblemSet
     eval_set: ProblemSet
     order: Order
     rates: Callable[[int], tuple[float, float]]
-    """optimizer step -> learning rates of policy and critic"""
+    """Optimizer step, from 0 -> learning rates of policy and critic."""
     gate: dict[str, Any] = field(default_factory=dict)
-    """what the last weight update's parity gate saw of each copy of the weights"""
+    """Log-probs that the last weight update's parity gate saw, by copy of the weights."""
 
 
-def set_up(config: PPOConfig) -> Run:
-    """Loads and checks everything. Raises ValueError for whatever the caller has to mend."""
+def set_up(config: PPOConfig) -> Components:
+    """Loads and checks everything.
+
+    Raises:
+        ValueError: models, data and settings do not fit together.
+    """
     if config.rollouts_per_step % dist.world_size():
         raise ValueError(
-            f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) do not divide over "
-            f"{dist.world_size()} ranks: choose a multiple"
+            f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) "
+            f"do not divide over {dist.world_size()} ranks: choose a multiple"
         )
-    critic_path, reference_path = config.critic or config.policy, config.reference or config.policy
+    critic_path = config.critic or config.policy
+    reference_path = config.reference or config.policy
     for other in {critic_path, reference_path} - {config.policy}:
         check_same_vocabulary(config.policy, other)
     tokenizer = load_tokenizer(config.policy)
     train_set, eval_set = _problem_sets(config, tokenizer)
-    verifier, engine = _verifier(config), config.engine
+    verifier = _verifier(config)
     sampler = _sampler(config, tokenizer)
-    critic: TrainEngine | NoCritic = NoCritic()
-    if config.advantage == "gae":
-        module = load_critic(critic_path, dtype=config.dtype)
-        check_embedding(module.hf.config, tokenizer, critic_path)
-        critic = TrainEngine(module, engine)
-    return Run(
-        policy=TrainEngine(load_policy(config.policy, dtype=config.dtype), engine),
+    critic = _critic(config, critic_path, tokenizer)
+    policy = load_policy(config.policy, dtype=config.dtype)
+    reference = load_policy(reference_path, dtype=config.dtype)
+    rollout_function: RolloutFunction = rollout
+    if config.rollout_function:
+        rollout_function = load_function(config.rollout_function, option="rollout_function")
+    return Components(
+        policy=TrainEngine(policy, config.engine),
         critic=critic,
-        reference=FrozenEngine(load_policy(reference_path, dtype=config.dtype), engine),
+        reference=FrozenEngine(reference, config.engine),
         sampler=sampler,
         verifier=verifier,
-        rollout=load_function(config.rollout_function, option="rollout_function")
-        if config.rollout_function
-        else rollout,
+        rollout=rollout_function,
         advantages=advantage_function(config),
+        policy_loss=policy_loss_function(config),
         tokenizer=tokenizer,
         train_set=train_set,
         eval_set=eval_set,
         order=Order(len(train_set.problems), seed=config.seed),
         rates=functools.partial(_rates, config),
     )
+
+
+def announce(config: PPOConfig, parts: Components, folder: Path) -> None:
+    """Prints which problems were dropped and puts the verifier's calibration beside the log."""
+    if not dist.is_main():
+        return
+    for name, problems in (("training", parts.train_set), ("evaluation", parts.eval_set)):
+        if problems.dropped:
+            rows = ", ".join(map(str, problems.dropped[:MAX_NAMED_ROWS]))
+            rows += " ..." if len(problems.dropped) > MAX_NAMED_ROWS else ""
+            limit = f"max_prompt_tokens={config.max_prompt_tokens}"
+            print(f"dropped {len(problems.dropped)} {name} problems over {limit}: rows {rows}")
+    calibration = Path(config.verifier.model or "") / "calibration.json"
+    if config.verifier.kind == "classifier" and calibration.exists():
+        shutil.copy(calibration, folder)
 
 
 def _rates(config: PPOConfig, step: int) -> tuple[float, float]:
@@ -140,18 +173,20 @@ def _problem_sets(
     )
     problems = load(config.data)
     if config.eval_data:
-        train, held_out = problems, load(config.eval_data)
+        train = problems
+        held_out = load(config.eval_data)
     else:
-        train_rows, eval_rows = split(
-            len(problems), fraction=config.eval_fraction, seed=config.seed
-        )
-        train, held_out = [problems[n] for n in train_rows], [problems[n] for n in eval_rows]
-    train_set, eval_set = (_problem_set(config, tokenizer, part) for part in (train, held_out))
+        num, fraction = len(problems), config.eval_fraction
+        train_rows, eval_rows = split(num, fraction=fraction, seed=config.seed)
+        train = [problems[n] for n in train_rows]
+        held_out = [problems[n] for n in eval_rows]
+    train_set = _problem_set(config, tokenizer, train)
+    eval_set = _problem_set(config, tokenizer, held_out)
     if len(train_set.problems) < config.prompts_per_step:
         raise ValueError(
-            f"data {config.data}: {len(train_set.problems)} problems are left to train on ({len(train_set.dropped)} over "
-            f"max_prompt_tokens={config.max_prompt_tokens}, {len(held_out)} held out), prompts_per_step="
-            f"{config.prompts_per_step} needs as many at least"
+            f"data {config.data}: {len(train_set.problems)} problems are left to train on "
+            f"({len(train_set.dropped)} over max_prompt_tokens={config.max_prompt_tokens}, "
+            f"{len(held_out)} held out), fewer than prompts_per_step={config.prompts_per_step}"
         )
     return train_set, eval_set
 
@@ -160,25 +195,22 @@ def _problem_set(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
 ) -> ProblemSet:
     ids = prompt_ids(tokenizer, problems, system=config.system_prompt)
-    fitting = [n for n, prompt in enumerate(ids) if len(prompt) <= config.max_prompt_tokens]
+    fits = [len(prompt) <= config.max_prompt_tokens for prompt in ids]
     return ProblemSet(
-        problems=[problems[n] for n in fitting],
-        token_ids=[ids[n] for n in fitting],
-        dropped=[
-            problem.index
-            for problem, prompt in zip(problems, ids, strict=True)
-            if len(prompt) > config.max_prompt_tokens
-        ],
+        problems=[problem for problem, fit in zip(problems, fits, strict=True) if fit],
+        token_ids=[prompt for prompt, fit in zip(ids, fits, strict=True) if fit],
+        dropped=[problem.index for problem, fit in zip(problems, fits, strict=True) if not fit],
     )
 
 
-def _check_context(config: PPOConfig, context: int | None) -> None:
-    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
-    if context and longest > context:
-        raise ValueError(
-            f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of {config.policy} ({context}): "
-            "lower one of them"
-        )
+def _critic(
+    config: PPOConfig, path: str, tokenizer: PreTrainedTokenizerBase
+) -> TrainEngine | NoCritic:
+    if config.advantage != "gae":
+        return NoCritic()
+    module = load_critic(path, dtype=config.dtype)
+    check_embedding(module.hf.config, tokenizer, path)
+    return TrainEngine(module, config.engine)
 
 
 def _verifier(config: PPOConfig) -> Verifier:
@@ -188,9 +220,8 @@ def _verifier(config: PPOConfig) -> Verifier:
         return ExactMatchVerifier(tiers=tiers)
     if options.kind == "judge":
         journal = Path(config.output).expanduser() / f"judge-journal-{dist.rank()}.jsonl"
-        return JudgeVerifier(
-            share_of_limits(config.llm, dist.world_size()), journal=journal, tiers=tiers
-        )
+        limits = share_of_limits(config.llm, dist.world_size())
+        return JudgeVerifier(limits, journal=journal, tiers=tiers)
     if options.kind == "function":
         assert options.function
         return FunctionVerifier(load_function(options.function, option="verifier.function"))
@@ -206,60 +237,35 @@ def _verifier(config: PPOConfig) -> Verifier:
     )
 
 
-def open_log(
-    config: PPOConfig,
-    run: Run,
-    folder: Path,
-    *,
-    step: int,
-    run_id: str | None,
-    resolved: dict[str, Any],
-) -> MetricLog | None:
-    """On the main rank: says what was dropped and starts the log."""
-    if not dist.is_main():
-        return None
-    for part, problems in (("training", run.train_set), ("evaluation", run.eval_set)):
-        if problems.dropped:
-            rows = ", ".join(map(str, problems.dropped[:20])) + (
-                " ..." if len(problems.dropped) > 20 else ""
-            )
-            limit = f"max_prompt_tokens={config.max_prompt_tokens}"
-            print(f"dropped {len(problems.dropped)} {part} problems over {limit}: rows {rows}")
-    calibration = Path(config.verifier.model or "") / "calibration.json"
-    if (
-        config.verifier.kind == "classifier" and calibration.exists()
-    ):  # the report shows it beside the reward curve
-        shutil.copy(calibration, folder)
-    return start_log(
-        folder,
-        log_to=config.log_to,
-        step=step,
-        total_steps=config.total_steps,
-        config=resolved,
-        world_size=dist.world_size(),
-        run_id=run_id,
-    )
-
-
 def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     model = load_config(config.policy)
     check_embedding(model, tokenizer, config.policy)
-    _check_context(config, context_length(model))
+    context = context_length(model)
+    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
+    if context and longest > context:
+        raise ValueError(
+            f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of "
+            f"{config.policy} ({context}): lower one of them"
+        )
     stops = stop_token_ids(config.policy, tokenizer)
     if config.sampler.kind == "factory":
         assert config.sampler.factory
-        return load_function(config.sampler.factory, option="sampler.factory")(config.policy, stops)
+        factory = load_function(config.sampler.factory, option="sampler.factory")
+        return factory(config.policy, stops)
     if config.sampler.kind == "sglang":
         return SglangSampler(
             config.sampler,
             stop_token_ids=stops,
             vocabulary=model.vocab_size,
-            context=context_length(model),
+            context=context,
             folder=Path(config.output) / "sync",
             progress=dist.is_main(),
         )
     hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
-    on_device = hf.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     return LocalSampler(
-        on_device, stop_token_ids=stops, max_batch=config.sampler.max_batch, progress=dist.is_main()
+        hf.to(dist.device(), dtype),
+        stop_token_ids=stops,
+        max_batch=config.sampler.max_batch,
+        progress=dist.is_main(),
     )

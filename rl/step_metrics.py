@@ -52,6 +52,16 @@ def step_metrics(
     }
 
 
+def check_logprob_gap(metrics: dict[str, Any], limit: float, *, step: int) -> None:
+    """Raises RuntimeError when the sampler's log-probs are too far from the trainer's."""
+    gap = metrics["sampler_logprob_gap_mean"]
+    if gap > limit:
+        raise RuntimeError(
+            f"step {step}: the sampler's log-probs are {gap:.3g} nats from the trainer's on "
+            f"average, over max_logprob_gap={limit}: they do not hold the same weights"
+        )
+
+
 def evaluation_metrics(
     rollouts: Sequence[Rollout], scores: Tensor, right_score: float
 ) -> dict[str, Any]:
@@ -100,12 +110,21 @@ class UpdateMeter:
     """Sums over a step's micro-batches, made means over all tokens of all ranks at the end."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=dist.device())
+        self.sums = torch.zeros(6, dtype=torch.float64, device=dist.device())
         self.first_gap = torch.zeros(1, device=dist.device())
         self.norms: list[tuple[float, float]] = []
+        self.rates = (0.0, 0.0)
+        """Learning rates of policy and critic at the last optimizer step."""
 
     def add(self, pg: ppo.PolicyLoss, vf: ppo.ValueLoss, *, first_minibatch: bool) -> None:
-        parts = (pg.loss_sum, pg.clip_sum, pg.approx_kl_sum, vf.loss_sum, pg.num_tokens)
+        parts = (
+            pg.loss_sum,
+            pg.clip_sum,
+            pg.approx_kl_sum,
+            vf.loss_sum,
+            pg.dual_clip_sum,
+            pg.num_tokens,
+        )
         self.sums += torch.stack([part.detach().double() for part in parts])
         if first_minibatch:
             self.first_gap = torch.maximum(self.first_gap, pg.ratio_max_abs_log)
@@ -121,10 +140,11 @@ class UpdateMeter:
             [n for n in norms if math.isfinite(n)] for norms in zip(*self.norms, strict=True)
         )
         return {
-            "policy_loss": sums[0] / sums[4],
-            "clip_fraction": sums[1] / sums[4],
-            "approx_kl": sums[2] / sums[4],
-            "value_loss": sums[3] / sums[4],
+            "policy_loss": sums[0] / sums[5],
+            "clip_fraction": sums[1] / sums[5],
+            "dual_clip_fraction": sums[4] / sums[5],
+            "approx_kl": sums[2] / sums[5],
+            "value_loss": sums[3] / sums[5],
             "ratio_first_minibatch_max": float(dist.all_max(self.first_gap)),
             "grad_norm_policy": sum(policy) / len(policy) if policy else math.nan,
             "grad_norm_value": sum(critic) / len(critic) if critic else math.nan,

@@ -13,7 +13,7 @@ from ..core.sampling.sampler import Sampler, ServedSampler
 from ..core.training.packing import PackedBatch, pack
 from .config import PPOConfig
 from .experience import compute
-from .setup import Run
+from .setup import Components
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
 """nats: two correct implementations differ by rounding alone. With bf16 a small model's differed by 0.01 on average and up to
@@ -33,7 +33,7 @@ class GateSequence(NamedTuple):
     response_ids: Sequence[int]
 
 
-def push_weights(config: PPOConfig, run: Run, version: int) -> dict[str, float]:
+def push_weights(config: PPOConfig, run: Components, version: int) -> dict[str, float]:
     """Sends the policy's weights to the sampler and returns the metrics of the update.
 
     A sampler whose weights live elsewhere must pass the parity gate: for the first training prompts, each copy's log-probs

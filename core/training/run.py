@@ -117,7 +117,9 @@ class TrainingRun:
         """Whether something that happens every so many steps, and at the end, happens now."""
         return self.state.step % every == 0 or self.state.step == self.total_steps
 
-    def count_skipped(self, applied: bool, *, save_failure: Callable[[], str] | None = None) -> None:
+    def count_skipped(
+        self, applied: bool, *, save_failure: Callable[[], str] | None = None
+    ) -> None:
         """Counts optimizer steps whose gradient was not finite.
 
         Args:

@@ -309,7 +309,7 @@ def test_a_run_stopped_before_its_first_checkpoint_logs_no_step_twice(
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("verippo.rl.train._save", interrupt)
+    monkeypatch.setattr("verippo.rl.run.PPORun.save", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments(output, **settings))
     monkeypatch.undo()
@@ -391,7 +391,7 @@ def test_models_that_are_missing_or_of_the_wrong_kind_are_refused(
             {"minibatches": 4},
             "6 rollouts a step (prompts_per_step x samples_per_prompt) do not divide into minibatches=4",
         ),
-        ({"prompts_per_step": 9, "minibatches": 1}, "prompts_per_step=9 needs as many at least"),
+        ({"prompts_per_step": 9, "minibatches": 1}, "fewer than prompts_per_step=9"),
         ({"nonsense": 3}, "nonsense"),
         ({"kl__nonsense": 3}, "nonsense"),
         ({"epochs": "many"}, "many"),
@@ -527,7 +527,7 @@ def test_the_command_alone_lists_the_commands(capsys):
         assert "  ppo" in capsys.readouterr().out
 
 
-# --- users' own engine, verifier and rollout function ---
+# --- users' own engine, verifier, rollout function, advantage estimator and policy loss ---
 
 
 @pytest.mark.parametrize(
@@ -536,6 +536,9 @@ def test_the_command_alone_lists_the_commands(capsys):
         {"sampler__kind": "factory", "sampler__factory": "my_engine:make"},
         {"verifier__kind": "function", "verifier__function": "my_verifier:score"},
         {"rollout_function": "my_rollout:rollout", "sampling__max_new_tokens": 30},
+        {"advantage_function": "my_advantage:leave_one_out_baseline"},
+        {"policy_loss_function": "my_policy_loss:clipped_weight_loss"},
+        {"lam_alpha": 0.5, "dual_clip": 3.0, "importance_cap": 2.0},
     ],
 )
 def test_the_examples_run_as_they_are(changes, taught_policy, problems, tmp_path, monkeypatch):

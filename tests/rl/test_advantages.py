@@ -100,3 +100,35 @@ def test_without_a_critic_values_are_zero_and_steps_do_nothing(step, tmp_path):
     critic.save(tmp_path, "critic")
     critic.load(tmp_path, "critic")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda r: r, "returned Tensor: must be"),
+        (lambda r: (r, r[1:]), r"returns are \(\d+,\), must be \[\d+\], one per token"),
+        (lambda r: ([0.0], r), "advantages are list"),
+        (lambda r: (r, r * float("nan")), "returns hold a value that is not finite"),
+    ],
+)
+def test_an_estimator_that_returns_unusable_values_is_refused(returned, message, step, monkeypatch):
+    rewards, values, batch, rollouts = step
+    monkeypatch.setattr(
+        "verippo.rl.advantages.load_function",
+        lambda spec, option: lambda rewards, values, batch, rollouts: returned(rewards),
+    )
+    function = advantage_function(config(advantage_function="mine:estimate"))
+    with pytest.raises(ValueError, match=f"mine:estimate.*{message}"):
+        function(torch.where(batch.response_mask, rewards, 0), values, batch, rollouts)
+
+
+def test_adaptive_lambda_gives_each_response_its_own_lambda(step):
+    rewards, values, batch, rollouts = step
+    given = advantage_function(config(advantage="gae", lam_alpha=0.5))
+    advantages, _ = given(rewards, values, batch, rollouts)
+    for seq, rollout in enumerate(rollouts):
+        lam = max(0.0, 1 - 1 / (0.5 * len(rollout.response_ids)))
+        plain = advantage_function(config(advantage="gae", lam=lam))
+        own = batch.seq_ids == seq
+        expected, _ = plain(rewards, values, batch, rollouts)
+        assert torch.allclose(advantages[own], expected[own])

@@ -25,8 +25,8 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": None}, "give steps or episodes, one of the two; got steps=None, episodes=None"),
-        ({"episodes": 5}, "give steps or episodes, one of the two; got steps=3, episodes=5"),
+        ({"steps": None}, "give either steps or episodes; got steps=None, episodes=None"),
+        ({"episodes": 5}, "give either steps or episodes; got steps=3, episodes=5"),
         ({"steps": 0}, "steps=0: must be above 0"),
         ({"steps": None, "episodes": -1}, "episodes=-1: must be above 0"),
         ({"limit": 0}, "limit=0: must be above 0"),
@@ -65,11 +65,18 @@ def config(**changes):
             )
         ],
         ({"seed": -1}, "seed=-1: must be 0 or more"),
-        ({"seed": 2**63}, f"seed={2**63}: must be under"),
+        ({"seed": 2**63}, f"seed={2**63}: must be 0 or more and under"),
         *[
             ({name: 1.1}, f"{name}=1.1: must lie in 0..1")
-            for name in ("gamma", "lam", "clip_low", "warmup_ratio")
+            for name in ("gamma", "lam", "warmup_ratio")
         ],
+        ({"clip_low": 1.1}, "clip_low=1.1: must be above 0 and at most 1"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: must be above 1"),
+        ({"policy_learning_rate": math.inf}, "policy_learning_rate=inf: must be 0 or more"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm=nan: must be above 0"),
+        ({"missing_eos_penalty": math.nan}, "missing_eos_penalty=nan: must be finite"),
+        ({"epochs": True}, "epochs=True: must be a number"),
+        ({"gamma": True}, "gamma=True: must be a number"),
         ({"gamma": math.nan}, "gamma=nan: must lie in 0..1"),
         ({"policy_learning_rate": math.nan}, "policy_learning_rate=nan: must be 0 or more"),
         ({"eval_fraction": 1.0}, "eval_fraction=1.0: must lie in 0..1"),
@@ -98,7 +105,7 @@ def config(**changes):
         ({"verifier": VerifierConfig()}, "verifier.kind=classifier needs verifier.model"),
         (
             {"verifier": VerifierConfig(kind="judge")},
-            "verifier.kind=judge needs llm.model, and llm.base_url where",
+            "verifier.kind=judge needs llm.model, and llm.base_url unless",
         ),
         (
             {"verifier": VerifierConfig(kind="function")},

@@ -109,7 +109,8 @@ def test_two_ranks_ask_for_their_own_rollouts_only(llm_server, two_ranks, tmp_pa
         from verippo.core.training import dist
         from verippo.core.text.data import Problem
         from verippo.core.llm.client import LLMConfig
-        from verippo.rl import config, setup, train
+        from verippo.rl import config, setup
+        from verippo.rl.run import score
         from verippo.rl.rollout import Rollout
 
         dist.init(timeout_seconds=60)
@@ -124,9 +125,9 @@ def test_two_ranks_ask_for_their_own_rollouts_only(llm_server, two_ranks, tmp_pa
             for n in range(6)
         ]
         run = SimpleNamespace(verifier=setup._verifier(asked))
-        scores = train._score(run, rollouts).tolist()
+        scores = score(run, rollouts).tolist()
         assert scores == [1.0, 0.1] * 3, scores
-        assert train._score(run, rollouts).tolist() == scores
+        assert score(run, rollouts).tolist() == scores
         """)
     )
     done = two_ranks(str(tmp_path / "ranks.py"))

@@ -163,7 +163,7 @@ def test_rates_climb_and_fall_over_all_optimizer_steps(given):
 def test_too_few_problems_for_a_step_are_refused(given, problems_file):
     message = (
         rf"data {problems_file}: 9 problems are left to train on \(0 over max_prompt_tokens=80, 3 held out\), "
-        "prompts_per_step=10 needs as many at least"
+        "fewer than prompts_per_step=10"
     )
     with pytest.raises(ValueError, match=message):
         set_up(given(prompts_per_step=10, eval_fraction=0.25))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from verippo.core.sampling.sampler import SamplingParams
 from verippo.core.text.data import Problem
+from verippo.core.training.run import RunState, TrainingRun
 from verippo.rl.config import PPOConfig, VerifierConfig
 from verippo.rl.rollout import Rollout, rollout_prompts
-from verippo.rl.train import State, _count_skips, _roll_out, _stop_on_gap
+from verippo.rl.run import roll_out, save_rollouts
+from verippo.rl.step_metrics import check_logprob_gap
 
 PROBLEMS = [Problem(question=f"{n}?", answer=str(n), index=n) for n in range(3)]
 PROMPTS = rollout_prompts(PROBLEMS, [[5]] * 3, seed=0, step=1, samples=1)
@@ -45,7 +48,7 @@ def a_run(function):
 
 
 def test_rollouts_come_in_the_prompts_order():
-    rollouts = _roll_out(a_run(drawn), PROMPTS, SamplingParams(), version=4)
+    rollouts = roll_out(a_run(drawn), PROMPTS, SamplingParams(), version=4)
     assert [r.problem.index for r in rollouts] == [0, 1, 2]
 
 
@@ -54,9 +57,9 @@ def test_a_rollout_function_that_gives_another_count_is_refused(given):
     run = a_run(lambda prompts: (drawn(prompts) * 2)[:given])
     with pytest.raises(
         ValueError,
-        match=f"the rollout function gave {given} rollouts for 3 prompts: it must give one each",
+        match=f"the rollout function returned {given} rollouts for 3 prompts: it must return one for each",
     ):
-        _roll_out(run, PROMPTS, SamplingParams(), version=4)
+        roll_out(run, PROMPTS, SamplingParams(), version=4)
 
 
 def test_rollouts_of_another_weight_version_are_refused():
@@ -66,7 +69,7 @@ def test_rollouts_of_another_weight_version_are_refused():
     with pytest.raises(
         RuntimeError, match="rollout 2 was drawn with weight version 3, the trainer's is 4"
     ):
-        _roll_out(a_run(stale), PROMPTS, SamplingParams(), version=4)
+        roll_out(a_run(stale), PROMPTS, SamplingParams(), version=4)
 
 
 @pytest.mark.parametrize(
@@ -88,28 +91,36 @@ def test_what_would_train_wrongly_is_refused_by_number(changes, said):
         ]
     )
     with pytest.raises(ValueError, match=f"rollout 1 .*{said}"):
-        _roll_out(run, PROMPTS, SamplingParams(), version=4)
+        roll_out(run, PROMPTS, SamplingParams(), version=4)
 
 
-def test_skipped_steps_are_counted_and_several_in_a_row_end_the_run_with_its_rollouts_saved(
-    tmp_path,
-):
-    config, state = replace(CONFIG, max_skipped_steps=2), State(step=6)
+def test_several_skipped_steps_in_a_row_end_the_run(tmp_path):
+    run = TrainingRun(
+        config=replace(CONFIG, max_skipped_steps=2),
+        folder=tmp_path,
+        engines={},
+        export=lambda folder: None,
+        better=lambda new, old: False,
+        state=RunState(step=6),
+    )
+    save_failure = partial(save_rollouts, tmp_path, run.state, drawn(PROMPTS))
     for applied in (False, True, False):
-        _count_skips(config, state, applied, tmp_path, drawn(PROMPTS))
-    assert (state.skipped_steps, state.skipped_in_a_row) == (2, 1)
+        run.count_skipped(applied, save_failure=save_failure)
+    assert (run.state.skipped_steps, run.state.skipped_in_a_row) == (2, 1)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(
-        RuntimeError, match="2 optimizer steps in a row .* not finite; see .*rollouts-step-7.json"
+        RuntimeError,
+        match="2 consecutive optimizer steps .* not finite; see .*rollouts-step-7.json",
     ):
-        _count_skips(config, state, False, tmp_path, drawn(PROMPTS))
+        run.count_skipped(False, save_failure=save_failure)
     saved = json.loads((tmp_path / "rollouts-step-7.json").read_text())
     assert [row["problem"]["question"] for row in saved] == ["0?", "1?", "2?"]
     assert saved[0]["response_ids"] == [6]
 
 
 def test_a_sampler_far_from_the_trainer_ends_the_run():
-    _stop_on_gap(CONFIG, {"step": 2, "sampler_logprob_gap_mean": 0.99})
+    check_logprob_gap({"sampler_logprob_gap_mean": 0.99}, 1.0, step=2)
     with pytest.raises(
         RuntimeError, match="step 2: the sampler's log-probs are 1.5 nats from the trainer's"
     ):
-        _stop_on_gap(CONFIG, {"step": 2, "sampler_logprob_gap_mean": 1.5})
+        check_logprob_gap({"sampler_logprob_gap_mean": 1.5}, 1.0, step=2)
