@@ -1,9 +1,10 @@
-"""Stage 1: packed fine-tuning on answers that think first."""
+"""Stage 1: packed fine-tuning on answers that reason before they conclude."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,36 +22,42 @@ from .config import SFTConfig, TrainingConfig
 from .examples import Example, load_examples
 from .train import Task, fit
 
-Row = TypeVar("Row")
+RowT = TypeVar("RowT")
+MAX_NAMED_ROWS = 20
+"""Number of over-long rows that a message names."""
 
 
 def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
-    """Runs stage 1 to its end, or on from the newest checkpoint, and returns the output folder.
+    """Runs stage 1 to its end, resuming from the newest checkpoint if there is one.
 
-    resolved: the configuration as plain values, written to config.yaml. Raises ValueError for the caller's mistakes.
+    Args:
+        config: the run's configuration.
+        resolved: the configuration as plain values, written to config.yaml.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: a mistake of the caller's in configuration, data or model.
     """
     dist.init(timeout_seconds=config.timeout_seconds)
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         tokenizer = load_tokenizer(config.model)
-
-        def load(sources: str) -> list[Example]:
-            return load_examples(
-                sources,
-                tokenizer,
-                limit=config.limit,
-                system=config.system_prompt,
-                workers=config.tokenize_workers,
-            )
-
+        load = partial(
+            load_examples,
+            tokenizer=tokenizer,
+            limit=config.limit,
+            system=config.system_prompt,
+            workers=config.tokenize_workers,
+        )
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
         policy = load_policy(config.model, dtype=config.dtype)
         check_embedding(policy.hf.config, tokenizer, config.model)
         engine = TrainEngine(policy, config.engine)
+        task = _task(config, tokenizer)
         try:
-            fit(
-                config, _task(config, tokenizer), engine, rows, eval_rows, folder, resolved=resolved
-            )
+            fit(config, task, engine, rows, eval_rows, folder, resolved=resolved)
         finally:
             if dist.is_main():
                 try_report(folder, title="Supervised fine-tuning")
@@ -59,40 +66,56 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
 
 def train_and_eval_rows(
     config: TrainingConfig,
-    load: Callable[[str], list[Row]],
-    length: Callable[[Row], int],
-    group: Callable[[Row], int] | None = None,
-) -> tuple[list[Row], list[Row]]:
-    """The rows to train on and those held out, without over-long ones: these are counted and named, or refused.
+    load: Callable[[str], list[RowT]],
+    length: Callable[[RowT], int],
+    group: Callable[[RowT], int] | None = None,
+) -> tuple[list[RowT], list[RowT]]:
+    """The rows to train on and the held-out rows, without over-long ones.
 
-    group: rows of one group are held out together, or they would tell of each other.
-    Raises ValueError when config.overlong is "refuse" and there is one, and when no row is left.
+    Args:
+        config: names the data and the share to hold out.
+        load: reads the rows of a comma-separated list of sources.
+        length: number of tokens in a row.
+        group: rows of one group are held out together, since they reveal each other's answer.
+
+    Raises:
+        ValueError: a row is too long and `overlong` is "refuse", or no row is left.
     """
     rows = load(config.data)
     if config.eval_data:
-        train_rows, eval_rows = rows, load(config.eval_data)
+        train_rows = rows
+        eval_rows = load(config.eval_data)
     else:
         groups = [group(row) for row in rows] if group else list(range(len(rows)))
         names = sorted(set(groups))
-        held_out = {
-            names[n] for n in split(len(names), fraction=config.eval_fraction, seed=config.seed)[1]
-        }
+        _, drawn = split(len(names), fraction=config.eval_fraction, seed=config.seed)
+        held_out = {names[n] for n in drawn}
         train_rows = [row for row, name in zip(rows, groups, strict=True) if name not in held_out]
         eval_rows = [row for row, name in zip(rows, groups, strict=True) if name in held_out]
-    fitting = []
-    for name, part in (("training", train_rows), ("evaluation", eval_rows)):
-        long = [n for n, row in enumerate(part) if length(row) > config.max_seq_len]
-        if long:
-            message = f"{len(long)} {name} rows of {len(part)} are over max_seq_len={config.max_seq_len} tokens: rows "
-            message += ", ".join(map(str, long[:20])) + (" ..." if len(long) > 20 else "")
-            if config.overlong == "refuse":
-                raise ValueError(f"{message}: raise it, or overlong=drop leaves them out")
-            if dist.is_main():
-                print(f"dropped: {message}")
-        fitting.append([row for row in part if length(row) <= config.max_seq_len])
-    if not fitting[0]:
+    train_rows = _within_length(config, train_rows, length, name="training")
+    eval_rows = _within_length(config, eval_rows, length, name="evaluation")
+    if not train_rows:
         raise ValueError(f"data {config.data}: no row is left to train on")
-    return fitting[0], fitting[1]
+    return train_rows, eval_rows
+
+
+def _within_length(
+    config: TrainingConfig, rows: list[RowT], length: Callable[[RowT], int], *, name: str
+) -> list[RowT]:
+    """Drops over-long rows with a message, or refuses them."""
+    too_long = [n for n, row in enumerate(rows) if length(row) > config.max_seq_len]
+    if too_long:
+        numbers = ", ".join(map(str, too_long[:MAX_NAMED_ROWS]))
+        numbers += " ..." if len(too_long) > MAX_NAMED_ROWS else ""
+        message = (
+            f"{len(too_long)} {name} rows of {len(rows)} are over "
+            f"max_seq_len={config.max_seq_len} tokens: rows {numbers}"
+        )
+        if config.overlong == "refuse":
+            raise ValueError(f"{message}: raise it, or set overlong=drop to leave them out")
+        if dist.is_main():
+            print(f"dropped: {message}")
+    return [row for row in rows if length(row) <= config.max_seq_len]
 
 
 def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example]:
@@ -100,26 +123,7 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
         return -engine(packed(rows)).sum()
 
     def evaluate(engine: TrainEngine, rows: Sequence[Example]) -> dict[str, Any]:
-        lengths = [row.num_tokens for row in rows]
-        plan = share_out(
-            lengths,
-            max_tokens=config.max_tokens_per_gpu,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-        )
-        sums = torch.zeros(2, dtype=torch.float64, device=dist.device())
-        with torch.no_grad():
-            for micro in plan:
-                logprobs, greedy = engine(packed([rows[i] for i in micro]), with_greedy=True)
-                sums += torch.stack([-logprobs.double().sum(), greedy.double().sum()])
-        num = sum(len(row.response_ids) for row in rows)
-        loss, right = (dist.all_sum(sums) / num).tolist()
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": right,
-            "num_tokens": num,
-        }
+        return _evaluate(engine, rows, config.max_tokens_per_gpu)
 
     def export(engine: TrainEngine, folder: Path) -> None:
         weights = engine.full_state()
@@ -135,6 +139,25 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
     )
 
 
+@torch.no_grad()
+def _evaluate(engine: TrainEngine, rows: Sequence[Example], max_tokens: int) -> dict[str, Any]:
+    """Loss (nats per response token), perplexity and next-token accuracy of the rows."""
+    lengths = [row.num_tokens for row in rows]
+    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
+    sums = torch.zeros(2, dtype=torch.float64, device=dist.device())
+    for micro in plan:
+        logprobs, greedy = engine(packed([rows[i] for i in micro]), with_greedy=True)
+        sums += torch.stack([-logprobs.double().sum(), greedy.double().sum()])
+    num = sum(len(row.response_ids) for row in rows)
+    loss, accuracy = (dist.all_sum(sums) / num).tolist()
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "token_accuracy": accuracy,
+        "num_tokens": num,
+    }
+
+
 def packed(rows: Sequence[Example]) -> PackedBatch:
-    """The rows as one packed batch on this rank's device; without rows the batch that trains nothing."""
+    """The rows as one packed batch on this rank's device; of no rows, a batch without loss."""
     return (pack(rows) if rows else empty_batch()).to(dist.device())

@@ -17,7 +17,7 @@ from ..core.training import dist
 from ..core.training.engine import TrainEngine
 from ..core.training.metrics import peak_memory_gib
 from ..core.training.packing import share_out
-from ..core.training.run import RunState, TrainingRun
+from ..core.training.run import Metrics, RunState, TrainingRun
 from ..core.training.schedule import learning_rate
 from .config import TrainingConfig
 
@@ -53,15 +53,7 @@ def fit(
     """Trains to the end, resuming from the newest checkpoint if there is one.
 
     Leaves the last model in model/ and the one with the lowest held-out loss in model-best/.
-
-    Args:
-        engine: the model and its optimizer.
-        rows: training rows, the same on every rank.
-        eval_rows: held-out rows, perhaps none.
-        resolved: the configuration as plain values, written to config.yaml.
-
-    Returns:
-        The state at the end of the run.
+    `resolved` is the configuration as plain values, written to config.yaml.
     """
     run = TrainingRun(
         config=config,
@@ -72,7 +64,7 @@ def fit(
         stop_early=partial(_target_reached, config),
     )
     run.resume()
-    state, watch = run.state, run.watch
+    state = run.state
     total_steps = config.total_steps(len(rows), step=state.step, position=state.position)
     run.start(total_steps, resolved=resolved)
     order = Order(len(rows), seed=config.seed, position=state.position)
@@ -82,39 +74,52 @@ def fit(
         run.log_evaluation(evaluate())
 
     for step, bar in run.steps("train"):
-        with watch("train"):
+        with run.watch("train"):
             size = min(config.batch_size, last_position - order.position)
             batch = [rows[n] for n in order.take(size)]
             loss, num_tokens = _accumulate(task, engine, batch, config.max_tokens_per_gpu)
-            rate = learning_rate(
-                step - 1,
-                peak=config.learning_rate,
-                total_steps=total_steps,
-                warmup_ratio=config.warmup_ratio,
-                kind=config.schedule,
-            )
+            rate = _learning_rate(config, step - 1, total_steps)
             result = engine.step(rate)
         run.count_skipped(result.applied)
         state.step = step
         state.position = order.position
         state.tokens += num_tokens
-        seconds = watch.take()
-        row = {
-            "epoch": order.position / len(rows),
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": result.grad_norm,
-            "skipped_steps": state.skipped_steps,
-            "tokens": state.tokens,
-            "tokens_per_second": num_tokens / sum(seconds.values()),
-            "peak_memory_gib": peak_memory_gib(),
-        }
-        run.log_metrics(row | seconds)
+        run.log_metrics(
+            {
+                "epoch": order.position / len(rows),
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": result.grad_norm,
+                **_speed(run, num_tokens),
+            }
+        )
         run.end_step(evaluate)
         bar.set_postfix(loss=f"{loss:.4f}")
     run.finish()
     run.close()
     return state
+
+
+def _speed(run: TrainingRun, num_tokens: int) -> Metrics:
+    """Counts and times of the step that just ended."""
+    seconds = run.watch.take()
+    return {
+        "skipped_steps": run.state.skipped_steps,
+        "tokens": run.state.tokens,
+        "tokens_per_second": num_tokens / sum(seconds.values()),
+        "peak_memory_gib": peak_memory_gib(),
+        **seconds,
+    }
+
+
+def _learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    return learning_rate(
+        step,
+        peak=config.learning_rate,
+        total_steps=total_steps,
+        warmup_ratio=config.warmup_ratio,
+        kind=config.schedule,
+    )
 
 
 def _accumulate(
