@@ -1,4 +1,4 @@
-"""Training conversations: checked, tokenised once (cached by content, in parallel), over-long ones counted."""
+"""Training conversations: reading, checking and tokenising, with a cache keyed by content."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A tokenised conversation: the loss is on the response."""
+    """A tokenised conversation; the loss is taken over the response."""
 
     prompt_ids: Sequence[int] = field(repr=False)
     response_ids: Sequence[int] = field(repr=False)
@@ -41,19 +41,26 @@ class Example:
 def conversation(
     row: dict[str, Any], *, where: str, system: str | None = None
 ) -> list[dict[str, str]]:
-    """The turns of one row: `messages` (role, content), `conversations` (from, value), or Question / Complex_CoT / Response.
+    """The turns of one row.
 
-    A record without Complex_CoT, or with a blank one, is an answer without reasoning. Raises ValueError naming the place.
+    A row holds `messages` (role, content), `conversations` (from, value), or Question,
+    Complex_CoT and Response; a missing or blank Complex_CoT makes an answer without reasoning.
+
+    Args:
+        row: the row as loaded.
+        where: source and row number, for errors.
+        system: system turn put before a Question.
+
+    Raises:
+        ValueError: the row has none of these forms.
     """
     if "messages" in row or "conversations" in row:
         turns = row.get("messages") or row.get("conversations")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError(f"{where}: its turns are not a list of objects")
         return [_turn(turn, where=f"{where}, turn {n}") for n, turn in enumerate(turns)]
-    question, final = (
-        text_field(row, "Question", where=where),
-        text_field(row, "Response", where=where),
-    )
+    question = text_field(row, "Question", where=where)
+    final = text_field(row, "Response", where=where)
     thinking = row.get("Complex_CoT") or ""
     if not isinstance(thinking, str):
         raise ValueError(f"{where}: 'Complex_CoT' is {type(thinking).__name__}, expected text")
@@ -67,11 +74,11 @@ def conversation(
 
 
 def _turn(turn: dict[str, Any], *, where: str) -> dict[str, str]:
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-        raise ValueError(
-            f"{where}: needs a role of {', '.join(sorted(set(ROLES.values())))} and text content"
-        )
+        known = ", ".join(sorted(set(ROLES.values())))
+        raise ValueError(f"{where}: needs a role of {known} and text content")
     return {"role": ROLES[role], "content": content}
 
 
@@ -83,12 +90,23 @@ def load_examples(
     system: str | None,
     workers: int,
 ) -> list[Example]:
-    """All rows of the sources as examples, in order. Raises ValueError naming the first row that cannot be trained on."""
+    """Reads and tokenises all rows of the sources, in order.
+
+    Args:
+        sources: comma-separated files, folders or hub ids.
+        tokenizer: its chat template renders the turns.
+        limit: rows to read of each source; None for all.
+        system: system turn put before every Question.
+        workers: processes that tokenise.
+
+    Raises:
+        ValueError: a row cannot be trained on; the message names the first one.
+    """
     conversations = [
         conversation(row, where=f"data {sources}: row {n}", system=system)
         for n, row in enumerate(load_rows(sources, limit=limit))
     ]
-    for n, messages in enumerate(conversations):  # cheap, and before any worker starts
+    for n, messages in enumerate(conversations):  # before any worker process starts
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError(f"data {sources}: row {n}: the last turn is not the assistant's")
         if not messages[-1]["content"].strip():
@@ -106,14 +124,13 @@ def _tokenise(
     sources: str,
     workers: int,
 ) -> Any:
-    """A `datasets` table of token ids, kept under a name made of all that goes into it."""
+    """A `datasets` table of token ids, cached under a digest of everything it depends on."""
     import datasets
 
     datasets.disable_progress_bars()
     cache = _cache_folder(conversations, tokenizer)
-    if (
-        dist.local_rank() == 0 and not cache.exists()
-    ):  # each node has its own cache, or they share one and the first wins
+    # nodes may share a cache folder: then the first to finish wins
+    if dist.local_rank() == 0 and not cache.exists():
         table = datasets.Dataset.from_dict(
             {"turns": [json.dumps(turns) for turns in conversations]}
         )
@@ -130,7 +147,7 @@ def _tokenise(
         table.save_to_disk(str(temporary))
         try:
             temporary.rename(cache)
-        except OSError:  # another run was first with the same content
+        except OSError:  # another process finished first
             shutil.rmtree(temporary)
     dist.barrier()
     return datasets.load_from_disk(str(cache))
@@ -149,6 +166,7 @@ def _encode_row(
 def _cache_folder(
     conversations: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
 ) -> Path:
+    """Where the tokenised conversations are cached."""
     import datasets
 
     digest = hashlib.blake2b(digest_size=16)

@@ -1,4 +1,4 @@
-"""Trains the two-class verifier that PPO is rewarded by, and says how far it can be trusted."""
+"""Trains the two-class verifier that rewards PPO, and measures its error rates on held-out rows."""
 
 from __future__ import annotations
 
@@ -25,36 +25,32 @@ from .finetune import train_and_eval_rows
 from .train import Task, fit
 from .verifier_examples import LabelledIds, load_answers, tokenise
 
+NUM_BINS = 10
+"""Bins of the reliability curve, and thresholds at which error rates are reported."""
+
 
 def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
-    """Trains to the end, or on from the newest checkpoint; writes model/ with calibration.json beside its weights, and
-    returns the output folder. Raises ValueError for the caller's mistakes."""
+    """Trains the verifier to its end, resuming from the newest checkpoint if there is one.
+
+    Writes model/ with calibration.json beside its weights.
+
+    Args:
+        config: the run's configuration.
+        resolved: the configuration as plain values, written to config.yaml.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: a mistake of the caller's in configuration, data or model.
+    """
     dist.init(timeout_seconds=config.timeout_seconds)
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
-        tokenizer, template = load_tokenizer(config.model), load_template(config.template)
-        judge = partial(_judge, config, folder) if config.llm.model else None
-
-        def load(sources: str) -> list[LabelledIds]:
-            answers, kinds = load_answers(
-                sources,
-                limit=config.limit,
-                seed=config.seed,
-                wrong_per_question=config.wrong_per_question,
-                judge=judge,
-            )
-            rows, num_cut = tokenise(
-                answers, tokenizer, template=template, max_tokens=config.max_seq_len
-            )
-            if dist.is_main():
-                found = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items())
-                right = sum(row.label for row in rows)
-                cut = f"{num_cut} cut to max_seq_len={config.max_seq_len}"
-                print(f"{sources}: {found} -> {len(rows)} answers, {right} right; {cut}")
-            return rows
-
+        tokenizer = load_tokenizer(config.model)
+        load = partial(_load, config, folder, tokenizer)
         rows, eval_rows = train_and_eval_rows(
-            config, load, lambda row: len(row.token_ids), lambda row: row.row
+            config, load, length=lambda row: len(row.token_ids), group=lambda row: row.row
         )
         module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
         check_embedding(module.hf.config, tokenizer, config.model)
@@ -63,27 +59,43 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
         try:
             fit(config, task, engine, rows, eval_rows, folder, resolved=resolved)
             if eval_rows:
+                p = probabilities(engine, eval_rows, config.max_tokens_per_gpu)
                 labels = torch.tensor([row.label for row in eval_rows])
-                report = calibration(
-                    probabilities(engine, eval_rows, config.max_tokens_per_gpu),
-                    labels,
-                    config.threshold,
-                )
-                _write_calibration(folder, report)
+                _write_calibration(folder, calibration(p, labels, config.threshold))
         finally:
             if dist.is_main():
                 try_report(folder, title="Verifier training")
         return folder
 
 
-def _judge(config: VerifierTrainingConfig, folder: Path, cases: list[Case]) -> list[bool | None]:
-    """The LLM's verdicts, the same on every rank; one of them asks."""
-    journal = folder / "judge-journal.jsonl"
-    return dist.broadcast(
-        Judge(config.llm, journal=journal).verdicts(cases, progress="judge")
-        if dist.is_main()
-        else []
+def _load(
+    config: VerifierTrainingConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, sources: str
+) -> list[LabelledIds]:
+    """Loads, labels and tokenises the rows of some sources, and prints how many of each kind."""
+    template = load_template(config.template)
+    answers, kinds = load_answers(
+        sources,
+        limit=config.limit,
+        seed=config.seed,
+        wrong_per_question=config.wrong_per_question,
+        judge=partial(_judge, config, folder) if config.llm.model else None,
     )
+    rows, num_cut = tokenise(answers, tokenizer, template=template, max_tokens=config.max_seq_len)
+    if dist.is_main():
+        found = ", ".join(f"{count} {kind} rows" for kind, count in kinds.items())
+        num_right = sum(row.label for row in rows)
+        cut = f"{num_cut} cut to max_seq_len={config.max_seq_len}"
+        print(f"{sources}: {found} -> {len(rows)} answers, {num_right} right; {cut}")
+    return rows
+
+
+def _judge(config: VerifierTrainingConfig, folder: Path, cases: list[Case]) -> list[bool | None]:
+    """The LLM judge's verdicts, asked for by the main rank and the same on every rank."""
+    verdicts: list[bool | None] = []
+    if dist.is_main():
+        judge = Judge(config.llm, journal=folder / "judge-journal.jsonl")
+        verdicts = judge.verdicts(cases, progress="judge")
+    return dist.broadcast(verdicts)
 
 
 def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Task[LabelledIds]:
@@ -95,13 +107,11 @@ def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) ->
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def evaluate(engine: TrainEngine, rows: Sequence[LabelledIds]) -> dict[str, Any]:
-        p, labels = (
-            probabilities(engine, rows, config.max_tokens_per_gpu),
-            torch.tensor([row.label for row in rows]),
-        )
+        p = probabilities(engine, rows, config.max_tokens_per_gpu)
+        labels = torch.tensor([row.label for row in rows])
         loss = F.binary_cross_entropy(p.clamp(1e-7, 1 - 1e-7), labels.double())
-        right = ((p > config.threshold) == labels.bool()).double().mean()
-        return {"loss": float(loss), "accuracy": float(right), "num": len(rows)}
+        accuracy = ((p > config.threshold) == labels.bool()).double().mean()
+        return {"loss": float(loss), "accuracy": float(accuracy), "num": len(rows)}
 
     def export(engine: TrainEngine, folder: Path) -> None:
         weights = engine.full_state()
@@ -119,12 +129,15 @@ def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def probabilities(engine: TrainEngine, rows: Sequence[LabelledIds], max_tokens: int) -> Tensor:
-    """P(right) of every row, [rows] float64, the same on every rank; each computes its share."""
+    """P(right) of every row, each rank computing its share.
+
+    Returns:
+        [rows] float64 on the host, the same on every rank.
+    """
     lengths = [len(row.token_ids) for row in rows]
+    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
     result = torch.zeros(len(rows), dtype=torch.float64, device=dist.device())
-    for micro in share_out(
-        lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size()
-    ):
+    for micro in plan:
         logits = engine(packed([rows[i] for i in micro]))
         if micro:
             result[micro] = logits.double().softmax(-1)[:, 1]
@@ -132,67 +145,73 @@ def probabilities(engine: TrainEngine, rows: Sequence[LabelledIds], max_tokens: 
 
 
 def packed(rows: Sequence[LabelledIds]) -> PackedBatch:
-    """The rows end to end on this rank's device; without rows the batch that trains nothing."""
+    """The rows as one packed batch on this rank's device; of no rows, a batch without loss."""
     if not rows:
         return empty_batch().to(dist.device())
     tokens = torch.tensor([token for row in rows for token in row.token_ids])
     lengths = torch.tensor([0, *(len(row.token_ids) for row in rows)], dtype=torch.int32)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
     batch = PackedBatch(
-        tokens=tokens, cu_seqlens=lengths.cumsum(0, dtype=torch.int32), response_mask=mask
+        tokens=tokens,
+        cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
+        response_mask=torch.zeros_like(tokens, dtype=torch.bool),
     )
     return batch.to(dist.device())
 
 
 def calibration(p: Tensor, labels: Tensor, threshold: float) -> dict[str, Any]:
-    """What held-out rows say of a verifier: rates at the threshold with 95 % intervals, a reliability curve over ten bins
-    of P(right), and the rates at other thresholds. p [rows] in 0..1, labels [rows] 0 or 1."""
+    """Error rates and reliability of a verifier on held-out rows.
+
+    Args:
+        p: [rows], P(right) in 0..1.
+        labels: [rows], 0 or 1.
+        threshold: an answer counts as right above it.
+
+    Returns:
+        Rates at the threshold with 95 % Wilson intervals, `curve` (reliability in bins of P) and
+        `thresholds` (rates at other thresholds), as written to calibration.json.
+    """
     labels = labels.bool()
-    report: dict[str, Any] = {
-        "num": len(p),
-        "threshold": threshold,
-        **_rates(p > threshold, labels),
-    }
-    bins = (p * 10).long().clamp(max=9)
-    report["curve"] = [
-        {
-            "bin_low": b / 10,
-            "bin_high": (b + 1) / 10,
-            "mean_predicted": float(p[bins == b].mean()),
-            "share_right": float(labels[bins == b].double().mean()),
-            "num": int((bins == b).sum()),
-        }
-        for b in range(10)
-        if bool((bins == b).any())
-    ]
-    report["thresholds"] = [
-        {"threshold": t / 10}
-        | {
-            name: rate["value"]
-            for name, rate in _rates(p > t / 10, labels).items()
-            if name in ("accuracy", "false_positive_rate", "false_negative_rate")
-        }
-        for t in range(1, 10)
-    ]
+    report: dict[str, Any] = {"num": len(p), "threshold": threshold}
+    report |= _rates(p > threshold, labels)
+    bins = (p * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    report["curve"] = [_curve_point(p, labels, bins, b) for b in sorted(set(bins.tolist()))]
+    names = ("accuracy", "false_positive_rate", "false_negative_rate")
+    report["thresholds"] = []
+    for t in range(1, NUM_BINS):
+        rates = _rates(p > t / NUM_BINS, labels)
+        values = {name: rates[name]["value"] for name in names}
+        report["thresholds"].append({"threshold": t / NUM_BINS, **values})
     return report
 
 
-def _rates(said: Tensor, labels: Tensor) -> dict[str, dict[str, float | None]]:
-    """said, labels [rows] bool."""
+def _curve_point(p: Tensor, labels: Tensor, bins: Tensor, number: int) -> dict[str, Any]:
+    own = bins == number
+    return {
+        "bin_low": number / NUM_BINS,
+        "bin_high": (number + 1) / NUM_BINS,
+        "mean_predicted": float(p[own].mean()),
+        "share_right": float(labels[own].double().mean()),
+        "num": int(own.sum()),
+    }
+
+
+def _rates(predicted: Tensor, labels: Tensor) -> dict[str, dict[str, float | None]]:
+    """Accuracy, precision, recall and error rates; both arguments are [rows] bool."""
 
     def share(hits: Tensor, of: Tensor) -> dict[str, float | None]:
-        count, num = int((hits & of).sum()), int(of.sum())
+        count = int((hits & of).sum())
+        num = int(of.sum())
         if num == 0:
             return {"value": None, "low": None, "high": None}
         low, high = wilson_interval(count, num)
         return {"value": count / num, "low": low, "high": high}
 
     return {
-        "accuracy": share(said == labels, torch.ones_like(labels)),
-        "precision": share(labels, said),
-        "recall": share(said, labels),
-        "false_positive_rate": share(said, ~labels),
-        "false_negative_rate": share(~said, labels),
+        "accuracy": share(predicted == labels, torch.ones_like(labels)),
+        "precision": share(labels, predicted),
+        "recall": share(predicted, labels),
+        "false_positive_rate": share(predicted, ~labels),
+        "false_negative_rate": share(~predicted, labels),
     }
 
 
@@ -201,13 +220,9 @@ def _write_calibration(folder: Path, report: dict[str, Any]) -> None:
         return
     for place in (folder, folder / "model"):
         (place / "calibration.json").write_text(json.dumps(report, indent=1))
-    shown = {
-        name: rate
-        for name, rate in report.items()
-        if isinstance(rate, dict) and rate["value"] is not None
-    }
     print(f"held-out rows: {report['num']}, threshold {report['threshold']}")
-    for name, rate in shown.items():
-        print(
-            f"  {name.replace('_', ' '):<20} {rate['value']:.3f}   95 % interval {rate['low']:.3f} to {rate['high']:.3f}"
-        )
+    for name, rate in report.items():
+        if isinstance(rate, dict) and rate["value"] is not None:
+            interval = f"{rate['low']:.3f} to {rate['high']:.3f}"
+            label = name.replace("_", " ")
+            print(f"  {label:<20} {rate['value']:.3f}   95 % interval {interval}")

@@ -1,4 +1,4 @@
-"""Rows that a verifier learns from: (response, reference, label), as they are or made from what holds them."""
+"""Labelled answers that the verifier learns from: (response, reference, label)."""
 
 from __future__ import annotations
 
@@ -24,26 +24,31 @@ PHRASES = (
     "It is {}.",
     "This points to {}.",
 )
+"""Sentences that exam options are put into."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledAnswer:
-    """A final response beside the reference answer, and whether it is right."""
+    """A final response, the reference answer, and whether the response is right."""
 
     response: str
     reference: str
     label: bool
     row: int = 0
-    """number of the row it was made from: answers of one row are held out together"""
+    """Number of the row it was made from; answers of one row are held out together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledIds:
-    """The same as the model reads it."""
+    """A labelled answer as token ids of the verifier's input."""
 
     token_ids: list[int] = field(repr=False)
     label: int
     row: int
+
+
+JudgeFunction = Callable[[list[Case]], list[bool | None]]
+"""Answers to judge -> whether each is right; None without a verdict."""
 
 
 def load_answers(
@@ -52,117 +57,140 @@ def load_answers(
     limit: int | None,
     seed: int,
     wrong_per_question: int,
-    judge: Callable[[list[Case]], list[bool | None]] | None = None,
+    judge: JudgeFunction | None = None,
 ) -> tuple[list[LabelledAnswer], dict[str, int]]:
-    """All labelled answers that the sources' rows hold or give, and how many rows of each kind there were.
+    """Reads the labelled answers of the sources' rows.
 
-    Each row is of one of these kinds, told by its keys; any other is a ValueError naming the row:
-      response, reference, label          as it is; label is true/false or 1/0
-      question, options, answer_idx       exam question: right and wrong options, as bare text and in phrases
-      Ground-True Answer, trajectory      search record: each step's `conclusion` with the judge's `verdict` (True/False)
-      response, answer, judge             rollout judged by a model: `judge` is true/false
-      response, reference or answer       with a `judge`, which is asked for the label and shown the row's question or prompt
+    The kind of a row follows from its keys:
+
+        response, reference, label         a labelled answer; label is true/false or 1/0
+        question, options, answer_idx      an exam question: right and wrong options
+        Ground-True Answer, trajectory     a search record: each step's `conclusion` with its
+                                           `verdict` (true or false)
+        response, answer, judge            a rollout judged by a model; `judge` is true/false
+        response, reference or answer      without a label; needs `judge`
+
+    Args:
+        sources: comma-separated files, folders or hub ids.
+        limit: rows to read of each source; None for all.
+        seed: seed of the phrases and wrong options that are drawn.
+        wrong_per_question: wrong options used of each exam question.
+        judge: labels the rows that have no label.
+
+    Returns:
+        The answers, and the number of rows of each kind.
+
+    Raises:
+        ValueError: a row is of none of these kinds, or broken; the message names it.
     """
     unlabelled: dict[int, Case] = {}
     answers: list[LabelledAnswer] = []
-    found: list[LabelledAnswer]
     kinds: Counter[str] = Counter()
     for number, row in enumerate(load_rows(sources, limit=limit)):
         where = f"data {sources}: row {number}"
-        rng = random.Random(f"{seed}/{number}")
-        if "label" in row:
-            kinds["labelled"] += 1
-            texts = [text_field(row, key, where=where) for key in ("response", "reference")]
-            found = [
-                LabelledAnswer(
-                    response=texts[0], reference=texts[1], label=_label(row["label"], where)
-                )
-            ]
-        elif "options" in row and "answer_idx" in row and "trajectory" not in row:
-            kinds["exam question"] += 1
-            found = from_question(row, where=where, rng=rng, num_wrong=wrong_per_question)
-        elif "trajectory" in row:
-            kinds["search record"] += 1
-            found = from_search_record(row, where=where)
-        elif "judge" in row:
-            kinds["judged rollout"] += 1
-            found = from_judged_rollout(row, where=where)
-        elif judge is not None and "response" in row:
+        if _is_unlabelled(row) and judge is not None:
             kinds["unlabelled"] += 1
             cases = from_unlabelled(row, where=where, name=f"row {number}")
+            unlabelled |= dict(enumerate(cases, start=len(answers)))
             found = [
                 LabelledAnswer(response=case.response, reference=case.reference, label=False)
                 for case in cases
             ]
-            unlabelled |= dict(enumerate(cases, start=len(answers)))
         else:
-            raise ValueError(
-                f"{where}: has {', '.join(sorted(row))[:200]}; needs response+reference+label, question+options+answer_idx, "
-                "trajectory, or response+answer+judge; give llm.model to have rows without a label judged"
-            )
+            rng = random.Random(f"{seed}/{number}")
+            kind, found = _from_row(row, where=where, rng=rng, num_wrong=wrong_per_question)
+            kinds[kind] += 1
         answers += [replace(answer, row=number) for answer in found]
     if judge is not None:
-        labels = dict(zip(unlabelled, judge(list(unlabelled.values())), strict=True))
-        given = [(answer, labels.get(place, answer.label)) for place, answer in enumerate(answers)]
-        answers = [replace(answer, label=label) for answer, label in given if label is not None]
-        if num_left_out := len(given) - len(answers):
-            kinds["unjudged (left out)"] = num_left_out
+        verdicts = dict(zip(unlabelled, judge(list(unlabelled.values())), strict=True))
+        labels = [verdicts.get(place, answer.label) for place, answer in enumerate(answers)]
+        judged = [
+            replace(answer, label=label)
+            for answer, label in zip(answers, labels, strict=True)
+            if label is not None
+        ]
+        if len(judged) < len(answers):
+            kinds["unjudged (left out)"] = len(answers) - len(judged)
+        answers = judged
     return answers, dict(kinds)
+
+
+def _is_unlabelled(row: dict[str, Any]) -> bool:
+    is_question = "options" in row and "answer_idx" in row
+    labelled = "label" in row or is_question or "trajectory" in row or "judge" in row
+    return "response" in row and not labelled
+
+
+def _from_row(
+    row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int
+) -> tuple[str, list[LabelledAnswer]]:
+    """The kind of a row that has labels, and its answers."""
+    if "label" in row:
+        response, reference = (
+            text_field(row, key, where=where) for key in ("response", "reference")
+        )
+        label = _label(row["label"], where)
+        return "labelled", [LabelledAnswer(response=response, reference=reference, label=label)]
+    if "trajectory" in row:
+        return "search record", from_search_record(row, where=where)
+    if "options" in row and "answer_idx" in row:
+        return "exam question", from_question(row, where=where, rng=rng, num_wrong=num_wrong)
+    if "judge" in row:
+        return "judged rollout", from_judged_rollout(row, where=where)
+    raise ValueError(
+        f"{where}: has {', '.join(sorted(row))[:200]}; needs response+reference+label, "
+        "question+options+answer_idx, trajectory, or response+answer+judge; give llm.model to "
+        "have rows without a label judged"
+    )
 
 
 def from_question(
     row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int
 ) -> list[LabelledAnswer]:
-    """As many right answers as wrong ones, phrased alike, so that the wording gives nothing away."""
-    options, letter = row["options"], row["answer_idx"]
+    """Right and wrong answers from an exam question, equally many and phrased alike.
+
+    Raises:
+        ValueError: the options are too few, blank or all alike, or lack the answer.
+    """
+    options = row["options"]
+    letter = row["answer_idx"]
     if not isinstance(options, dict) or len(options) < 2 or letter not in list(options):
         raise ValueError(f"{where}: answer_idx {letter!r} is not among at least two options")
-    texts = {
-        key: "" if text is None else str(text).strip() for key, text in options.items()
-    }  # tables fill gaps with None
+    # tables fill the options that a row lacks with None
+    texts = {key: "" if text is None else str(text).strip() for key, text in options.items()}
     reference = texts.pop(letter)
     others = sorted(set(texts.values()) - {reference, ""})
     if not reference or not others:
         raise ValueError(f"{where}: its options are blank or all alike")
-    wrong = (
-        [others[n % len(others)] for n in range(num_wrong)]
-        if num_wrong > len(others)
-        else rng.sample(others, num_wrong)
-    )
+    if num_wrong > len(others):
+        wrong = [others[n % len(others)] for n in range(num_wrong)]
+    else:
+        wrong = rng.sample(others, num_wrong)
     answers = []
     for text in wrong:
         phrase = rng.choice(PHRASES)
-        answers.append(
-            LabelledAnswer(response=phrase.format(text), reference=reference, label=False)
-        )
+        response = phrase.format(text)
+        answers.append(LabelledAnswer(response=response, reference=reference, label=False))
         phrase = rng.choice(PHRASES)
-        answers.append(
-            LabelledAnswer(
-                response=phrase.format(_reworded(reference, rng)), reference=reference, label=True
-            )
-        )
+        response = phrase.format(_reworded(reference, rng))
+        answers.append(LabelledAnswer(response=response, reference=reference, label=True))
     return answers
 
 
 def _reworded(text: str, rng: random.Random) -> str:
-    """The same answer in other clothes: case, an article dropped, brackets dropped."""
-    forms = [
-        text,
-        text.lower(),
-        text.upper() if len(text) < 12 else text.capitalize(),
-        text.rstrip("."),
-    ]
-    for article in ("The ", "A ", "An "):
-        if text.startswith(article):
-            forms.append(text[len(article) :])
+    """A variant of an answer: other case, without an article, or without brackets."""
+    short = text.upper() if len(text) < 12 else text.capitalize()
+    forms = [text, text.lower(), short, text.rstrip(".")]
+    forms += [text[len(a) :] for a in ("The ", "A ", "An ") if text.startswith(a)]
     if "(" in text and text.endswith(")"):
         forms.append(text[: text.index("(")].strip(string.whitespace) or text)
     return rng.choice(forms)
 
 
 def from_search_record(row: dict[str, Any], *, where: str) -> list[LabelledAnswer]:
-    """The judge's verdicts on the conclusions that the search went through; unparsed verdicts give no row."""
-    reference, steps = text_field(row, ANSWER_KEY, where=where), row["trajectory"]
+    """The conclusions of a search with the judge's verdicts; steps without one are left out."""
+    reference = text_field(row, ANSWER_KEY, where=where)
+    steps = row["trajectory"]
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise ValueError(f"{where}: its trajectory is not a list of objects")
     return [
@@ -173,23 +201,19 @@ def from_search_record(row: dict[str, Any], *, where: str) -> list[LabelledAnswe
 
 
 def from_judged_rollout(row: dict[str, Any], *, where: str) -> list[LabelledAnswer]:
-    """A rollout's final response under a model's judgement; a broken format has no final response and gives no row."""
+    """The final response of a judged rollout; none when its format is broken."""
     parsed = parse_response(text_field(row, "response", where=where))
     if parsed is None or not parsed.final:
         return []
     reference = text_field(row, "answer", where=where)
-    return [
-        LabelledAnswer(
-            response=parsed.final, reference=reference, label=_label(row["judge"], where)
-        )
-    ]
+    label = _label(row["judge"], where)
+    return [LabelledAnswer(response=parsed.final, reference=reference, label=label)]
 
 
 def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[Case]:
-    """A response beside its reference, or a rollout's final response beside its answer, for an LLM to judge."""
-    question = next(
-        (str(row[key]) for key in (QUESTION_KEY, "question", "prompt") if key in row), "(not given)"
-    )
+    """A response and its reference, or a rollout's final response, for an LLM to judge."""
+    keys = (QUESTION_KEY, "question", "prompt")
+    question = next((str(row[key]) for key in keys if key in row), "(not given)")
     if "reference" in row:
         response, reference = (
             text_field(row, key, where=where) for key in ("response", "reference")
@@ -212,12 +236,17 @@ def tokenise(
     template: str,
     max_tokens: int,
 ) -> tuple[list[LabelledIds], int]:
-    """What the model reads of each answer, and of how many the response was cut in the middle to fit."""
+    """Token ids of the verifier's input for each answer.
+
+    Returns:
+        The rows, and the number of responses that were cut in the middle to fit `max_tokens`.
+    """
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    rows, num_cut = [], 0
+    rows = []
+    num_cut = 0
     for answer in answers:
         ids, cut = verifier_ids(
             encode, answer.response, answer.reference, template=template, max_tokens=max_tokens
