@@ -52,11 +52,7 @@ class JudgeVerifier:
         }
         self.num_unjudged = self.judge.num_unjudged
         return [
-            self.tiers.unparsable
-            if final is None
-            else self.tiers.right
-            if number in right
-            else self.tiers.wrong
+            self.tiers.score(number in right, parsable=final is not None)
             for number, final in enumerate(finals)
         ]
 

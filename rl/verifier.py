@@ -1,4 +1,4 @@
-"""Verifiers: frozen judges of a rollout's final response. Each gives tiers 1.0 / 0.1 / 0.0 (right, wrong, unparsable)."""
+"""Verifiers: frozen judges of a rollout's final response, which give tiers of scores."""
 
 from __future__ import annotations
 
@@ -25,72 +25,84 @@ from .rollout import Rollout
 
 
 class Verifier(Protocol):
+    """Gives every rollout a score."""
+
     num_cut: int
-    """inputs that had to be shortened to be judged, so far, on this rank"""
+    """Inputs shortened so far to fit the verifier, on this rank."""
     num_unjudged: int
-    """responses on which no verdict was to be had, likewise"""
+    """Responses so far that got no verdict, on this rank."""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One score a rollout, in order. Under several ranks each passes its own, and all call."""
+        """One score per rollout, in order. Every rank calls it, with its own rollouts."""
         ...
 
 
 def is_right(rollout: Rollout) -> bool:
-    """Whether the final response equals the reference answer up to case, white space and outer punctuation."""
+    """Whether the final response equals the reference answer.
+
+    Case, white space and outer punctuation do not matter.
+    """
     final = rollout.final
     return bool(final) and normalise_answer(final or "") == normalise_answer(rollout.problem.answer)
 
 
 class ExactMatchVerifier:
-    """Right when the final response is the reference answer, up to case, white space and outer punctuation."""
+    """Counts a response as right when `is_right` holds; a broken format as unparsable."""
 
-    num_cut = num_unjudged = 0
+    num_cut = 0
+    num_unjudged = 0
 
     def __init__(self, *, tiers: Tiers = Tiers()) -> None:  # noqa: B008 an immutable tuple
         self.tiers = tiers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """One tier per rollout, in order."""
         return [
-            self.tiers.unparsable
-            if r.final is None
-            else self.tiers.right
-            if is_right(r)
-            else self.tiers.wrong
-            for r in rollouts
+            self.tiers.score(is_right(rollout), parsable=rollout.final is not None)
+            for rollout in rollouts
         ]
 
 
 class FunctionVerifier:
-    """A user's own function: rollouts -> scores. Its numbers are used as they are."""
+    """Scores by a user's function, which maps rollouts to numbers that are used as they are."""
 
-    num_cut = num_unjudged = 0
+    num_cut = 0
+    num_unjudged = 0
 
     def __init__(self, function: Callable[[Sequence[Rollout]], Sequence[float]]) -> None:
         self.function = function
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Raises ValueError when the function gives no numbers, another count of scores, or one that is not finite."""
+        """One score per rollout, in order.
+
+        Raises:
+            ValueError: the function returned another number of scores, or no finite numbers.
+        """
         name = getattr(self.function, "__name__", "the verifier function")
-        given = self.function(rollouts)
+        returned = self.function(rollouts)
         try:
-            scores = [float(score) for score in given]
+            scores = [float(score) for score in returned]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must give a list of numbers: {error}") from None
+            raise ValueError(f"{name} must return a list of numbers: {error}") from None
         if len(scores) != len(rollouts):
             raise ValueError(
-                f"{name} gave {len(scores)} scores for {len(rollouts)} rollouts: it must give one each"
+                f"{name} returned {len(scores)} scores for {len(rollouts)} rollouts: "
+                "it must return one for each"
             )
         for number, score in enumerate(scores):
             if not math.isfinite(score):
-                raise ValueError(f"{name} gave {score} for rollout {number}: scores must be finite")
+                raise ValueError(
+                    f"{name} returned {score} for rollout {number}: scores must be finite"
+                )
         return scores
 
 
 class ClassifierVerifier:
-    """A frozen two-class model that reads (final response, reference answer) and gives P(right).
+    """A frozen two-class model that reads the final response and the reference answer.
 
-    It has its own tokenizer. Broken format earns tiers.unparsable and a blank final response tiers.wrong, both without
-    asking the model; otherwise tiers.right when P > threshold, else tiers.wrong.
+    It has its own tokenizer. A response is right when P(right) is above the threshold. The model
+    is not asked about a broken format, which is unparsable, or an empty final response, which is
+    wrong.
     """
 
     def __init__(
@@ -104,41 +116,48 @@ class ClassifierVerifier:
         max_tokens: int = 2048,
         max_tokens_per_gpu: int = 16384,
     ) -> None:
+        """Args:
+        engine: the two-class model; class 1 is "right".
+        tokenizer: the model's own.
+        threshold: a response is right when P(right) is above it.
+        tiers: scores of right, wrong and unparsable responses.
+        template: text with {response} and {reference}, as the model was trained on.
+        max_tokens: tokens of an input; a longer response is cut in the middle.
+        max_tokens_per_gpu: tokens of a forward pass.
+        """
         check_template(template)
-        self.engine, self.tokenizer, self.threshold, self.tiers = (
-            engine,
-            tokenizer,
-            threshold,
-            tiers,
-        )
-        self.template, self.max_tokens, self.max_tokens_per_gpu = (
-            template,
-            max_tokens,
-            max_tokens_per_gpu,
-        )
-        self.num_cut = self.num_unjudged = 0
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.threshold = threshold
+        self.tiers = tiers
+        self.template = template
+        self.max_tokens = max_tokens
+        self.max_tokens_per_gpu = max_tokens_per_gpu
+        self.num_cut = 0
+        self.num_unjudged = 0
 
     @classmethod
     def load(cls, path: str, config: EngineConfig, **options: object) -> ClassifierVerifier:
+        """Loads the model and its tokenizer; `options` as for the constructor."""
         engine = FrozenEngine(load_classifier(path, dtype=config.dtype), config)
         return cls(engine, load_tokenizer(path), **options)  # type: ignore[arg-type]
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """One tier per rollout, in order. Every rank calls it, with its own rollouts."""
         finals = [rollout.final for rollout in rollouts]
         asked = [number for number, final in enumerate(finals) if final]
         pairs = [(finals[number] or "", rollouts[number].problem.answer) for number in asked]
-        right = dict(zip(asked, self.probabilities(pairs), strict=True))
+        p = dict(zip(asked, self.probabilities(pairs), strict=True))
         return [
-            self.tiers.unparsable
-            if final is None
-            else self.tiers.right
-            if right.get(number, 0.0) > self.threshold
-            else self.tiers.wrong
+            self.tiers.score(p.get(number, 0.0) > self.threshold, parsable=final is not None)
             for number, final in enumerate(finals)
         ]
 
     def probabilities(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """P(right) of each (final response, reference answer). Every rank must call, with its own pairs."""
+        """P(right) of each (final response, reference answer).
+
+        Every rank calls it, with its own pairs.
+        """
         rows = []
         for final, reference in pairs:
             ids, num_cut = verifier_ids(
@@ -148,11 +167,10 @@ class ClassifierVerifier:
             rows.append(ids)
         lengths = [len(ids) for ids in rows]
         plan = microbatches(lengths, max_tokens=self.max_tokens_per_gpu) if rows else []
+        # under ZeRO-3 every rank must run as many forward passes as the busiest
+        plan += [[]] * (max(dist.all_gather(len(plan))) - len(plan))
         result = [0.0] * len(rows)
-        for turn in range(
-            max(dist.all_gather(len(plan)))
-        ):  # ZeRO-3: every rank runs as many forwards as the busiest
-            numbers = plan[turn] if turn < len(plan) else []
+        for numbers in plan:
             batch = _inputs([rows[n] for n in numbers]) if numbers else empty_batch()
             logits = self.engine(batch.to(dist.device()))
             for number, p in zip(numbers, logits.softmax(-1)[:, 1].tolist(), strict=False):

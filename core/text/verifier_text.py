@@ -29,6 +29,12 @@ class Tiers(NamedTuple):
     wrong: float = 0.1
     unparsable: float = 0.0
 
+    def score(self, right: bool, *, parsable: bool = True) -> float:
+        """The score of a right or wrong answer, or of one in a broken format."""
+        if not parsable:
+            return self.unparsable
+        return self.right if right else self.wrong
+
 
 def check_template(template: str) -> None:
     """Raises ValueError unless the template holds {response} and {reference} once each, in this order."""

@@ -86,7 +86,7 @@ def test_a_function_that_gives_no_numbers_is_refused_by_name(given):
     def oracle(rollouts):
         return given
 
-    with pytest.raises(ValueError, match="oracle must give a list of numbers: "):
+    with pytest.raises(ValueError, match="oracle must return a list of numbers: "):
         FunctionVerifier(oracle).score([answered("")])
 
 
@@ -95,7 +95,7 @@ def test_a_function_that_gives_another_count_is_refused_by_name():
         return [1.0]
 
     with pytest.raises(
-        ValueError, match="oracle gave 1 scores for 2 rollouts: it must give one each"
+        ValueError, match="oracle returned 1 scores for 2 rollouts: it must return one for each"
     ):
         FunctionVerifier(oracle).score([answered(""), answered("")])
 
