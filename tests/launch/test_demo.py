@@ -11,6 +11,7 @@ import pytest
 from verippo.core.text.chat import parse_response
 from verippo.launch.ablation import VARIANTS, ablate
 from verippo.launch.demo import (
+    KINDS,
     DemoConfig,
     demo,
     half_without_reasoning,
