@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from ..core.report.run_report import wilson_interval
+from ..core.report.statistics import wilson_interval
 from ..core.text.chat import parse_response
 from .answering import Answer, Case
 from .config import Scoring

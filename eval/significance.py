@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.report.run_report import Interval, wilson_interval
+from ..core.report.statistics import Interval, wilson_interval
 
 
 class McNemar(NamedTuple):
