@@ -7,11 +7,10 @@ import re
 
 import pytest
 
-from verippo.eval.answering import Answer, make_cases
+from verippo.eval.answering import Answer, list_questions_to_ask
 from verippo.eval.config import EvalConfig
-from verippo.eval.evaluate import summary
 from verippo.eval.questions import Question
-from verippo.eval.results import item_rows
+from verippo.eval.results import as_json, item_rows, summarise_evaluation
 from verippo.launch import cli
 
 OPTIONS = {"A": "alpha", "B": "beta"}
@@ -37,15 +36,16 @@ def evaluated(tmp_path):
             )
             for n in range(start, start + len(letters))
         ]
-        cases = make_cases(questions, runs=runs, permutations=0, seed=0)
+        cases = list_questions_to_ask(questions, runs=runs, permutations=0, seed=0)
         answers = [
             Answer(error="gone") if x == "-" else Answer(f"The answer is {x}.", "stop", 4)
             for row in letters
             for x in row
         ]
-        results = summary(config, item_rows(questions, cases, answers, config.scoring), [])
+        items = item_rows(questions, cases, answers, config.scoring)
+        results = summarise_evaluation(config, items, [], seconds=0.0)
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        (tmp_path / name / "results.json").write_text(json.dumps(as_json(results)))
         return str(tmp_path / name)
 
     return write

@@ -22,7 +22,7 @@ from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.server import servers
 from verippo.core.text.chat import render_messages
 from verippo.core.training.model import load_tokenizer
-from verippo.eval.answering import make_cases, messages, prompt_text
+from verippo.eval.answering import build_messages, list_questions_to_ask, prompt_text
 from verippo.eval.config import EvalConfig
 from verippo.eval.evaluate import evaluate
 from verippo.eval.questions import Question, load_questions
@@ -220,7 +220,7 @@ def test_a_prompt_is_read_by_the_servers_tokenizer_as_the_trainer_renders_it(tok
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    conversation = messages(
+    conversation = build_messages(
         Question(
             id="x",
             source="s",
@@ -290,20 +290,20 @@ def test_permutations_tell_a_bias_to_a_letter_from_a_choice_of_an_option(ask, ll
 
 def test_draws_depend_on_seed_item_run_and_order_alone(tmp_path):
     questions, _ = load_questions(str(write_items(tmp_path / "data.json", 6)))
-    cases = make_cases(questions, runs=2, permutations=1, seed=0)
+    cases = list_questions_to_ask(questions, runs=2, permutations=1, seed=0)
     assert len({case.seed for case in cases}) == 24
     assert (
-        make_cases(questions[3:4], runs=3, permutations=2, seed=0)[1] == cases[13]
+        list_questions_to_ask(questions[3:4], runs=3, permutations=2, seed=0)[1] == cases[13]
     )  # however many others there are
-    assert not {case.seed for case in make_cases(questions, runs=2, permutations=1, seed=1)} & {
-        case.seed for case in cases
-    }
+    assert not {
+        case.seed for case in list_questions_to_ask(questions, runs=2, permutations=1, seed=1)
+    } & {case.seed for case in cases}
     assert (
         cases[2].question.options != cases[0].question.options
         or cases[6].question.options != cases[4].question.options
     )
     assert all(
-        {case.question.options[shown]: own for shown, own in case.back.items()}
+        {case.question.options[shown]: own for shown, own in case.file_letters.items()}
         == {t: k for k, t in OPTIONS.items()}
         for case in cases
     )

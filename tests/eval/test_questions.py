@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verippo.eval.questions import Question, load_questions, permutation, permuted
+from verippo.eval.questions import Question, load_questions, permute_options
 
 GOOD = {
     "question": "Which drug?",
@@ -30,7 +30,7 @@ FAULTS = {
     | {"options": {"A": "Aspirin", "b": "Heparin"}},
     "option A is None, expected text": GOOD | {"options": {"A": None, "B": "Heparin"}},
     "option A is ' ', expected text": GOOD | {"options": {"A": " ", "B": "Heparin"}},
-    "holds half a character": GOOD | {"options": {"A": "half \ud800", "B": "Heparin"}},
+    "contains an unpaired surrogate": GOOD | {"options": {"A": "half \ud800", "B": "Heparin"}},
     "answer_idx 'C' is not among the options A, B": GOOD | {"answer_idx": "C"},
     "answer_idx None is not among the options A, B": GOOD | {"answer_idx": None},
     "answer_idx 1 is not among the options A, B": GOOD | {"answer_idx": 1},
@@ -162,13 +162,13 @@ def test_a_missing_file_and_a_stray_comma_are_refused(tmp_path):
 @given(num=st.integers(2, 14), seed=st.integers())
 def test_a_permuted_question_has_the_same_options_and_the_answer_follows_its_text(num, seed):
     own = question(num)
-    shown, back = permuted(own, seed), permutation(own, seed)
+    shown, back = permute_options(own, seed)
     assert list(shown.options) == list(own.options)
     assert {letter: own.options[back[letter]] for letter in shown.options} == shown.options
     assert back[shown.answer_idx] == own.answer_idx
-    assert (shown, back) == (permuted(own, seed), permutation(own, seed))
+    assert (shown, back) == permute_options(own, seed)
 
 
 def test_the_answer_comes_to_every_place_about_equally_often():
-    places = [permuted(question(4), seed).answer_idx for seed in range(4000)]
+    places = [permute_options(question(4), seed)[0].answer_idx for seed in range(4000)]
     assert all(900 < places.count(letter) < 1100 for letter in "ABCD")
