@@ -1,7 +1,7 @@
-"""How answers are worded, in English and Chinese: the patterns that eval/score.py reads outputs by.
+"""Patterns of how answers are worded, in English and Chinese.
 
-Patterns called *_LEFT are searched in the lower-case rest of the sentence before a mention of an option and reach up to it;
-*_RIGHT are matched to what follows it.
+Patterns named *_LEFT are searched in the part of the sentence before a mention of an option and end
+at the mention; those named *_RIGHT are matched to the part after it. Both parts are lower case.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ MARKUP = re.compile(
     r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|\w+\|>"
     r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
-"""Emphasis, end tokens and LaTeX's spacing."""
+"""Emphasis, end tokens and LaTeX spacing, which are removed."""
 LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
 
 LABEL = re.compile(
@@ -22,7 +22,7 @@ LABEL = re.compile(
     r"(?P<close>[)\]}>\"'”’】」》]*)(?:选?项)?",
     re.IGNORECASE,
 )
-"""A letter by itself, with what may enclose it."""
+"""A single letter, with the brackets or quotes around it."""
 NAME_PREFIX = re.compile(
     r"(?:\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|"
     r"table|factor|protein|part|section|"
@@ -30,30 +30,30 @@ NAME_PREFIX = re.compile(
     r"case)\.?|[\d°])[ \t]*\Z",
     re.IGNORECASE,
 )
-"""Before a letter that belongs to a name or a number: "vitamin C", "38.7 C"."""
+"""Precedes a letter that belongs to a name or a number: "vitamin C", "38.7 C"."""
 LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
-"""At the start of an option's words; not the A of "A and B"."""
+"""Article that starts an option's words; not the A of "A and B"."""
 MORE_LETTERS = re.compile(
     r"(?:(?:(?:\s*,)?\s*(?:and|or|to|through|&|和|或|与|及)|"
     r"\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|might|"
     r"can)\b|[\"'\]}]|都|均|三|两))"
 )
-"""Further letters of a list: "A and C"."""
+"""Further letters after the first of a list: "A and C"."""
 BETWEEN = re.compile(
     r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?"
 )
-"""Between the options' words of a list: "aspirin, or heparin"."""
+"""Separates the options' words in a list: "aspirin, or heparin"."""
 LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
-"""Between a letter and its option's own words."""
+"""Separates a letter from its option's own words."""
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
-"""Between the labels of a list with one option a line, and perhaps a line on it."""
+"""Separates the labels of a list with one option a line, each perhaps with a comment."""
 LOWER_CASE = re.compile(
     r"[b-z][.,:;)](?:\s|$)|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S])|"
     r"(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
-"""A small letter that stands for an option; others that end a line are where the output was cut, or an article."""
+"""A lower-case letter that stands for an option, rather than for an article or a cut word."""
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|"
     r"(?:\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|"
@@ -62,20 +62,20 @@ FOLLOWS = re.compile(
     r"therefore|option|choice|makes?|fits?|seems|"
     r"(?!cells|vitamins|waves|lymphocytes|fibers|strains)[a-z]+(?<![uias])s)\b)"
 )
-"""What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
+"""Follows a letter that stands for an option; not as in "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(
     r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|"
     r"rather|instead|makes|it|"
     r"(?:would|must) be (?:the|correct|right))\b)[a-z']"
 )
-"""After an I that stands for the speaker."""
+"""Follows an I that is the pronoun."""
 SETS_OFF = re.compile(
     r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|"
     r"\s(?:because|since|as|due|for sure|obviously|rather than|instead of|(?:and )?not)\b)"
 )
-"""What may come after a letter that stands alone at the start of a line."""
+"""Follows a letter that stands alone at the start of a line."""
 STANDS_APART = re.compile(SETS_OFF.pattern + r"|[}\"']")
-"""What may come after an option's words that are common ones, as "no"."""
+"""Follows common words, such as "no", where they stand for an option."""
 
 _FILLER = (
     r"(?:[\s\"'“”‘’(\[{<>=~:,|#–—-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|"
@@ -107,7 +107,7 @@ CLAIM_LEFT = re.compile(
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|:)[\s\"'“(\[【「]*$"
     r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
-"""The mention after this is claimed to be the answer."""
+"""Precedes an option that is claimed to be the answer."""
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
     r"corresponds? to|consistent with|fits?|"
@@ -115,7 +115,7 @@ WEAK_LEFT = re.compile(
     r"known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
-"""The mention after this is what the sentence comes to; weaker than a claim."""
+"""Precedes an option that the sentence arrives at, which is weaker than a claim."""
 
 _VERDICT = (
     r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|"
@@ -137,7 +137,7 @@ CLAIM_RIGHT = re.compile(
     r"makes the most sense|(?:most|more) (?:likely|probable|plausible)\b|it is\b)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
 )
-"""The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
+"""Follows an option that is claimed to be the answer, unless DENIED_GAP is found in the gap."""
 DENIED_GAP = re.compile(
     r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|"
     r"非"
@@ -177,7 +177,7 @@ SUPPOSED = re.compile(
     r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|^\W*if\b[^,]*_|\bwith the letter of\b"
     r"|如果|假如|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
 )
-"""A sentence that says what would be, or what others think."""
+"""Found in a sentence that is hypothetical or reports what others think."""
 UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|"
     r"certain|possible|able|enough)|"
@@ -190,19 +190,19 @@ EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
     r"while|whereas|although|in contrast|unlike)\b[^;]*$|\bbefore\b[^,;]*$"
 )
-"""The mention after this is named beside the point."""
+"""Precedes an option that is mentioned only as an example or for contrast."""
 ENDORSEMENT = re.compile(
     r"\b(?:best|correct|usual|preferred|recommended|indicated|appropriate|first-line|choice|"
     r"stands? out|fits|explains|"
     r"should|needs?|needed|want|receives?|only)\b|由|属于|首选|考虑"
 )
-"""Words of a sentence that makes the only option in it an answer."""
+"""Found in a sentence that recommends the only option in it."""
 TURN = re.compile(
     r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|"
     r"therefore|thus)\b"
     r"|但|然而|所以|因此"
 )
-"""What is denied or supposed before this does not bear on what comes after."""
+"""Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 COMMON_WORDS = {
     "yes",
@@ -219,4 +219,4 @@ COMMON_WORDS = {
     "是",
     "否",
 }
-"""Options whose words occur in any text: they count only where they stand apart."""
+"""Options that occur as words in any text; they count only where STANDS_APART follows."""
