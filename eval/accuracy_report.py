@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
@@ -12,8 +12,6 @@ from .results import EvaluationResults, Summary
 
 MAX_SHOWN = 500
 """Largest number of answers shown on a page; of more, an even selection is shown."""
-MAX_CHARACTERS = 8000
-"""Longest answer shown whole; the middle of a longer one is left out."""
 SCRIPT = """
 const filters = [...document.querySelectorAll("[data-filter]")];
 const items = [...document.querySelectorAll(".item")];
@@ -73,12 +71,15 @@ def _table_row(source: str, group: Summary, scoring: str) -> dict[str, str]:
 
 def print_rows(rows: Sequence[dict[str, str]]) -> None:
     """Prints the rows under their keys, in columns; the first is aligned left, the others right."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        blanks = [" " * (size - _width(cell)) for cell, size in zip(line, widths, strict=True)]
-        cells = [blank + cell for cell, blank in zip(line, blanks, strict=True)]
-        print("  ".join([line[0] + blanks[0], *cells[1:]]))
+    columns: list[Iterable[str]] = []
+    for name in rows[0]:
+        cells = [name, *(row[name] for row in rows)]
+        widest = max(map(_width, cells))
+        blanks = [" " * (widest - _width(cell)) for cell in cells]
+        pairs = zip(blanks, cells, strict=True) if columns else zip(cells, blanks, strict=True)
+        columns.append(map("".join, pairs))
+    for line in zip(*columns, strict=True):
+        print("  ".join(line))
 
 
 def _width(text: str) -> int:
@@ -101,7 +102,7 @@ def write_report(output: Path, results: EvaluationResults, texts: Sequence[str])
     """
     answers = [(item, answer) for item in results.items for answer in item.answers]
     wrong = [
-        {"item": item, "answer": answer, "text": _shorten(text)}
+        {"item": item, "answer": answer, "text": text}
         for (item, answer), text in zip(answers, texts, strict=True)
         if not answer.right
     ]
@@ -128,11 +129,3 @@ def render_page(output: Path, wrong: list[dict[str, Any]], **values: Any) -> Pat
         wrong=shown,
         **values,
     )
-
-
-def _shorten(text: str) -> str:
-    half = MAX_CHARACTERS // 2
-    cut = len(text) - MAX_CHARACTERS
-    if cut <= 0:
-        return text
-    return f"{text[:half]}\n[... {cut} characters left out ...]\n{text[-half:]}"

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +96,14 @@ def list_questions_to_ask(
     return asked
 
 
-def build_messages(question: Question, *, prompt: str, system: str | None) -> list[dict[str, str]]:
-    """Builds the conversation that asks the question.
-
-    Args:
-        question: The question as shown.
-        prompt: Key of `PROMPTS`.
-        system: System message, if any.
-    """
+def build_messages(config: EvalConfig, question: Question) -> list[dict[str, str]]:
+    """Builds the conversation that asks the question, with its options as shown."""
     options = "\n".join(f"{letter}. {text}" for letter, text in question.options.items())
     # not str.format, because a question may contain braces
-    text = PROMPTS[prompt].replace("{options}", options, 1)
+    text = PROMPTS[config.prompt].replace("{options}", options, 1)
     text = text.replace("{question}", question.question, 1)
-    messages = [{"role": "user", "content": text}]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    turns = {"system": config.system_prompt, "user": text}
+    return [{"role": role, "content": content} for role, content in turns.items() if content]
 
 
 def check_weights(journal: Journal, model: str) -> None:
@@ -187,13 +181,13 @@ async def _ask_server(
     finished: list[Answer] = []
 
     async def answer_one(item: AskedQuestion) -> Answer:
-        messages = build_messages(item.question, prompt=config.prompt, system=config.system_prompt)
+        messages = build_messages(config, item.question)
         draw: dict[str, Any] = {"draw": item.run, "seed": item.seed, "top_p": config.nucleus}
         try:
-            if tokenizer is None:
-                reply = await llm.ask(messages, **draw)
-            else:
+            if tokenizer:
                 reply = await llm.complete(prompt_text(tokenizer, messages), **draw)
+            else:
+                reply = await llm.ask(messages, **draw)
             answer = Answer(reply.text, reply.finish_reason, reply.completion_tokens)
         except LLMError as error:
             answer = Answer(error=str(error))
@@ -254,9 +248,7 @@ def _ask_local(
         waiting: dict[str, Prompt] = {}
         keys = []
         for item in chunk:
-            messages = build_messages(
-                item.question, prompt=config.prompt, system=config.system_prompt
-            )
+            messages = build_messages(config, item.question)
             ids = render_messages(tokenizer, messages, add_generation_prompt=True)
             key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
             keys.append(key)
@@ -270,19 +262,12 @@ def _ask_local(
             else:
                 waiting[key] = Prompt(token_ids=ids, seed=item.seed)
         completions = sampler.generate(list(waiting.values()), params)
-        drawn = {}
         for key, completion in zip(waiting, completions, strict=True):
             ids = list(completion.token_ids)
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            drawn[key] = Answer(text, completion.finish_reason, len(ids))
-        asyncio.run(_record(journal, drawn))
-        found |= drawn
+            found[key] = Answer(text, completion.finish_reason, len(ids))
+            asyncio.run(journal.record(key, vars(found[key])))
         for item, key in zip(chunk, keys, strict=True):
             on_answer(item, found[key])
             answers.append(found[key])
     return answers
-
-
-async def _record(journal: Journal, answers: dict[str, Answer]) -> None:
-    records = (journal.record(key, asdict(answer)) for key, answer in answers.items())
-    await asyncio.gather(*records)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..core.report.html_page import format_number
-from ..core.report.statistics import Interval
 from ..core.training.checkpoint import prepare_output
 from .accuracy_report import percent, print_rows, render_page
 from .config import CompareConfig, Scoring
-from .results import AnswerRow, ItemRow, as_json
-from .significance import McNemar, accuracy_interval, bootstrap_difference, mcnemar
+from .results import AnswerRow, ItemRow
+from .significance import Estimate, McNemar, accuracy_interval, bootstrap_difference, mcnemar
 
 Pair = tuple[ItemRow, ItemRow]
 """One item as the first and as the second evaluation asked it."""
@@ -25,9 +26,9 @@ class Difference(McNemar):
 
     num: int
     """Number of items."""
-    accuracies: list[Interval]
+    accuracies: list[Estimate]
     """Accuracy of each evaluation, over all runs."""
-    difference: Interval
+    difference: Estimate
     """Accuracy of the second less that of the first."""
 
 
@@ -83,8 +84,8 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
         },
     )
     folder = prepare_output(config.output, resume="auto")
-    record = {**resolved, **as_json(comparison)}
-    text = json.dumps(record, ensure_ascii=False, indent=1)
+    record = {**resolved, **vars(comparison)}
+    text = json.dumps(record, ensure_ascii=False, indent=1, default=vars)
     (folder / "compare.json").write_text(text, encoding="utf-8")
     page = folder / "compare.html"
     differing = _differing(pairs, config.scoring)
@@ -148,13 +149,12 @@ def differences(pairs: list[Pair], scoring: Scoring, seed: int) -> Difference:
         seed: Seed of the bootstrap.
     """
     first, second = ([item.right(scoring) for item in side] for side in zip(*pairs, strict=True))
-    means = [[sum(right) / len(right) for right in side] for side in (first, second)]
     votes = [[item.majority_right(scoring) for item in side] for side in zip(*pairs, strict=True)]
     return Difference(
-        **asdict(mcnemar(*votes)),
+        **vars(mcnemar(*votes)),
         num=len(pairs),
         accuracies=[accuracy_interval(first), accuracy_interval(second)],
-        difference=bootstrap_difference(means[1], means[0], seed=seed),
+        difference=bootstrap_difference(np.mean(second, 1), np.mean(first, 1), seed=seed),
     )
 
 
@@ -181,7 +181,7 @@ def print_comparison(config: CompareConfig, comparison: Comparison) -> None:
     rows = []
     for source, row in comparison.sources.items():
         first, second = row.accuracies
-        value, low, high = (f"{100 * bound:+.1f}" for bound in row.difference if bound is not None)
+        value, low, high = (f"{100 * bound:+.1f}" for bound in vars(row.difference).values())
         rows.append(
             {
                 "source": source,

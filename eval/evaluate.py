@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .accuracy_report import print_table, write_report
 from .answering import Answer, AskedQuestion, OnAnswer, ask, check_weights, list_questions_to_ask
 from .config import EvalConfig
 from .questions import Question, load_questions
-from .results import as_json, item_rows, summarise_evaluation
+from .results import item_rows, summarise_evaluation
 from .score import extract_choice
 
 
@@ -60,7 +59,7 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
     seconds = round(time.monotonic() - started, 1)
     results = summarise_evaluation(config, items, malformed, seconds=seconds)
     write_answers(folder / "answers.jsonl", asked, answers)
-    text = json.dumps(as_json(results), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False, default=vars)
     _write(folder / "results.json", text)
     write_report(folder / "report.html", results, [answer.text for answer in answers])
     print_table(results)
@@ -110,7 +109,7 @@ def write_answers(path: Path, asked: Sequence[AskedQuestion], answers: Sequence[
             "run": item.run,
             "permutation": item.permutation,
             "seed": item.seed,
-            **asdict(answer),
+            **vars(answer),
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     _write(path, "".join(lines))

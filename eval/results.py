@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from ..core.report.statistics import Interval, wilson_interval
+from ..core.report.statistics import wilson_interval
 from ..core.text.chat import parse_response
 from .answering import Answer, AskedQuestion
 from .config import EvalConfig, Scoring
 from .questions import Question
 from .score import accuracy_original, extract, extract_original
 from .significance import (
+    Estimate,
     LengthStatistics,
     PositionBias,
     accuracy_interval,
@@ -25,7 +25,7 @@ from .significance import (
     position_bias,
 )
 
-REPORTED_SETTINGS = (
+REPORTED_SETTINGS = [
     "model",
     "engine",
     "base_url",
@@ -40,7 +40,7 @@ REPORTED_SETTINGS = (
     "limit",
     "seed",
     "data",
-)
+]
 """Fields of the configuration that the results repeat."""
 OUTCOMES = ("right", "wrong", "no answer", "failed")
 """Outcomes of an answer. All but the first count as wrong."""
@@ -109,12 +109,9 @@ class ItemRow:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Accuracy by one scoring, with its 95 % interval; None when no item counts."""
+class Accuracy(Estimate):
+    """Accuracy by one scoring."""
 
-    value: float | None
-    low: float | None
-    high: float | None
     num: float
     """Number of items that count; a fraction when only some runs of an item do."""
 
@@ -125,7 +122,7 @@ class Position(PositionBias):
 
     orders: int
     """Number of orders of the options."""
-    accuracies: list[Interval]
+    accuracies: list[Estimate]
     """Accuracy by order, the file's first."""
     agreement: float | None
     """Share of pairs of orders in which the same option was chosen; None with one order."""
@@ -142,7 +139,7 @@ class Summary:
     scorings: dict[Scoring, Accuracy]
     pass_at_k: dict[str, float]
     """Probability that one of k runs is right, for each k."""
-    majority: Interval
+    majority: Estimate
     """Accuracy of the majority votes."""
     outcomes: dict[str, int]
     rules: dict[str, int]
@@ -154,7 +151,7 @@ class Summary:
     position: Position
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """An answer that failed for good, and counts as wrong."""
 
@@ -182,19 +179,6 @@ class EvaluationResults:
     """Duration of the run."""
 
 
-def as_json(value: Any) -> Any:
-    """Converts records to plain JSON values: dataclasses to objects, NaN and infinity to null."""
-    if is_dataclass(value):
-        return as_json(vars(value))
-    if isinstance(value, Interval):
-        return value._asdict()
-    if isinstance(value, dict):
-        return {key: as_json(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [as_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def item_rows(
     questions: Sequence[Question],
     asked: Sequence[AskedQuestion],
@@ -210,35 +194,33 @@ def item_rows(
         scoring: The leading scoring, which decides `letter`, `right` and `outcome`.
     """
     readings = [
-        extract_original(answer.text, case.question.options)
-        for case, answer in zip(asked, answers, strict=True)
+        extract_original(answer.text, item.question.options)
+        for item, answer in zip(asked, answers, strict=True)
     ]
     num_right: Counter[tuple[str, int]] = Counter()
-    for case, pair in zip(asked, readings, strict=True):
+    for item, pair in zip(asked, readings, strict=True):
         for rule, letter in enumerate(pair or ()):
-            num_right[case.question.source, rule] += letter == case.question.answer_idx
-    rows = []
-    each = len(asked) // len(questions)
-    for start, question in zip(range(0, len(asked), each), questions, strict=True):
+            num_right[item.question.source, rule] += letter == item.question.answer_idx
+    scored = []
+    for item, answer, pair in zip(asked, answers, readings, strict=True):
         # the original keeps the reading that is right more often in the source
-        rule = int(num_right[question.source, 1] > num_right[question.source, 0])
-        scored = [
-            _score_answer(asked[n], answers[n], readings[n], rule, scoring)
-            for n in range(start, start + each)
-        ]
-        rows.append(
-            ItemRow(
-                id=question.id,
-                source=question.source,
-                file=question.file,
-                index=question.index,
-                question=question.question,
-                options=question.options,
-                gold=question.answer_idx,
-                answers=scored,
-            )
+        source = item.question.source
+        rule = int(num_right[source, 1] > num_right[source, 0])
+        scored.append(_score_answer(item, answer, pair, rule, scoring))
+    each = len(asked) // len(questions)
+    return [
+        ItemRow(
+            id=question.id,
+            source=question.source,
+            file=question.file,
+            index=question.index,
+            question=question.question,
+            options=question.options,
+            gold=question.answer_idx,
+            answers=scored[n * each : (n + 1) * each],
         )
-    return rows
+        for n, question in enumerate(questions)
+    ]
 
 
 def _score_answer(
@@ -298,13 +280,13 @@ def summarise_evaluation(
     settings |= {"model": config.client.model, "top_p": config.nucleus}
     failures = [
         Failure(
-            item.source,
-            item.id,
-            item.file,
-            item.index,
-            answer.run,
-            answer.permutation,
-            answer.error,
+            source=item.source,
+            id=item.id,
+            file=item.file,
+            index=item.index,
+            run=answer.run,
+            permutation=answer.permutation,
+            error=answer.error,
         )
         for item in items
         for answer in item.answers
@@ -329,7 +311,7 @@ def summarise(items: Sequence[ItemRow], scoring: Scoring) -> Summary:
     runs = len(right[0])
     strict = accuracy_interval([item.right("strict_cascade") for item in items])
     scorings: dict[Scoring, Accuracy] = {
-        "strict_cascade": Accuracy(*strict, num=len(items)),
+        "strict_cascade": Accuracy(**vars(strict), num=len(items)),
         "original": _original_accuracy(items, runs),
     }
     outcomes = Counter(answer.outcome for answer in answers)

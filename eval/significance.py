@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,16 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from ..core.report.statistics import Interval, wilson_interval
+from ..core.report.statistics import wilson_interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval, all None when nothing was measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class PositionBias:
     """Share expected if each item's letters were equally likely."""
     statistic: float
     """Pearson's chi-square statistic."""
-    p_value: float
-    """p-value of the statistic; NaN without answers."""
+    p_value: float | None
+    """p-value of the statistic; None without answers."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class LengthStatistics:
     """Share of the outputs that reached the token limit."""
 
 
-def accuracy_interval(right: Sequence[Sequence[bool]]) -> Interval:
+def accuracy_interval(right: Sequence[Sequence[bool]]) -> Estimate:
     """Accuracy over items and runs, with a 95 % interval that clusters the runs by item.
 
     The accuracy is the mean of the items' means. The interval is Wilson's at the effective sample
@@ -72,7 +80,7 @@ def accuracy_interval(right: Sequence[Sequence[bool]]) -> Interval:
     p = float(means.mean())
     variance = float(means.var()) / len(means)
     effective = p * (1 - p) / variance if variance > 0 else len(means)
-    return Interval(p, *wilson_interval(min(p * effective, effective), effective))
+    return Estimate(p, *wilson_interval(min(p * effective, effective), effective))
 
 
 def pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
@@ -133,7 +141,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
 
 def bootstrap_difference(
     first: Sequence[float], second: Sequence[float], *, seed: int, num_draws: int = 10_000
-) -> Interval:
+) -> Estimate:
     """Mean of first - second over the same items, with a 95 % percentile bootstrap interval.
 
     Items with equal differences are interchangeable, so a resample is one multinomial draw of how
@@ -158,7 +166,7 @@ def bootstrap_difference(
         len(differences), counts / len(differences), size=num_draws
     )
     low, high = np.quantile(draws @ values / len(differences), (0.025, 0.975))
-    return Interval(float(differences.mean()), float(low), float(high))
+    return Estimate(float(differences.mean()), float(low), float(high))
 
 
 def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]]) -> PositionBias:
@@ -186,7 +194,7 @@ def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]
         for letter in offered:
             expected[letter] = expected.get(letter, 0) + 1 / len(offered)
     if not counts:
-        return PositionBias({}, {}, 0.0, math.nan)
+        return PositionBias({}, {}, 0.0, None)
     names = sorted(expected)
     test = stats.chisquare(
         [counts[letter] for letter in names], [expected[letter] for letter in names]

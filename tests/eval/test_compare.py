@@ -10,7 +10,7 @@ import pytest
 from verippo.eval.answering import Answer, list_questions_to_ask
 from verippo.eval.config import EvalConfig
 from verippo.eval.questions import Question
-from verippo.eval.results import as_json, item_rows, summarise_evaluation
+from verippo.eval.results import item_rows, summarise_evaluation
 from verippo.launch import cli
 
 OPTIONS = {"A": "alpha", "B": "beta"}
@@ -45,7 +45,7 @@ def evaluated(tmp_path):
         items = item_rows(questions, cases, answers, config.scoring)
         results = summarise_evaluation(config, items, [], seconds=0.0)
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(as_json(results)))
+        (tmp_path / name / "results.json").write_text(json.dumps(results, default=vars))
         return str(tmp_path / name)
 
     return write

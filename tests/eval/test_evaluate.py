@@ -220,19 +220,17 @@ def test_a_prompt_is_read_by_the_servers_tokenizer_as_the_trainer_renders_it(tok
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    conversation = build_messages(
-        Question(
-            id="x",
-            source="s",
-            question="{options} or 1 < 2?",
-            options=OPTIONS,
-            answer_idx="A",
-            index=0,
-            file="f",
-        ),
-        prompt="free",
-        system=None,
+    question = Question(
+        id="x",
+        source="s",
+        question="{options} or 1 < 2?",
+        options=OPTIONS,
+        answer_idx="A",
+        index=0,
+        file="f",
     )
+    config = EvalConfig(data="", output="", model="x", base_url="http://x/v1", prompt="free")
+    conversation = build_messages(config, question)
     assert "{options} or 1 < 2?\n\nA. alpha" in conversation[0]["content"]
     ids = render_messages(tokenizer, conversation, add_generation_prompt=True)
     assert tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
