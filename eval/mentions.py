@@ -82,7 +82,7 @@ class Mention:
         """Whether the words are so short or common that they occur in any text."""
         least = 2 if self.text > "一" else 4
         short = len(self.text) < least and not re.search(".[A-Z]", self.text)
-        return short or self.text.lower() in w.COMMON_WORDS
+        return short or bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
 
 
 def line_start(text: str, position: int) -> int:

@@ -195,5 +195,5 @@ TURN = re.compile(
 )
 """Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
-COMMON_WORDS = set("yes no maybe none all both true false n/a never always 是 否".split())
+COMMON_WORDS = re.compile("yes|no|maybe|none|all|both|true|false|n/a|never|always|是|否")
 """Options that occur as words in any text; they count only where STANDS_APART follows."""

@@ -21,11 +21,8 @@ def data(tmp_path):
         {"question": f"Which is number {n}?", "options": options, "answer_idx": "AB"[n % 2]}
         for n in range(6)
     ]
-    long = {
-        "question": "Which? " + "very " * 900,
-        "options": options,
-        "answer_idx": "A",
-    }  # over the context
+    # a prompt longer than the context
+    long = {"question": "Which? " + "very " * 900, "options": options, "answer_idx": "A"}
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"short": items, "long": [long]}))
     return path

@@ -84,7 +84,7 @@ def ask(tmp_path, model):
 
 @pytest.fixture
 def mixed(llm_server):
-    """Server: items 0-3 and 9 right (9 in thinking format), 4-5 wrong, 6 empty, 7 cut, 8 refused."""
+    """Items 0-3 and 9 right (9 in the thinking format), 4-5 wrong, 6 empty, 7 cut, 8 refused."""
     module = llm_server.module
 
     def answer(body):
@@ -160,7 +160,7 @@ def test_original_scoring_leads_when_selected(ask, mixed):
     results = ask(mixed, scoring="original")
     assert results["all"]["accuracy"]["value"] == 5 / 8
     assert results["all"]["scorings"]["strict_cascade"]["value"] == 0.5
-    # its two readings: "A" first, "B" last; the labels choose the last here
+    # the first and the last option named differ, and the last is right more often
     mixed.answer = lambda body: (
         f"Not {'D' if item_of(body) % 4 != 3 else 'A'}. It is {GOLD[item_of(body)]}."
     )
@@ -211,7 +211,7 @@ def test_empty_answer_is_no_answer_and_not_retried(ask, llm_server, endpoint):
     assert results["all"]["outcomes"] == {"right": 5, "wrong": 0, "no answer": 5, "failed": 0}
     assert results["failures"] == []
     assert len(server.bodies) == 10
-    assert results["all"]["accuracy"]["value"] == 0.5  # none leaves the denominator
+    assert results["all"]["accuracy"]["value"] == 0.5  # empty answers stay in the denominator
     assert results["all"]["scorings"]["original"]["value"] == 1.0
 
 
@@ -236,9 +236,8 @@ def test_prompt_text_tokenizes_to_the_training_ids(tokenizer_folder):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    assert (
-        tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
-    )  # its own begin token comes in the place of ours
+    # the begin token that the tokenizer adds replaces the template's
+    assert tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
     assert ids[:2] != [1, 1]
 
 
@@ -253,9 +252,8 @@ def test_runs_give_mean_majority_and_pass_at_k(ask, llm_server):
     results = ask(llm_server(answer), num=2, runs=3, llm={"concurrency": 1})
     everything = results["all"]
     assert everything["accuracy"]["value"] == pytest.approx(2 / 6)
-    assert everything["pass_at_k"] == pytest.approx(
-        {"1": 1 / 3, "2": 1 / 2, "3": 1 / 2}
-    )  # item 0: 1 - C(1,2)/C(3,2) = 1
+    # at k = 2, item 0 gives 1 - C(1,2)/C(3,2) = 1
+    assert everything["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": 1 / 2, "3": 1 / 2})
     assert everything["majority"]["value"] == 0.5
     assert [[a["letter"] for a in item["answers"]] for item in results["items"]] == [
         ["A", "A", "B"],
@@ -270,7 +268,7 @@ def test_permutations_distinguish_letter_bias_from_choice(ask, llm_server):
     assert len(stubborn.bodies) == 40
     assert position["shares"] == {"A": 1.0, "B": 0.0, "C": 0.0, "D": 0.0}
     assert position["statistic"] == pytest.approx(40**2 / 10 - 40)  # (40-10)^2/10 + 3 * 10^2/10
-    assert results["all"]["accuracy"]["value"] == 0.3  # the file's order alone: GOLD has three A
+    assert results["all"]["accuracy"]["value"] == 0.3  # in the file's order: GOLD has three A
     assert 0 < position["agreement"] < 0.6
 
     def informed(body):
@@ -289,16 +287,12 @@ def test_draws_depend_only_on_seed_item_run_and_order(tmp_path):
     questions, _ = load_questions(str(write_items(tmp_path / "data.json", 6)))
     cases = list_questions_to_ask(questions, runs=2, permutations=1, seed=0)
     assert len({case.seed for case in cases}) == 24
-    assert (
-        list_questions_to_ask(questions[3:4], runs=3, permutations=2, seed=0)[1] == cases[13]
-    )  # however many others there are
-    assert not {
-        case.seed for case in list_questions_to_ask(questions, runs=2, permutations=1, seed=1)
-    } & {case.seed for case in cases}
-    assert (
-        cases[2].question.options != cases[0].question.options
-        or cases[6].question.options != cases[4].question.options
-    )
+    alone = list_questions_to_ask(questions[3:4], runs=3, permutations=2, seed=0)
+    assert alone[1] == cases[13]
+    others = list_questions_to_ask(questions, runs=2, permutations=1, seed=1)
+    assert not {case.seed for case in others} & {case.seed for case in cases}
+    shown = [case.question.options for case in cases]
+    assert shown[2] != shown[0] or shown[6] != shown[4]
     assert all(
         {case.question.options[shown]: own for shown, own in case.file_letters.items()}
         == {t: k for k, t in OPTIONS.items()}
@@ -336,7 +330,7 @@ def test_killed_evaluation_resumes_without_asking_twice(ask, llm_server, tmp_pat
     assert 30 <= len(server.bodies) < 80
     assert not (tmp_path / "eval" / "results.json").exists()
     results = ask(server, data=data)
-    assert len(server.bodies) <= 80 + 4  # those in flight at the kill
+    assert len(server.bodies) <= 80 + 4  # calls in flight when it was killed
     assert len(server.calls) == 80
     assert results["items"] == ask(server, data=data, folder="unbroken")["items"]
 
@@ -346,7 +340,7 @@ def test_three_thousand_items_are_asked_concurrently_once(ask, llm_server, tmp_p
     files = [*shared.glob("Med*.json"), *shared.glob("PubMed*.json"), *shared.glob("MMLU*.json")]
     if not files:
         files = [write_items(tmp_path / "data.json", 3000)]
-    # every second answer by a letter, every second by nothing at all
+    # about half of the answers are empty
     server = llm_server(
         lambda body: "The answer is B." if body["seed"] % 2 else "", delay_seconds=0.01
     )
@@ -451,7 +445,7 @@ def test_server_without_answers_ends_the_run(ask, llm_server):
 
 
 def test_own_server_is_stopped_when_the_run_fails(fake_sglang, tmp_path, capsys):
-    state, data = tmp_path / "state", write_items(tmp_path / "data.json")  # it refuses every POST
+    state, data = tmp_path / "state", write_items(tmp_path / "data.json")  # the server refuses all
     fields = {name: str(value) for name, value in fake_sglang.items() if name != "model"} | {
         "state": str(state),
         "port": "0",
@@ -479,10 +473,8 @@ def test_own_server_is_stopped_when_the_run_fails(fake_sglang, tmp_path, capsys)
 
 def test_spent_budget_ends_the_run_and_keeps_answers(ask, llm_server):
     server = llm_server(lambda body: "The answer is A.")
-    price = {
-        "price_out": 1e6 / 2000,
-        "concurrency": 1,
-    }  # a full answer may cost 1 USD, these cost 0.002 each
+    # an answer of full length costs 1 USD, these cost 0.002 each
+    price = {"price_out": 1e6 / 2000, "concurrency": 1}
     with pytest.raises(ValueError, match="stopped after 3 answers: .*budget_usd=1.005"):
         ask(server, llm=price | {"budget_usd": 1.005})
     assert len(server.bodies) == 3
@@ -543,4 +535,4 @@ def test_journal_of_another_process_is_refused(ask, mixed, tmp_path):
         asyncio.run(journal.record("x", 1))
         with pytest.raises(ValueError, match="another process"):
             ask(mixed)
-    assert not (tmp_path / "eval" / "config.yaml").exists()  # that run's stays
+    assert not (tmp_path / "eval" / "config.yaml").exists()  # the other run's file is kept

@@ -79,9 +79,8 @@ def test_real_items_give_the_stated_letter_and_lists_give_none(shared):
     )
     missed, false = [], []
     for n, question in enumerate(questions[::3]):
-        options = {
-            letter: " ".join(text.split()) for letter, text in question.options.items()
-        }  # as a model writes them
+        # a model writes no repeated blanks
+        options = {letter: " ".join(text.split()) for letter, text in question.options.items()}
         letter = list(options)[n % len(options)]
         weighed = [
             f"{x}. {text}: this {'fits' if x == letter else 'does not fit'}."
@@ -233,10 +232,8 @@ def test_original_drops_empty_answers_and_keeps_the_better_rule():
     answers = ["A", "A", "D", "B"]
     readings = [extract_original(output, FOUR) for output in outputs]
     assert readings == [("B", "A"), None, ("B", "D"), (None, None)]
-    assert accuracy_original(readings, answers) == (
-        2 / 3,
-        3,
-    )  # by the last option named; by the first it is 0 of 3
+    # by the last option named; the first gives 0 of 3
+    assert accuracy_original(readings, answers) == (2 / 3, 3)
     ours = [extract_choice(output, FOUR) for output in outputs]
     assert ours == ["A", None, "B", None]
     assert accuracy(ours, answers) == 1 / 4
