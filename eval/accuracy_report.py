@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
@@ -46,7 +46,7 @@ def print_table(results: EvaluationResults) -> None:
         )
 
 
-def _table_row(source: str, group: Summary, scoring: str) -> dict[str, str]:
+def _table_row(source: str, group: Summary, scoring: str) -> dict[str, object]:
     accuracy = group.accuracy
     (other,) = group.scorings.keys() - {scoring}
     votes = {
@@ -56,24 +56,25 @@ def _table_row(source: str, group: Summary, scoring: str) -> dict[str, str]:
     length = group.length
     return {
         "source": source,
-        "items": format_number(group.num),
+        "items": group.num,
         scoring: percent(accuracy.value),
         "(95 %)": f"({percent(accuracy.low)} to {percent(accuracy.high)})",
         other: percent(group.scorings[other].value),
         **(votes if group.runs > 1 else {}),
-        "no answer": format_number(group.outcomes["no answer"]),
-        "failed": format_number(group.outcomes["failed"]),
+        "no answer": group.outcomes["no answer"],
+        "failed": group.outcomes["failed"],
         "truncated": percent(length and length.truncated_rate),
-        "tokens": format_number(round(length.mean) if length else 0),
+        "tokens": round(length.mean) if length else 0,
         "format": percent(group.format_rate),
     }
 
 
-def print_rows(rows: Sequence[dict[str, str]]) -> None:
-    """Prints the rows under their keys, in columns; the first is aligned left, the others right."""
+def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
+    """Prints the rows in columns under their keys; the first is aligned left, the others right."""
     columns: list[Iterable[str]] = []
     for name in rows[0]:
-        cells = [name, *(row[name] for row in rows)]
+        values = (row[name] for row in rows)
+        cells = [name, *(x if isinstance(x, str) else format_number(x) for x in values)]
         widest = max(map(_width, cells))
         blanks = [" " * (widest - _width(cell)) for cell in cells]
         pairs = zip(blanks, cells, strict=True) if columns else zip(cells, blanks, strict=True)

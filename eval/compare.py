@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..core.report.html_page import format_number
 from ..core.training.checkpoint import prepare_output
 from .accuracy_report import percent, print_rows, render_page
 from .config import CompareConfig, Scoring
@@ -185,14 +184,14 @@ def print_comparison(config: CompareConfig, comparison: Comparison) -> None:
         rows.append(
             {
                 "source": source,
-                "items": format_number(row.num),
+                "items": row.num,
                 "first": percent(first.value),
                 "second": percent(second.value),
                 "difference": value,
                 "(95 %)": f"({low} to {high})",
-                "only first": format_number(row.only_first),
-                "only second": format_number(row.only_second),
-                "McNemar p": format_number(row.p_value),
+                "only first": row.only_first,
+                "only second": row.only_second,
+                "McNemar p": row.p_value,
             }
         )
     print_rows(rows)

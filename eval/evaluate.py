@@ -89,7 +89,7 @@ def _progress(bar: tqdm[Any]) -> OnAnswer:
         if not bar.n:
             bar.unpause()  # the time to load a model or start a server is not part of the pace
         question = asked.question
-        num_right += extract_choice(answer.text, question.options) == question.answer_idx
+        num_right += extract_choice(answer.text, question.options) == question.gold
         if answer.error:
             where = f"{question.file}: {question.source} item {question.index}"
             tqdm.write(f"failed: {where}: {answer.error}", file=sys.stderr)

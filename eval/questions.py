@@ -27,7 +27,7 @@ class Question:
     question: str
     options: dict[str, str]
     """Letter -> text of each option, in the file's order."""
-    answer_idx: str
+    gold: str
     """Letter of the correct option."""
     index: int
     """Position of the item in its source's list, from 0."""
@@ -77,7 +77,7 @@ def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Ques
                 source=source,
                 question=item["question"],
                 options=item["options"],
-                answer_idx=letter,
+                gold=letter,
                 index=index,
                 file=file,
             )
@@ -183,6 +183,6 @@ def permute_options(question: Question, seed: int) -> tuple[Question, dict[str, 
     letters = list(question.options)
     drawn = random.Random(f"{seed}/{question.source}/{question.id}").sample(letters, len(letters))
     options = {shown: question.options[own] for shown, own in zip(letters, drawn, strict=True)}
-    answer_idx = letters[drawn.index(question.answer_idx)]
-    shown = replace(question, options=options, answer_idx=answer_idx)
+    gold = letters[drawn.index(question.gold)]
+    shown = replace(question, options=options, gold=gold)
     return shown, dict(zip(letters, drawn, strict=True))

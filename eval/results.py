@@ -79,17 +79,9 @@ class AnswerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemRow:
+class ItemRow(Question):
     """One item with all its answers."""
 
-    id: str
-    source: str
-    file: str
-    index: int
-    question: str
-    options: dict[str, str]
-    gold: str
-    """Letter of the correct option."""
     answers: list[AnswerRow]
     """Answers in order of permutation, then run."""
 
@@ -200,7 +192,7 @@ def item_rows(
     num_right: Counter[tuple[str, int]] = Counter()
     for item, pair in zip(asked, readings, strict=True):
         for rule, letter in enumerate(pair or ()):
-            num_right[item.question.source, rule] += letter == item.question.answer_idx
+            num_right[item.question.source, rule] += letter == item.question.gold
     scored = []
     for item, answer, pair in zip(asked, answers, readings, strict=True):
         # the original keeps the reading that is right more often in the source
@@ -209,16 +201,7 @@ def item_rows(
         scored.append(_score_answer(item, answer, pair, rule, scoring))
     each = len(asked) // len(questions)
     return [
-        ItemRow(
-            id=question.id,
-            source=question.source,
-            file=question.file,
-            index=question.index,
-            question=question.question,
-            options=question.options,
-            gold=question.answer_idx,
-            answers=scored[n * each : (n + 1) * each],
-        )
+        ItemRow(**vars(question), answers=scored[n * each : (n + 1) * each])
         for n, question in enumerate(questions)
     ]
 
@@ -238,7 +221,7 @@ def _score_answer(
         "original": original[rule] if original else None,
     }
     letter = letters[scoring]
-    right = letter == asked.file_letter(asked.question.answer_idx)
+    right = letter == asked.file_letter(asked.question.gold)
     if answer.error:
         outcome = "failed"
     elif letter is None:

@@ -30,7 +30,7 @@ def evaluated(tmp_path):
                 source=source,
                 question=f"{question} {n}",
                 options=OPTIONS,
-                answer_idx="A",
+                gold="A",
                 index=n,
                 file="f",
             )

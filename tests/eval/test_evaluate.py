@@ -224,7 +224,7 @@ def test_prompt_text_tokenizes_to_the_training_ids(tokenizer_folder):
         source="s",
         question="{options} or 1 < 2?",
         options=OPTIONS,
-        answer_idx="A",
+        gold="A",
         index=0,
         file="f",
     )

@@ -48,7 +48,7 @@ def write(path, content):
 def question(num):
     options = dict(zip(string.ascii_uppercase, (f"option {n}" for n in range(num)), strict=False))
     return Question(
-        id="q", source="s", question="?", options=options, answer_idx="B", index=0, file="f.json"
+        id="q", source="s", question="?", options=options, gold="B", index=0, file="f.json"
     )
 
 
@@ -58,7 +58,7 @@ def test_published_files_load_completely(shared):
     assert len(questions) >= 3457
     assert not bad
     assert {len(q.options) for q in questions} == {3, 4, 5, 10}
-    assert all(q.answer_idx in q.options for q in questions)
+    assert all(q.gold in q.options for q in questions)
     assert len({(q.source, q.id) for q in questions}) == len(questions)
 
 
@@ -124,16 +124,13 @@ def test_answer_that_is_no_option_gives_a_warning(tmp_path):
     path = write(tmp_path / "e.json", {"src": [GOOD, GOOD | {"answer": "unfractionated heparin"}]})
     with pytest.warns(UserWarning, match=re.escape(f"{path}: src item 1") + r".*1 such items"):
         questions, bad = load_questions(path)
-    assert (questions[1].answer_idx, bad) == ("B", [])
+    assert (questions[1].gold, bad) == ("B", [])
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("answer", [None, "", "heparin ", "B"])
 def test_matching_or_missing_answers_give_no_warning(tmp_path, answer):
-    assert (
-        load_questions(write(tmp_path / "e.json", [GOOD | {"answer": answer}]))[0][0].answer_idx
-        == "B"
-    )
+    assert load_questions(write(tmp_path / "e.json", [GOOD | {"answer": answer}]))[0][0].gold == "B"
 
 
 @pytest.mark.parametrize(
@@ -165,10 +162,10 @@ def test_permuted_options_keep_the_correct_text(num, seed):
     shown, back = permute_options(own, seed)
     assert list(shown.options) == list(own.options)
     assert {letter: own.options[back[letter]] for letter in shown.options} == shown.options
-    assert back[shown.answer_idx] == own.answer_idx
+    assert back[shown.gold] == own.gold
     assert (shown, back) == permute_options(own, seed)
 
 
 def test_permutations_place_the_answer_uniformly():
-    places = [permute_options(question(4), seed)[0].answer_idx for seed in range(4000)]
+    places = [permute_options(question(4), seed)[0].gold for seed in range(4000)]
     assert all(900 < places.count(letter) < 1100 for letter in "ABCD")
