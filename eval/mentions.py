@@ -173,7 +173,7 @@ def _read_label(text: str, lower: str, match: re.Match[str], words: str | None) 
         if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
             return None  # an article: the option's words are a mention of their own
         end = words_at[0] + len(words)
-        return replace(_mention(text, start, end, letter.upper()), own_words=True)
+        return _mention(text, start, end, letter.upper(), own_words=True)
     pronoun = letter == "I" and w.PRONOUN.match(text, end)
     if enclosed or (w.FOLLOWS.match(text, end) and not pronoun):
         return _mention(text, start, end, letter.upper())
@@ -249,7 +249,9 @@ def _joined(left: str, right: str) -> bool:
     return left.isalnum() and left < "一" and right.isalnum() and right < "一"
 
 
-def _mention(text: str, start: int, end: int, letter: str | None) -> Mention:
+def _mention(
+    text: str, start: int, end: int, letter: str | None, own_words: bool = False
+) -> Mention:
     # a line break directly before the mention does not end the sentence on its left
     before = text[max(0, start - CONTEXT_CHARACTERS) : start].rstrip()
     left = w.SENTENCE_END.split(before)[-1]
@@ -260,4 +262,4 @@ def _mention(text: str, start: int, end: int, letter: str | None) -> Mention:
     if stop:
         right = right[: stop.start()]
     mark = stop[0] if stop else ""
-    return Mention(start, end, text[start:end], letter, left, right.lower(), mark)
+    return Mention(start, end, text[start:end], letter, left, right.lower(), mark, own_words)

@@ -289,9 +289,9 @@ def summarise_evaluation(
 
 def summarise(items: Sequence[ItemRow], scoring: Scoring) -> Summary:
     """Summarises the answers to these items."""
-    answers = [answer for item in items for answer in item.answers if not answer.permutation]
     right = [item.right(scoring) for item in items]
     runs = len(right[0])
+    answers = [answer for item in items for answer in item.answers[:runs]]
     strict = accuracy_interval([item.right("strict_cascade") for item in items])
     scorings: dict[Scoring, Accuracy] = {
         "strict_cascade": Accuracy(**vars(strict), num=len(items)),

@@ -18,6 +18,7 @@ an answer. The patterns are in eval/wording.py.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,8 +213,7 @@ def accuracy(letters: Sequence[str | None], answers: Sequence[str]) -> float:
             "accuracy needs as many letters as answers, at least one; "
             f"got {len(letters)} and {len(answers)}"
         )
-    right = [letter == answer for letter, answer in zip(letters, answers, strict=True)]
-    return sum(right) / len(answers)
+    return sum(map(operator.eq, letters, answers)) / len(answers)
 
 
 def accuracy_original(
