@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core.llm.judge import Case, Judge
-from ..core.report.run_report import try_report, wilson_interval
+from ..core.report.run_report import try_report
+from ..core.report.statistics import wilson_interval
 from ..core.text.verifier_text import load_template
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
