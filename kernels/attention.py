@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences of different lengths, with one signature for every backend."""
+"""Causal attention over packed sequences, with one signature for every backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def varlen_attention(
 
     gqa = key.shape[1] != query.shape[1]
     causal = (-1, 0)
-    options = {"scale": scale, "window_size": causal, "enable_gqa": gqa}
+    options: dict[str, Any] = {"scale": scale, "window_size": causal, "enable_gqa": gqa}
     out = varlen_attn(query, key, value, cu, cu, max_seqlen, max_seqlen, **options)
     assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is requested
     return out
@@ -95,7 +95,7 @@ def _fused_backend() -> Backend:
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int], scale: float | None
 ) -> Tensor:
-    """One call per sequence: a [tokens, tokens] mask would cost several times the work and memory."""
+    """One call per sequence: a [tokens, tokens] mask would cost several times the work."""
     sizes = [stop - start for start, stop in pairwise(boundaries) if stop > start] or [0]
     gqa = key.shape[1] != query.shape[1]
     q, k, v = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))

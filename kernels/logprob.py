@@ -1,4 +1,4 @@
-"""Log-probs and entropies from hidden states and the head's weight, without [tokens, vocab] tensors."""
+"""Log-probs and entropies of tokens under a linear head, without [tokens, vocab] tensors."""
 
 from __future__ import annotations
 
@@ -245,7 +245,8 @@ def _check(
         raise ValueError(f"targets are {targets.dtype}, not torch.int64: convert them with .long()")
     if not temperature > 0:
         raise ValueError(
-            f"temperature is {temperature}, must be over 0: greedy decoding has no log-probabilities"
+            f"temperature is {temperature}, must be over 0: "
+            "greedy decoding has no log-probabilities"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(
@@ -255,5 +256,6 @@ def _check(
     if bool(outside.any()):
         i = int(outside.nonzero()[0])
         raise ValueError(
-            f"targets[{i}] is {int(targets[i])}, outside the vocabulary 0..{weight.shape[0] - 1}: drop it"
+            f"targets[{i}] is {int(targets[i])}, outside the vocabulary "
+            f"0..{weight.shape[0] - 1}: drop it"
         )

@@ -1,4 +1,4 @@
-"""A user's own function, named as `module:name`."""
+"""Loading of functions that users name as `module:name`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 
 
 def load_function(spec: str, *, option: str) -> Any:
-    """The callable that `module:name` names; modules of the working directory count.
+    """Imports the callable that `module:name` names, from the working directory too.
 
-    Raises ValueError naming the option when it is malformed, cannot be imported, or is not callable.
+    Args:
+        spec: `module:name`.
+        option: name of the option, for errors.
+
+    Raises:
+        ValueError: it is malformed, cannot be imported, or is not callable.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or module_name.startswith(".") or not name:
         raise ValueError(f"{option}={spec}: give module:name")
-    # appended, not put first: a folder there called like an installed package must not shadow it
+    # appended: a folder named like an installed package must not shadow it
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -21,7 +21,7 @@ from .config import PPOConfig
 from .rollout import Rollout, RolloutPrompt, check_rollouts
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
-from .weight_push import close, push_weights, rest
+from .weight_push import close, push_weights, sleep
 
 NUM_LOGGED_SAMPLES = 4
 """Sampled texts written to samples.jsonl each time."""
@@ -79,7 +79,7 @@ class PPORun(TrainingRun):
     def roll_out(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout]:
         """Samples the responses of a step; afterwards the sampler may release its memory."""
         rollouts = roll_out(self.parts, prompts, self.config.sampling, version=self.state.step)
-        rest(self.config, self.parts.sampler)
+        sleep(self.config, self.parts.sampler)
         return rollouts
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A step's metrics: token-weighted over the mask, over all ranks."""
+"""Metrics of a step, weighted by token over the mask and over all ranks."""
 
 from __future__ import annotations
 
@@ -33,11 +33,23 @@ def step_metrics(
     returns: Tensor,
     right_score: float,
 ) -> dict[str, Any]:
-    """Of the rollouts and the fixed targets, which every rank holds in full: [rollouts] or [tokens] each."""
-    mask, num = batch.response_mask, len(rollouts)
-    sampled = torch.tensor(
-        [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs]
-    )
+    """Metrics of a step's rollouts and fixed targets, before the update.
+
+    Args:
+        rollouts: the step's rollouts.
+        scores: [rollouts], the verifier's scores.
+        rewards: [tokens], as are all tensors below.
+        batch: the packed rollouts.
+        logprobs: of the policy.
+        ref_logprobs: of the reference.
+        entropy: of the policy's distribution, in nats.
+        values: of the critic.
+        returns: targets of the critic.
+        right_score: score from which a response counts as right.
+    """
+    mask = batch.response_mask
+    num = len(rollouts)
+    sampled = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprobs])
     gap = (logprobs[mask] - sampled).abs()
     return _of_rollouts(rollouts, scores, right_score, prefix="score_") | {
         "kl_mean": float((logprobs - ref_logprobs)[mask].sum()) / num,
@@ -45,12 +57,16 @@ def step_metrics(
         "entropy": float(entropy[mask].mean()),
         "explained_variance": float(explained_variance(values, returns, mask)),
         "sampler_logprob_gap_mean": float(gap.mean()),
-        "sampler_logprob_gap_p99": float(gap.quantile(0.99))
-        if len(gap) < 2**24
-        else float(gap.sort().values[-len(gap) // 100]),
+        "sampler_logprob_gap_p99": _percentile_99(gap),
         "tokens_generated": batch.num_response_tokens,
         "peak_memory_gib": peak_memory_gib(),
     }
+
+
+def _percentile_99(x: Tensor) -> float:
+    if len(x) < 2**24:  # the limit of quantile
+        return float(x.quantile(0.99))
+    return float(x.sort().values[-len(x) // 100])
 
 
 @torch.no_grad()
@@ -92,7 +108,7 @@ def check_logprob_gap(metrics: dict[str, Any], limit: float, *, step: int) -> No
 def evaluation_metrics(
     rollouts: Sequence[Rollout], scores: Tensor, right_score: float
 ) -> dict[str, Any]:
-    """Of an evaluation: as a step's, without what needs a training forward."""
+    """Metrics of an evaluation: as of a step, without what needs a training forward pass."""
     return (
         {"num": len(rollouts)}
         | _of_rollouts(rollouts, scores, right_score, prefix="")
@@ -118,10 +134,10 @@ def _of_rollouts(
 def sample_row(
     rollout: Rollout, score: float, verifier: VerifierConfig, *, step: int, split: str
 ) -> dict[str, Any]:
-    """A sampled text with its verdict, for people to read."""
-    verdict = (
-        "unparsable" if rollout.final is None else "right" if score >= verifier.right else "wrong"
-    )
+    """A row of samples.jsonl: a sampled text with its score and verdict."""
+    verdict = "right" if score >= verifier.right else "wrong"
+    if rollout.final is None:
+        verdict = "unparsable"
     return {
         "step": step,
         "split": split,
@@ -134,7 +150,7 @@ def sample_row(
 
 
 class UpdateMeter:
-    """Sums over a step's micro-batches, made means over all tokens of all ranks at the end."""
+    """Sums over the micro-batches of a step's update, averaged over all tokens of all ranks."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(6, dtype=torch.float64, device=dist.device())
@@ -144,6 +160,7 @@ class UpdateMeter:
         """Learning rates of policy and critic at the last optimizer step."""
 
     def add(self, pg: ppo.PolicyLoss, vf: ppo.ValueLoss, *, first_minibatch: bool) -> None:
+        """Adds a micro-batch's losses; `first_minibatch`: the policy has not moved yet."""
         parts = (
             pg.loss_sum,
             pg.clip_sum,
@@ -157,11 +174,15 @@ class UpdateMeter:
             self.first_gap = torch.maximum(self.first_gap, pg.ratio_max_abs_log)
 
     def add_step(self, policy: StepResult, critic: StepResult) -> None:
+        """Adds an optimizer step of both models."""
         self.norms.append((policy.grad_norm, critic.grad_norm))
 
     def result(self) -> dict[str, float]:
-        """ratio_first_minibatch_max is max |log rho| before the first optimizer step, when the policy has not moved: 0 but for
-        rounding. Gradient norms are means over the step's optimizer steps, before clipping; skipped steps left out."""
+        """The metrics of the update.
+
+        `ratio_first_minibatch_max` is the largest |log rho| before the first optimizer step: 0 but for
+        rounding. Gradient norms are means over the applied optimizer steps, before clipping.
+        """
         sums = dist.all_sum(self.sums).tolist()
         policy, critic = (
             [n for n in norms if math.isfinite(n)] for norms in zip(*self.norms, strict=True)

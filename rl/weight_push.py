@@ -1,4 +1,4 @@
-"""Weights on their way to the sampler, and the gate that each update must pass."""
+"""Sending the policy's weights to the sampler, and the parity gate that each update must pass."""
 
 from __future__ import annotations
 
@@ -16,28 +16,38 @@ from .experience import compute
 from .setup import Components
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
-"""nats: two correct implementations differ by rounding alone. With bf16 a small model's differed by 0.01 on average and up to
-0.2, as much as by the weights of several steps before: there `check_taken` sees what this cannot"""
+"""Largest difference of log-probs in nats that rounding explains, by dtype.
+
+In bf16 a small model's differed by 0.01 on average and up to 0.2, as much as the weights of a few
+steps before: there `check_taken` sees what this gate cannot.
+"""
 NUM_SEQUENCES = 4
+"""Sequences of the gate."""
 MAX_TOKENS = 128
+"""Tokens of a sequence of the gate."""
 
-
-Answers = tuple[Tensor, list[list[float]]]
-"""the gate's log-probs: the trainer's [tokens], and for each sequence a copy's, of its tokens from the second on"""
+GateLogprobs = tuple[Tensor, list[list[float]]]
+"""Log-probs of the gate: the trainer's [tokens]; a copy's by sequence, from the second token on."""
 
 
 class GateSequence(NamedTuple):
-    """A fixed sequence: every token after the first counts."""
+    """A fixed sequence of the gate; every token after the first counts."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
 
 
 def push_weights(config: PPOConfig, run: Components, version: int) -> dict[str, float]:
-    """Sends the policy's weights to the sampler and returns the metrics of the update.
+    """Sends the policy's weights to the sampler.
 
-    A sampler whose weights live elsewhere must pass the parity gate: for the first training prompts, each copy's log-probs
-    agree with the trainer's, and moved when those did. Raises RuntimeError, on every rank, with both numbers where not.
+    A sampler whose weights live in other processes must pass the parity gate: for the first
+    training prompts, each copy's log-probs agree with the trainer's, and moved when those did.
+
+    Returns:
+        Metrics of the update.
+
+    Raises:
+        RuntimeError: a copy fails the gate; raised on every rank.
     """
     run.sampler.update_weights(run.policy.named_tensors(), version)
     if not isinstance(run.sampler, ServedSampler):
@@ -55,7 +65,7 @@ def push_weights(config: PPOConfig, run: Components, version: int) -> dict[str, 
 
 
 def gate_batch(token_ids: Sequence[Sequence[int]]) -> PackedBatch:
-    """The beginnings of the first prompts."""
+    """The first tokens of the first prompts, as the gate's sequences."""
     fixed = [ids[:MAX_TOKENS] for ids in token_ids if len(ids) > 1][:NUM_SEQUENCES]
     return pack([GateSequence(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in fixed])
 
@@ -63,8 +73,18 @@ def gate_batch(token_ids: Sequence[Sequence[int]]) -> PackedBatch:
 def parity_gap(
     ours: Tensor, batch: PackedBatch, theirs: list[list[float]], *, name: str, limit: float
 ) -> float:
-    """The largest difference between the trainer's log-probs [tokens] and a copy's, of each sequence's tokens from the second
-    on (nats). Raises RuntimeError when it is over the limit."""
+    """Largest difference between the trainer's and a copy's log-probs.
+
+    Args:
+        ours: [tokens], the trainer's.
+        batch: the gate's sequences.
+        theirs: the copy's, by sequence, from the second token on.
+        name: the copy, for errors.
+        limit: largest difference allowed, in nats.
+
+    Raises:
+        RuntimeError: a difference is over the limit.
+    """
     gaps = [
         (math.inf if math.isnan(a - b) else abs(a - b), number, index, a, b)
         for number, (own, copy) in enumerate(zip(ours.split(batch.lengths), theirs, strict=True))
@@ -73,27 +93,34 @@ def parity_gap(
     gap, number, index, a, b = max(gaps)
     if gap > limit:
         raise RuntimeError(
-            f"{name} does not hold the trainer's weights: token {index} of gate sequence {number} has log-prob {b:.6f} there, "
-            f"{a:.6f} in the trainer, a gap of {gap:.2g} over sampler.parity_tolerance={limit:g} (or its dtype or shape differs)"
+            f"{name} does not hold the trainer's weights: token {index} of gate sequence {number} "
+            f"has log-prob {b:.6f} there, {a:.6f} in the trainer, a gap of {gap:.2g} over "
+            f"sampler.parity_tolerance={limit:g} (or its dtype or shape differs)"
         )
     return gap
 
 
-def check_taken(before: Answers | None, now: Answers, *, name: str) -> None:
-    """Raises RuntimeError when the trainer's log-probs moved since the last update and a copy's are the same to the last bit:
-    rounding makes any change of the weights show in nearly every token."""
+def check_taken(before: GateLogprobs | None, now: GateLogprobs, *, name: str) -> None:
+    """Checks that a copy's log-probs moved when the trainer's did.
+
+    Rounding makes any change of the weights show in nearly every token.
+
+    Raises:
+        RuntimeError: the copy's are equal to the last bit, the trainer's are not.
+    """
     if before is None:
         return
     moved = float((now[0] != before[0]).float().mean())
     if moved > 0.5 and now[1] == before[1]:
         raise RuntimeError(
-            f"{name} did not take the trainer's weights: its log-probs are those from before the update, to the last bit, "
-            f"while {moved:.0%} of the trainer's moved, by up to {float((now[0] - before[0]).abs().max()):.2g}"
+            f"{name} did not take the trainer's weights: its log-probs are those from before the "
+            f"update, to the last bit, while {moved:.0%} of the trainer's moved, by up to "
+            f"{float((now[0] - before[0]).abs().max()):.2g}"
         )
 
 
-def rest(config: PPOConfig, sampler: Sampler) -> None:
-    """Between two rollouts the sampler gives its memory back, if it is to; the next update wakes it."""
+def sleep(config: PPOConfig, sampler: Sampler) -> None:
+    """Lets the sampler release its memory until the next update, if `sampler.sleep` is set."""
     if config.sampler.sleep:
         assert isinstance(sampler, ServedSampler)
         sampler.sleep()

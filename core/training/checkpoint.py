@@ -1,8 +1,8 @@
-"""Run folders and checkpoints: written aside, synced, renamed; `latest` moves last.
+"""Run folders and checkpoints, written to a temporary folder, synced and renamed.
 
-OUTPUT/checkpoints/step-00000020/   state.json + whatever the run saves beside it
-OUTPUT/checkpoints/latest           the name of the newest whole one
-OUTPUT/checkpoints/best             the name of the one with the best evaluation, if any
+OUTPUT/checkpoints/step-00000020/   state.json and whatever the run saves beside it
+OUTPUT/checkpoints/latest           name of the newest whole checkpoint, moved last
+OUTPUT/checkpoints/best             name of the checkpoint with the best evaluation, if any
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from . import dist
 
 
 def prepare_output(output: str, *, resume: str) -> Path:
-    """Makes the run's folder and keeps it from other processes until this one ends. Raises ValueError when it cannot be
-    written, is another process's at this moment, or holds another run and resume is "never"."""
+    """Makes a run's folder and locks it against other processes until this one ends.
+
+    Raises:
+        ValueError: it cannot be written, another process holds it, or it holds another run and
+            `resume` is "never".
+    """
     folder = Path(output).expanduser()
     problem = None
     if dist.is_main():
@@ -31,11 +35,17 @@ def prepare_output(output: str, *, resume: str) -> Path:
             probe.write_bytes(bytes(1 << 16))
             probe.unlink()
             if not _lock(folder / ".lock"):
-                problem = f"output {folder}: another run writes there: choose another folder, or end that run"
+                problem = (
+                    f"output {folder}: another run writes there: choose another folder, or end "
+                    "that run"
+                )
         except OSError as error:
             problem = f"output {folder}: cannot write there: {error.strerror or error}"
         if problem is None and resume == "never" and (folder / "metrics.jsonl").exists():
-            problem = f"output {folder}: holds a run already: choose another folder, or --resume auto to go on with it"
+            problem = (
+                f"output {folder}: holds a run already: choose another folder, or resume it with "
+                "--resume auto"
+            )
     problem = dist.broadcast(problem)
     if problem:
         raise ValueError(problem)
@@ -43,12 +53,11 @@ def prepare_output(output: str, *, resume: str) -> Path:
 
 
 def _lock(path: Path) -> bool:
-    """False when another process holds it. Held to the end of this process: its descriptor is left open on purpose."""
+    """Whether the lock was free; held until the process ends, whose descriptor stays open."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.lockf(
-            descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # not flock: this process may open the folder again
+        # not flock: this process may open the folder again
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return False
@@ -58,10 +67,18 @@ def _lock(path: Path) -> bool:
 
 
 def find_resume(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: the one that `latest` names ("auto"), none ("never"), or the given folder.
+    """The checkpoint to resume from.
 
-    When `latest` is missing or names none, "auto" takes the newest whole one: a step folder with its state.json.
-    Raises ValueError when the given folder is not a checkpoint.
+    Args:
+        folder: the run's folder.
+        resume: "auto" for the one that `latest` names, or the newest whole one where that is
+            missing; "never" for none; or a step folder.
+
+    Returns:
+        A step folder, or None to start from the beginning.
+
+    Raises:
+        ValueError: the given folder is not a checkpoint.
     """
     if resume == "never":
         return None
@@ -69,7 +86,8 @@ def find_resume(folder: Path, resume: str) -> Path | None:
         path = Path(resume).expanduser()
         if not (path / "state.json").exists():
             raise ValueError(
-                f"resume {resume}: no checkpoint there (state.json is missing); give auto, never, or a step folder"
+                f"resume {resume}: no checkpoint there (state.json is missing); give auto, never, "
+                "or a step folder"
             )
         return path
     checkpoints = folder / "checkpoints"
@@ -80,19 +98,20 @@ def find_resume(folder: Path, resume: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def taking_up(checkpoint: Path) -> Iterator[None]:
-    """Around the reading of a checkpoint: whatever fails there is a ValueError that says how to go on."""
+def explain_load_errors(checkpoint: Path) -> Iterator[None]:
+    """Converts any error while loading a checkpoint into a ValueError that says what to do."""
     try:
         yield
-    except Exception as error:  # a torn file raises a dozen kinds
+    except Exception as error:  # a damaged file raises errors of a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"cannot go on from {checkpoint} ({reason}): it is damaged, or of a run with other settings; give --resume an older "
-            "step folder, or another --output to start afresh"
+            f"cannot resume from {checkpoint} ({reason}): it is damaged, or of a run with other "
+            "settings; give --resume an older step folder, or another --output to start over"
         ) from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The state that `save` was given."""
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -107,8 +126,16 @@ def save(
 ) -> Path:
     """Saves a checkpoint atomically and prunes old ones. Every rank must call it.
 
-    write: called on every rank with the temporary folder, to put the engines' states there.
-    best: marks it as the one with the best evaluation, which pruning spares. total_limit: how many to keep besides.
+    Args:
+        folder: the run's folder.
+        step: number of finished steps.
+        state: written to state.json, whose presence marks the checkpoint as whole.
+        write: writes the engines' states into a temporary folder; called on every rank.
+        best: whether it follows the best evaluation; pruning then keeps it.
+        total_limit: checkpoints to keep, not counting the best.
+
+    Returns:
+        The checkpoint's folder.
     """
     checkpoints = folder / "checkpoints"
     final = checkpoints / f"step-{step:08d}"
@@ -118,7 +145,7 @@ def save(
             shutil.rmtree(abandoned)
         temporary.mkdir(parents=True)
     dist.barrier()
-    with naming_a_full_disk(checkpoints, "a checkpoint"):
+    with explain_full_disk(checkpoints, "a checkpoint"):
         write(temporary)
     dist.barrier()
     if dist.is_main():
@@ -135,15 +162,16 @@ def save(
 
 
 @contextlib.contextmanager
-def naming_a_full_disk(folder: Path, what: str) -> Iterator[None]:
-    """Around the writing of large files under `folder`: a full disk is a ValueError that names it and what was written."""
+def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
+    """Converts errors while writing large files to a full disk into a ValueError that says so."""
     try:
         yield
-    except Exception:  # torch and safetensors have errors of their own for it
+    except Exception:  # torch and safetensors raise errors of their own
         if shutil.disk_usage(folder).free > 1 << 20:
             raise
         raise ValueError(
-            f"{folder}: no space left for {what}: make some; the run goes on from its last checkpoint"
+            f"{folder}: no space left for {what}: make some; the run resumes from its last "
+            "checkpoint"
         ) from None
 
 
@@ -156,21 +184,17 @@ def _point(pointer: Path, name: str) -> None:
 
 
 def _prune(checkpoints: Path, total_limit: int) -> None:
-    spared = {
-        (checkpoints / name).read_text().strip()
-        for name in ("latest", "best")
-        if (checkpoints / name).exists()
-    }
+    pointers = [checkpoints / name for name in ("latest", "best")]
+    kept = {pointer.read_text().strip() for pointer in pointers if pointer.exists()}
     steps = sorted(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
     for path in steps[: max(0, len(steps) - total_limit)]:
-        if path.name not in spared:
+        if path.name not in kept:
             _remove(path)
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / "state.json").unlink(
-        missing_ok=True
-    )  # first: a kill in between must not leave what looks whole
+    # state.json first: a kill in between must not leave what looks whole
+    (checkpoint / "state.json").unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

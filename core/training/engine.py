@@ -1,4 +1,4 @@
-"""The only deepspeed import: a module, its optimizer and its shards behind a few verbs."""
+"""DeepSpeed engines: training and frozen models, sharded by ZeRO. The only deepspeed import."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ Dtype = Literal["bf16", "fp32"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
+    """Settings of a DeepSpeed engine."""
+
     zero_stage: Literal[0, 1, 2, 3] = 3
-    """what is sharded over ranks: 1 optimizer states, 2 gradients too, 3 parameters too"""
+    """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
     offload: Offload = "none"
-    """what lives in host memory: nothing, optimizer states, or parameters too (needs stage 3)"""
+    """States in host memory: none, optimizer, or all (parameters too, which needs stage 3)."""
     dtype: Dtype = "bf16"
-    """of weights and activations; master weights and optimizer states are always fp32"""
+    """Data type of weights and activations; master weights and optimizer states are fp32."""
     gradient_checkpointing: bool = True
-    """recompute each layer in the backward pass instead of storing its activations"""
+    """Recompute each layer in the backward pass instead of storing its activations."""
     max_grad_norm: float = 1.0
-    """gradients are scaled down to this global norm"""
+    """Global norm to which gradients are clipped."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """decay rates of Adam's two moments (arXiv 1711.05101)"""
+    """Decay rates of Adam's two moments (arXiv 1711.05101)."""
     adam_epsilon: float = 1e-8
-    """added to the root of the second moment"""
+    """Term added to the root of Adam's second moment."""
     weight_decay: float = 0.0
-    """decoupled, on matrices only: never on norms and biases"""
+    """Decoupled weight decay of matrices; never applied to norms and biases."""
 
     def __post_init__(self) -> None:
         if self.offload == "all" and self.zero_stage != 3:
@@ -49,23 +51,25 @@ class EngineConfig:
 
 
 class StepResult(NamedTuple):
+    """Outcome of an optimizer step."""
+
     applied: bool
-    """false when the gradient was not finite: then nothing moved, on any rank"""
+    """False when the gradient was not finite; no rank has then changed a weight."""
     grad_norm: float
-    """global norm before clipping; NaN when not applied"""
+    """Global norm before clipping; NaN when the step was not applied."""
 
 
 def _deepspeed() -> Any:
-    """deepspeed, imported once a group exists. On CPU its shared-memory extension (a minute of compiling, used only by
-    inference) is switched off."""
+    """Imports deepspeed, once a process group exists.
+
+    On CPU its shared-memory extension is switched off: it takes a minute to compile and serves
+    inference alone.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault(
-        "DEEPSPEED_LOG_LEVEL", "error"
-    )  # its warnings: untested optimizer, skipped step (we count those)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # collectives it calls by old names
+    # hides warnings of untested optimizers, of skipped steps (counted by us) and of old names
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     import deepspeed.ops
 
@@ -78,7 +82,10 @@ def _deepspeed() -> Any:
 
 
 def deepspeed_config(config: EngineConfig, *, world_size: int, train: bool) -> dict[str, Any]:
-    """The DeepSpeed configuration of one engine. It accumulates nothing by itself: the caller marks the last micro-batch."""
+    """DeepSpeed's configuration of one engine.
+
+    Gradient accumulation is left to the caller, who marks the last micro-batch.
+    """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
@@ -99,7 +106,7 @@ def deepspeed_config(config: EngineConfig, *, world_size: int, train: bool) -> d
 
 
 class TrainEngine:
-    """A trained module: forward, backward with sums over global token counts, step, weights, state."""
+    """A model being trained, with its optimizer."""
 
     def __init__(
         self,
@@ -108,7 +115,11 @@ class TrainEngine:
         *,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """optimizer: in place of AdamW, for tests that compare single steps."""
+        """Args:
+        module: a module whose `hf` attribute is the Hugging Face model.
+        config: engine settings.
+        optimizer: replaces AdamW, for tests that compare single steps.
+        """
         deepspeed = _deepspeed()
         self.config = config
         if config.gradient_checkpointing:
@@ -133,35 +144,42 @@ class TrainEngine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss_sum: Tensor, num_tokens: int, *, last: bool) -> None:
-        """Adds the gradient of loss_sum / num_tokens, where the sum runs over this micro-batch and the count over the whole
-        mini-batch of all ranks. DeepSpeed averages gradients over ranks, hence the factor. `last` marks the mini-batch's
-        last micro-batch; every rank makes the same number of calls."""
+        """Adds the gradient of loss_sum / num_tokens.
+
+        Every rank must make the same number of calls. DeepSpeed averages gradients over ranks, hence
+        the factor of the world size.
+
+        Args:
+            loss_sum: loss summed over this micro-batch.
+            num_tokens: tokens of the whole mini-batch, over all ranks.
+            last: whether this is the last micro-batch of the mini-batch.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss_sum * (dist.world_size() / num_tokens), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
-        """One optimizer step over what was accumulated; skipped on every rank when the gradient's norm is not finite."""
+        """Takes an optimizer step, skipped on every rank if the gradient norm is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if (
-            self.config.zero_stage == 0 and self.config.dtype == "fp32"
-        ):  # DeepSpeed neither reports nor checks it there
-            norm = nn.utils.get_total_norm(
-                [p.grad for p in self.module.parameters() if p.grad is not None]
-            ).item()
+        # DeepSpeed neither reports nor checks the norm in this case
+        if self.config.zero_stage == 0 and self.config.dtype == "fp32":
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients).item()
             if not math.isfinite(norm):
                 self.engine.zero_grad()
                 return StepResult(False, math.nan)
             self.engine.step()
             return StepResult(True, norm)
         self.engine.step()
-        applied = self.engine.was_step_applied()
-        return StepResult(
-            applied, float(self.engine.get_global_grad_norm()) if applied else math.nan
-        )
+        if not self.engine.was_step_applied():
+            return StepResult(False, math.nan)
+        return StepResult(True, float(self.engine.get_global_grad_norm()))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every Hugging Face weight in full, one at a time; tied ones once. Every rank must iterate to the end."""
+        """Yields every Hugging Face weight in full, one at a time; tied weights once.
+
+        Every rank must iterate to the end.
+        """
         deepspeed = _deepspeed()
         for name, parameter in self.module.hf.named_parameters():
             sharded = hasattr(parameter, "ds_id")
@@ -169,7 +187,7 @@ class TrainEngine:
                 yield name, parameter.detach()
 
     def full_state(self) -> dict[str, Tensor]:
-        """All weights on rank 0's host memory, for export; empty on the other ranks."""
+        """All weights in the host memory of rank 0, for export; empty on the other ranks."""
         state = {}
         for name, tensor in self.named_tensors():
             if dist.is_main():
@@ -177,25 +195,26 @@ class TrainEngine:
         return state
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes weights, master weights, optimizer states and counters of this rank's shard under folder/name."""
+        """Writes this rank's weights, optimizer states and counters under folder/name."""
         self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
 
     def load(self, folder: Path, name: str) -> None:
-        """Takes up what `save` wrote. Raises ValueError when it cannot, for example after a change of rank count."""
+        """Loads what `save` wrote.
+
+        Raises:
+            ValueError: it is missing, damaged, or of another number of ranks.
+        """
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=name)
         except Exception as error:
-            reason = (
-                " ".join(str(error).split())[:300]
-                or f"not there, or not whole ({type(error).__name__})"
-            )
+            reason = " ".join(str(error).split())[:300] or f"incomplete ({type(error).__name__})"
             raise ValueError(f"checkpoint {folder / name}: {reason}") from None
         if path is None:
             raise ValueError(f"checkpoint {folder / name}: not found")
 
 
 class FrozenEngine:
-    """A module that is only asked: the reference policy, or a verifier. Sharded under ZeRO-3, whole otherwise."""
+    """A model that is never trained: the reference policy or a verifier. Sharded under ZeRO-3."""
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
         module.requires_grad_(False).eval()
@@ -203,9 +222,9 @@ class FrozenEngine:
             self.engine: Any = module.to(dist.device())
             return
         settings = deepspeed_config(config, world_size=dist.world_size(), train=False)
-        self.engine = _deepspeed().initialize(
-            model=module, config=settings, dist_init_required=False
-        )[0]
+        deepspeed = _deepspeed()
+        options = {"model": module, "config": settings, "dist_init_required": False}
+        self.engine = deepspeed.initialize(**options)[0]
         self.engine.eval()
 
     @torch.no_grad()
@@ -214,14 +233,13 @@ class FrozenEngine:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms and biases (fewer than two dimensions) without."""
+    """Parameter groups: matrices with weight decay; norms and biases without."""
     parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if _num_dimensions(p) >= 2]
+    vectors = [p for p in parameters if _num_dimensions(p) < 2]
     groups = [
-        {
-            "params": [p for p in parameters if _num_dimensions(p) >= 2],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p in parameters if _num_dimensions(p) < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -233,7 +251,7 @@ def _num_dimensions(parameter: nn.Parameter) -> int:
 def _adamw(module: nn.Module, config: EngineConfig) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": 0.0, "betas": config.adam_betas, "eps": config.adam_epsilon}
     groups = parameter_groups(module, config.weight_decay)
-    if config.offload != "none":  # DeepSpeed's own Adam runs on host memory
+    if config.offload != "none":  # DeepSpeed's own Adam works in host memory
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)

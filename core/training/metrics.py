@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics to JSONL, TensorBoard and wandb, sampled texts, and what machine it ran on."""
+"""A run's records: metrics to JSONL, TensorBoard and wandb, sampled texts, and the environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ FILES = ("metrics", "eval", "samples")
 
 
 def parse_loggers(log_to: str) -> list[str]:
-    """The loggers of a comma-separated list. Raises ValueError for an unknown one."""
+    """The loggers of a comma-separated list.
+
+    Raises:
+        ValueError: an unknown logger.
+    """
     names = [name.strip() for name in log_to.split(",") if name.strip()]
     for name in names:
         if name not in LOGGERS:
@@ -31,10 +35,10 @@ def parse_loggers(log_to: str) -> list[str]:
 
 
 class MetricLog:
-    """Appends one object a step to `folder/name.jsonl`, and the numbers to TensorBoard and wandb when asked.
+    """Appends one object per step to NAME.jsonl, and its numbers to TensorBoard and wandb.
 
-    The JSONL file is always written: resume, the report and people read it. On resume, rows past `first_step` (written
-    after the checkpoint that the run goes on from) are dropped, so that no step stands there twice.
+    The JSONL file is always written: resume, the report and people read it. On resume, rows after
+    `first_step`, the step of the checkpoint, are dropped so that no step occurs twice.
     """
 
     def __init__(
@@ -50,9 +54,8 @@ class MetricLog:
         self.run_id = run_id
         for file in (folder / f"{name}.jsonl" for name in FILES):
             if file.exists():
-                _drop_rows_after(
-                    file, first_step or -1
-                )  # without a checkpoint step 0's evaluation is made again too
+                # without a checkpoint the evaluation of step 0 is repeated too
+                _drop_rows_after(file, first_step or -1)
         self._tensorboard = self._wandb = None
         if "tensorboard" in loggers:
             from torch.utils.tensorboard import SummaryWriter
@@ -71,7 +74,7 @@ class MetricLog:
             self.run_id = self._wandb.id
 
     def write(self, name: str, row: dict[str, Any], *, prefix: str = "") -> None:
-        """Appends the row, which has a `step`, to NAME.jsonl and flushes it; its numbers go to the other loggers."""
+        """Appends a row, which has a `step`, to NAME.jsonl; its numbers go to the other loggers."""
         self.write_text(name, row)
         numbers = {
             prefix + key: value
@@ -86,11 +89,12 @@ class MetricLog:
             self._wandb.log(numbers, step=row["step"])
 
     def write_text(self, name: str, row: dict[str, Any]) -> None:
-        """Appends the row to NAME.jsonl alone."""
+        """Appends a row to NAME.jsonl alone."""
         with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def close(self) -> None:
+        """Flushes and closes the other loggers."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -107,17 +111,20 @@ def start_log(
     world_size: int,
     run_id: str | None,
 ) -> MetricLog:
-    """The log of a run after `step` steps, with config.yaml and environment.json beside it. Says where a run goes on, and
-    which of its settings are others than before."""
+    """Opens a run's log, and writes config.yaml and environment.json.
+
+    When the run resumes, prints the step and the settings that changed since the last start.
+    """
     record = folder / "config.yaml"
     if step > 0:
-        before, now = _flat(_settings(record)), _flat(config)
+        before = _flat(_settings(record))
+        now = _flat(config)
         changed = [
             f"{name} {before[name]} -> {now[name]}"
             for name in now
             if name in before and before[name] != now[name]
         ]
-        print(f"goes on after step {step} of {total_steps} (another --output starts afresh)")
+        print(f"resuming after step {step} of {total_steps} (use another --output to start over)")
         if changed:
             print(f"changed since the last start: {', '.join(changed)}")
     record.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -130,7 +137,7 @@ def start_log(
 def _settings(record: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(record.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # never written, or torn by a kill
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # never written, or cut off by a kill
         return {}
     return settings if isinstance(settings, dict) else {}
 
@@ -139,22 +146,19 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
+        key = f"{prefix}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
 
 
 def _drop_rows_after(file: Path, step: int) -> None:
     kept = []
-    # a kill may tear a character; splitlines would also split at U+2028 and its like, which stand in JSON text as they are
+    # a kill may cut a character; splitlines would also split at U+2028, which JSON keeps as it is
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # torn by a kill in mid-write; its step is run again
+            continue  # cut off by a kill; its step is repeated
         if row.get("step", step) <= step:
             kept.append(line + "\n")
     temporary = file.with_suffix(".tmp")
@@ -177,14 +181,14 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """The sums since the last call, as `seconds_<phase>`."""
+        """The seconds of each phase since the last call, as `seconds_<phase>`."""
         taken = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
         self.seconds = {}
         return taken
 
 
 def peak_memory_gib() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident (GiB)."""
+    """Peak memory of this process in GiB: on the GPU if there is one, else resident."""
     import torch
 
     if torch.cuda.is_available():
@@ -196,7 +200,7 @@ def peak_memory_gib() -> float:
 
 
 def environment(world_size: int) -> dict[str, Any]:
-    """What a reader needs to know of the machine and the packages to believe a number."""
+    """Machine and package versions, for environment.json."""
     import psutil
     import torch
 
@@ -218,7 +222,7 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity as null: JSON has no word for them."""
+    """The row with NaN and infinity as null, which JSON cannot express."""
     import math
 
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,7 +1,8 @@
-"""Hugging Face decoders over packed batches: the policy, the critic and the classifier.
+"""Hugging Face decoders over packed batches: policy, critic and classifier.
 
-Any decoder whose attention goes through transformers' attention interface works (Llama, Qwen2, Qwen2.5, Qwen3, ...):
-its weights and layers are transformers' own, its attention is `kernels.attention`, its head is `kernels.logprob`.
+Any decoder that uses transformers' attention interface works (Llama, Qwen2, Qwen2.5, Qwen3, ...).
+Weights and layers are transformers' own, attention is `kernels.attention`, the head is
+`kernels.logprob`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from ...kernels.attention import varlen_attention
 from ...kernels.logprob import linear_greedy, linear_logprobs
-from .checkpoint import naming_a_full_disk
+from .checkpoint import explain_full_disk
 from .packing import PackedBatch
 
 ATTENTION = "verippo_varlen"
@@ -36,10 +37,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class KVCache(Protocol):
-    """A sampler's store of keys and values, which takes the place of packed attention while it decodes."""
+    """A sampler's store of keys and values, in place of packed attention while it decodes."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [tokens, heads, dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, dim]"""
+        """Attention of new tokens to everything stored so far.
+
+        Args:
+            layer: number of the layer.
+            query: [tokens, heads, dim].
+            key: [tokens, kv_heads, dim], as is `value`.
+            scale: multiplies the products.
+
+        Returns:
+            [tokens, heads, dim].
+        """
         ...
 
 
@@ -57,7 +68,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: [1, heads, tokens, dim] each, on to the packed form and back."""
+    """transformers' attention signature, [1, heads, tokens, dim] each, over the packed form."""
     assert attention_mask is None
     assert sliding_window is None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -73,11 +84,11 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class LogprobHead(nn.Module):
-    """The language-model head, called as a module so that ZeRO-3 gathers its weight around both passes."""
+    """The language-model head, a module so that ZeRO-3 gathers its weight around both passes."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = weight  # the embedding's own parameter where they are tied
+        self.weight = weight  # the embedding's own parameter if they are tied
 
     def forward(
         self,
@@ -88,22 +99,27 @@ class LogprobHead(nn.Module):
         with_entropy: bool = False,
         with_greedy: bool = False,
     ) -> Any:
-        """Logits without targets; else the targets' log-probs, and if asked the entropies, or which targets are the
-        likeliest: never all logits at once."""
+        """Logits without targets, else log-probs of the targets, without ever holding all logits.
+
+        Args:
+            hidden: [n, hidden].
+            targets: [n] int64, token ids.
+            temperature: divides the logits.
+            with_entropy: return the entropies too.
+            with_greedy: return too whether each target is the most likely token.
+        """
         if targets is None:
             return F.linear(hidden, self.weight)
+        weight = self.weight
         if with_entropy:
-            return tuple(
-                linear_logprobs(
-                    hidden, self.weight, targets, temperature=temperature, with_entropy=True
-                )
+            both = linear_logprobs(
+                hidden, weight, targets, temperature=temperature, with_entropy=True
             )
-        logprobs = linear_logprobs(hidden, self.weight, targets, temperature=temperature)
-        return (
-            (logprobs, linear_greedy(hidden, self.weight, targets).float())
-            if with_greedy
-            else logprobs
-        )
+            return tuple(both)
+        logprobs = linear_logprobs(hidden, weight, targets, temperature=temperature)
+        if with_greedy:
+            return logprobs, linear_greedy(hidden, weight, targets).float()
+        return logprobs
 
 
 class Policy(nn.Module):
@@ -116,11 +132,15 @@ class Policy(nn.Module):
         self.hf = hf
 
     def forward(self, batch: PackedBatch, **options: Any) -> Any:
-        """Log-probs [tokens] fp32 of the response tokens; 0 off the mask.
+        """Log-probs of the response tokens. Only response positions reach the head.
 
-        options: temperature, the sampling's; with_entropy: a pair with the entropies [tokens] (nats); with_greedy: a pair
-        with 1.0 where the token is the likeliest one [tokens].
-        Only response positions reach the head: the hidden state before token p predicts token p.
+        Args:
+            batch: packed sequences.
+            options: `temperature` of the sampling; `with_entropy` for a pair with the entropies
+                (nats); `with_greedy` for a pair with 1.0 where a token is the most likely one.
+
+        Returns:
+            [tokens] fp32, 0 off the mask, or a pair of them.
         """
         positions = batch.response_positions
         hidden = hidden_states(self.hf, batch)[positions - 1]
@@ -131,21 +151,21 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """A decoder with a scalar head: packed batch -> value of the state before each response token."""
+    """A decoder with a scalar head: packed batch -> values of the states before response tokens."""
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf: Any = hf
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Values [tokens] fp32 (units of reward); 0 off the mask."""
+        """Values [tokens] fp32 in units of reward; 0 off the mask."""
         positions = batch.response_positions
         values = self.hf.score(hidden_states(self.hf, batch)[positions - 1]).squeeze(-1)
         return _scatter(values.float(), positions, batch)
 
 
 class Classifier(nn.Module):
-    """A decoder with a class head on each sequence's last token: packed batch -> class logits."""
+    """A decoder with a class head on the last token of each sequence."""
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
@@ -158,7 +178,7 @@ class Classifier(nn.Module):
 
 
 def hidden_states(hf: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The decoder's last hidden states [tokens, hidden] of a packed batch; no sequence sees another."""
+    """Last hidden states [tokens, hidden] of a packed batch; no sequence sees another."""
     cu_seqlens = batch.boundaries if batch.tokens.device.type == "cpu" else batch.cu_seqlens
     return decoder_pass(
         hf, batch.tokens, batch.position_ids, cu_seqlens=cu_seqlens, max_seqlen=batch.max_seqlen
@@ -168,7 +188,17 @@ def hidden_states(hf: PreTrainedModel, batch: PackedBatch) -> Tensor:
 def decoder_pass(
     hf: PreTrainedModel, tokens: Tensor, position_ids: Tensor, **attention: Any
 ) -> Tensor:
-    """One pass of the decoder over [tokens] ids: its last hidden states [tokens, hidden]. `attention` reaches `_attention`."""
+    """One pass of the decoder.
+
+    Args:
+        hf: the model.
+        tokens: [tokens] int64.
+        position_ids: [tokens] int64.
+        attention: further arguments of `_attention`.
+
+    Returns:
+        Last hidden states [tokens, hidden].
+    """
     output = hf.base_model(
         input_ids=tokens.unsqueeze(0),
         position_ids=position_ids.unsqueeze(0),
@@ -183,22 +213,30 @@ def _scatter(x: Tensor, positions: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def load_policy(path: str, *, dtype: str) -> Policy:
-    """A policy from a Hugging Face folder or hub id. Raises ValueError when it cannot be loaded or has an unknown head."""
+    """Loads a policy from a Hugging Face folder or hub id.
+
+    Raises:
+        ValueError: it cannot be loaded, or its head is not supported.
+    """
     return Policy(load_causal_lm(path, dtype=dtype))
 
 
 def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
-    """The causal language model with packed attention, in eval mode."""
+    """Loads a causal language model with packed attention, in eval mode."""
     return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
 
 
 def load_critic(path: str, *, dtype: str) -> Critic:
-    """A critic from any decoder's folder. Its scalar head starts at zero unless the folder brings one."""
+    """Loads a critic from any decoder; its scalar head starts at zero unless the folder has one."""
     return Critic(_load_scored(path, num_labels=1, dtype=dtype))
 
 
 def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Classifier:
-    """A two-class classifier. Raises ValueError when the folder brings no class head and `fresh_head` does not allow it."""
+    """Loads a two-class classifier.
+
+    Raises:
+        ValueError: the folder has no class head and `fresh_head` is false.
+    """
     return Classifier(_load_scored(path, num_labels=2, dtype=dtype, need_head=not fresh_head))
 
 
@@ -211,17 +249,20 @@ def _load_scored(
     if missing:
         if need_head:
             raise ValueError(
-                f"model {path}: no classification head (score.weight) in it: train one with `verippo verifier`"
+                f"model {path}: no classification head (score.weight) in it: "
+                "train one with `verippo verifier`"
             )
         nn.init.zeros_(hf.score.weight)
     return hf
 
 
 def _load(auto: Any, path: str, *, dtype: str, **options: Any) -> tuple[Any, bool]:
-    """The model in eval mode, and whether its classification head is missing from the folder; any other missing weight is
-    an error: transformers would fill it with random numbers."""
+    """The model in eval mode, and whether the folder lacks its classification head.
+
+    Any other missing weight is an error: transformers would fill it with random numbers.
+    """
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a new head is announced as a warning; ours is on purpose
+    hf_logging.set_verbosity_error()  # hides the warning of a new head
     hf_logging.disable_progress_bar()
     try:
         options |= {
@@ -230,34 +271,31 @@ def _load(auto: Any, path: str, *, dtype: str, **options: Any) -> tuple[Any, boo
             "ignore_mismatched_sizes": True,
         }
         hf, info = auto.from_pretrained(path, dtype=DTYPES[dtype], **options)
-    except (
-        Exception
-    ) as error:  # each part of transformers that reads a damaged folder raises kinds of its own
-        raise ValueError(
-            f"model {path}: cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except Exception as error:  # damaged folders raise errors of many types
+        raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
     finally:
         hf_logging.set_verbosity(verbosity)
     _check_supported(hf.config, path)
-    absent, misshapen = set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
-    if absent - {"score.weight"} or misshapen:
-        names = ", ".join(sorted(absent | misshapen)[:5])
+    missing = set(info["missing_keys"])
+    misshapen = {name for name, *_ in info["mismatched_keys"]}
+    if missing - {"score.weight"} or misshapen:
+        names = ", ".join(sorted(missing | misshapen)[:5])
         raise ValueError(
-            f"model {path}: weights are missing or of another shape than {hf.config.model_type} needs: {names}"
+            f"model {path}: weights are missing or of another shape than {hf.config.model_type} "
+            f"needs: {names}"
         )
     _silence_dropout(hf)
-    return hf.eval(), bool(absent)
+    return hf.eval(), bool(missing)
 
 
 def _check_supported(config: PretrainedConfig, path: str) -> None:
-    layers = getattr(
-        config, "layer_types", None
-    )  # without such a list (Mistral) the window holds for every layer
-    if getattr(config, "sliding_window", None) and (
-        layers is None or "sliding_attention" in layers
-    ):
+    # without a list of layer types (Mistral) the window applies to every layer
+    layers = getattr(config, "layer_types", None)
+    windowed = layers is None or "sliding_attention" in layers
+    if getattr(config, "sliding_window", None) and windowed:
         raise ValueError(
-            f"model {path}: sliding-window attention is not supported; use a model with full attention"
+            f"model {path}: sliding-window attention is not supported; "
+            "use a model with full attention"
         )
 
 
@@ -266,7 +304,8 @@ def _check_head(hf: PreTrainedModel) -> None:
     head = getattr(hf, "lm_head", None)
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(
-            f"model type {name}: its head is not a plain lm_head without bias, which the log-prob kernel needs"
+            f"model type {name}: its head is not a plain lm_head without bias, "
+            "which the log-prob kernel needs"
         )
     for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(hf.config, scaling, None) not in (None, 1.0):
@@ -276,24 +315,26 @@ def _check_head(hf: PreTrainedModel) -> None:
 
 
 def _silence_dropout(hf: PreTrainedModel) -> None:
-    # train mode is needed for gradient checkpointing; dropout would make log rho noise (our attention has none)
+    # gradient checkpointing needs train mode, in which dropout would add noise to log rho
     for module in hf.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises ValueError when it cannot be loaded or has no end-of-sequence token."""
+    """Loads the tokenizer of a model.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no end-of-sequence token.
+    """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"model {path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         where = "" if Path(path).is_dir() else "not a folder here, and as a hub id: "
-        raise ValueError(
-            f"model {path}: no tokenizer: {where}{' '.join(str(error).split())[:300]}"
-        ) from None
-    # its one warning for a text over the model's length: who calls checks lengths, and says which text is too long
+        raise ValueError(f"model {path}: no tokenizer: {where}{_one_line(error)}") from None
+    # hides its warning of a text over the model's length: callers check lengths themselves
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model {path}: its tokenizer has no eos_token: responses could never end")
@@ -301,7 +342,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a response: the tokenizer's end-of-sequence and those of generation_config.json."""
+    """Ids that end a response: those of the tokenizer and of generation_config.json."""
     stops = {tokenizer.eos_token_id}
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
@@ -313,52 +354,75 @@ def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 
 def check_same_vocabulary(first: str, second: str) -> None:
-    """Raises ValueError unless both folders' tokenizers give every id the same meaning, naming both."""
-    a, b = load_tokenizer(first).get_vocab(), load_tokenizer(second).get_vocab()
+    """Checks that two models' tokenizers give every id the same meaning.
+
+    Raises:
+        ValueError: they do not; the message names both.
+    """
+    a = load_tokenizer(first).get_vocab()
+    b = load_tokenizer(second).get_vocab()
     if a != b:
         differing = sum(a.get(token) != b.get(token) for token in a.keys() | b.keys())
         raise ValueError(
-            f"{first} and {second} do not share a vocabulary ({len(a)} and {len(b)} tokens, {differing} differ): the policy, "
-            "the reference and the critic read the same token ids"
+            f"{first} and {second} do not share a vocabulary ({len(a)} and {len(b)} tokens, "
+            f"{differing} differ): policy, reference and critic read the same token ids"
         )
 
 
 def load_config(path: str) -> PretrainedConfig:
-    """The model's configuration alone. Raises ValueError when it cannot be loaded."""
+    """Loads a model's configuration alone.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
-        raise ValueError(
-            f"model {path}: cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
 
 
 def check_embedding(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str
 ) -> None:
-    """Raises ValueError when the tokenizer knows ids that the model has no embedding for."""
+    """Checks that the model has an embedding for every id of the tokenizer.
+
+    Raises:
+        ValueError: it has fewer.
+    """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"model {path}: has {config.vocab_size} embeddings, the tokenizer {len(tokenizer)} tokens"
+            f"model {path}: has {config.vocab_size} embeddings, its tokenizer {len(tokenizer)} "
+            "tokens"
         )
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The most positions the model was made for, where its configuration says so."""
+    """Number of positions that the model was made for, if its configuration says so."""
     return getattr(config, "max_position_embeddings", None)
 
 
 def save_model(
     folder: Path, hf: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes a Hugging Face folder (safetensors, config, tokenizer) from gathered weights `state`."""
+    """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
+
+    Args:
+        folder: the folder to write.
+        hf: the model, for its configuration.
+        state: gathered weights by name.
+        tokenizer: saved beside the weights.
+    """
     if getattr(hf.config, "tie_word_embeddings", False) and "lm_head.weight" in state:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     attention = hf.config._attn_implementation
     hf.config._attn_implementation = "eager"
-    with naming_a_full_disk(folder.parent, folder.name):
+    with explain_full_disk(folder.parent, folder.name):
         try:
             hf.save_pretrained(folder, state_dict=state)
         finally:
             hf.config._attn_implementation = attention
         tokenizer.save_pretrained(folder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""What SFT, the verifier's training and PPO share: state, resume, metrics, evaluation, checkpoints, export."""
+"""What SFT, verifier training and PPO share: state, resume, metrics, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TrainingRun:
         found = checkpoint.find_resume(self.folder, self.config.resume)
         if found is None:
             return
-        with checkpoint.taking_up(found):
+        with checkpoint.explain_load_errors(found):
             for name, engine in self.engines.items():
                 engine.load(found, name)
             torch.set_rng_state(torch.load(found / f"rng-{dist.rank()}.pt"))

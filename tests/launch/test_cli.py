@@ -294,7 +294,7 @@ def test_a_run_killed_at_any_moment_and_started_again_ends_like_the_unbroken_one
         assert noise not in (tmp_path / "stderr").read_text()
 
     cli.main(arguments(output, **settings))
-    assert "goes on after step" in capfd.readouterr().out
+    assert "resuming after step" in capfd.readouterr().out
     assert without_machine(rows_of(output)) == without_machine(rows_of(unbroken))
     for name in ("eval", "samples"):
         assert rows_of(output, name) == rows_of(unbroken, name)

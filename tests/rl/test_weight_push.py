@@ -156,14 +156,14 @@ def test_a_sampler_of_the_users_own_that_tells_no_log_probs_is_not_gated(make_mo
         update_weights=lambda tensors, version: len(list(tensors)), generate=None
     )
     assert sync.push_weights(CONFIG, a_run(path, plain), 3) == {"weight_version": 3}
-    sync.rest(CONFIG, plain)
+    sync.sleep(CONFIG, plain)
     sync.close(plain)
 
 
 def test_a_sampler_sleeps_only_if_it_is_told_to(make_model):
     sampler = Elsewhere(make_model("llama"))
-    sync.rest(CONFIG, sampler)
+    sync.sleep(CONFIG, sampler)
     assert sampler.slept == 0
-    sync.rest(replace(CONFIG, sampler=SamplerConfig(kind="sglang", urls="x", sleep=True)), sampler)
+    sync.sleep(replace(CONFIG, sampler=SamplerConfig(kind="sglang", urls="x", sleep=True)), sampler)
     sync.close(sampler)
     assert (sampler.slept, sampler.closed) == (1, 1)

@@ -207,5 +207,5 @@ def test_a_run_whose_only_server_is_killed_ends_with_its_address_and_goes_on_wit
     run = start(command(TORCHRUN, policy, second.url, **options))
     output, errors = run.communicate(timeout=180)
     assert run.returncode == 0, errors[-3000:]
-    assert f"goes on after step {done} of {STEPS}" in output
+    assert f"resuming after step {done} of {STEPS}" in output
     check_run(folder, second.url)

@@ -6,7 +6,12 @@ import sys
 import pytest
 
 from verippo.core.training import checkpoint
-from verippo.core.training.checkpoint import find_resume, load_state, prepare_output, taking_up
+from verippo.core.training.checkpoint import (
+    explain_load_errors,
+    find_resume,
+    load_state,
+    prepare_output,
+)
 
 
 def write_weights(text, folder):
@@ -166,9 +171,9 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_on(tmp_path):
     (tmp_path / "state.json").write_text("")
     with (
         pytest.raises(
-            ValueError, match=r"cannot go on from .*\(JSONDecodeError: .*--resume an older step"
+            ValueError, match=r"cannot resume from .*\(JSONDecodeError: .*--resume an older step"
         ),
-        taking_up(tmp_path),
+        explain_load_errors(tmp_path),
     ):
         load_state(tmp_path)
 
@@ -182,7 +187,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_another_runs_folder_is_refused_unless_it_goes_on(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(
-        ValueError, match="holds a run already: choose another folder, or --resume auto"
+        ValueError,
+        match="holds a run already: choose another folder, or resume it with --resume auto",
     ):
         prepare_output(str(tmp_path), resume="never")
     assert prepare_output(str(tmp_path), resume="auto") == tmp_path

@@ -35,7 +35,10 @@ def test_a_run_that_goes_on_says_where_and_what_has_changed(tmp_path, capsys):
     start(tmp_path, 0, data="a", lr=1e-6, kl={"coef": 0.03, "estimator": None})
     assert capsys.readouterr().out == ""
     start(tmp_path, 3, data="a", lr=1e-6, kl={"coef": 0.03, "estimator": None})
-    assert capsys.readouterr().out == "goes on after step 3 of 9 (another --output starts afresh)\n"
+    assert (
+        capsys.readouterr().out
+        == "resuming after step 3 of 9 (use another --output to start over)\n"
+    )
     start(tmp_path, 3, data="b", lr=1e-6, kl={"coef": 0.03, "estimator": "k1"}, new=1)
     assert (
         capsys.readouterr().out.splitlines()[1]
