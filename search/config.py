@@ -1,56 +1,53 @@
-"""What the making of problems and the search for reasoning can be told."""
+"""Configuration of the commands `problems` and `search`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..core.bounds import CountingInt, NonNegativeFloat, NonNegativeInt, UnitFloat, check_bounds
 from ..core.llm.client import LLMConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskingConfig:
-    """What both commands share."""
+    """Configuration of a command that asks an LLM about every row."""
 
     data: str
-    """input rows: comma-separated JSON, JSONL or Parquet files, datasets folders or hub ids"""
+    """Input rows: comma-separated JSON, JSONL or Parquet files, datasets folders or hub ids."""
     output: str
-    """folder for the result, its halves or baselines, journal.jsonl and the report"""
+    """Folder that receives the result, journal.jsonl and the report."""
     llm: LLMConfig = field(default_factory=LLMConfig)
-    """the model that writes, judges and verifies"""
+    """Model that writes, judges and verifies."""
     language: Literal["en", "zh"] = "en"
-    """of the prompts, and so of what is written"""
+    """Language of the prompts, and so of what is written."""
     prompts: str | None = None
-    """a folder of Jinja templates that take the place of ours by name; strategy-NAME.jinja adds a strategy"""
-    max_asks: int = 3
-    """asks for one answer: the first, and those that name what was wrong with the one before"""
-    judge_temperature: float = 0.0
-    """of verdicts, judgements and multiple-choice answers; llm.temperature is that of all else"""
-    limit: int | None = None
-    """use only the first rows of each source"""
+    """Folder of Jinja templates that replace ours by name; strategy-NAME.jinja adds a strategy."""
+    max_asks: CountingInt = 3
+    """Tries for one reply: the first, and those that name the fault of the one before."""
+    judge_temperature: NonNegativeFloat = 0.0
+    """Temperature of verdicts, judgements and multiple-choice answers."""
+    limit: CountingInt | None = None
+    """Number of rows to read from the start of each source; null reads all."""
     seed: int = 0
-    """of every random draw"""
+    """Seed of every random draw."""
     resume: str = "auto"
-    """auto: go on with the journal in output; never: refuse a folder that has one; or a folder whose journal to start from"""
+    """auto uses the journal in `output`; never refuses one; or a folder whose journal to copy."""
     retry_failed: bool = False
-    """ask again for the items that failed in an earlier run"""
+    """Ask again about the items that failed in an earlier run."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not self.llm.model:
             raise ValueError("llm.model is not set: give the model's name at the server")
-        for name in ("max_asks", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not self.judge_temperature >= 0:
-            raise ValueError(f"judge_temperature={self.judge_temperature}: must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyConfig:
-    """The small models whose common success shows that a question is too easy."""
+    """Small models whose common success shows that a question is too easy."""
 
     models: list[LLMConfig] = field(default_factory=list)
-    """each with its own base_url; a question that all of them answer correctly is dropped (the paper: three of 7 to 9 B)"""
+    """LLM clients; a question that all of them answer correctly is dropped (paper: three)."""
 
     def __post_init__(self) -> None:
         if not all(model.model for model in self.models):
@@ -59,59 +56,46 @@ class DifficultyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """What is mixed into the RL half unchanged. The ratios are the paper's: 4 K and 5 K to 20 K."""
+    """Questions added to the RL half unchanged; the ratios are the paper's."""
 
     choice: str | None = None
-    """exam questions to mix in as multiple choice; those that became a problem are left out"""
-    choice_ratio: float = 0.2
-    """how many, for each problem of the RL half"""
+    """Exam questions to add as multiple choice; those that became a problem are left out."""
+    choice_ratio: NonNegativeFloat = 0.2
+    """Multiple-choice questions added for each problem of the RL half."""
     general: str | None = None
-    """questions outside medicine: exam questions, or problems in the published format"""
-    general_ratio: float = 0.25
-    """how many, for each problem of the RL half"""
+    """Questions outside medicine to add: exam questions, or rows of verifiable problems."""
+    general_ratio: NonNegativeFloat = 0.25
+    """General questions added for each problem of the RL half."""
 
     def __post_init__(self) -> None:
-        for name in ("choice_ratio", "general_ratio"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"mix.{name}={getattr(self, name)}: must be 0 or more")
+        check_bounds(self, prefix="mix.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemsConfig(AskingConfig):
-    """Multiple-choice exam questions become open-ended problems whose answers can be checked (arXiv 2412.18925)."""
+    """Turns multiple-choice exam questions into verifiable problems (arXiv 2412.18925)."""
 
     min_length: int = 100
-    """characters; shorter questions are dropped"""
+    """Number of characters under which a question is dropped."""
     unique: bool = True
-    """drop questions that ask for what is false, or whose right option stands for several, before any model is asked"""
+    """Drop questions that ask for what is false or have several right options."""
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
     judge: bool = True
-    """the LLM judges each: pass, too simple, ambiguous answer, not reformulatable; only those that pass go on"""
+    """Have the LLM judge each question; only those that pass are rewritten."""
     decontaminate: str | None = None
-    """comma-separated evaluation files: what shares 64 characters in a row with an item of theirs is dropped"""
+    """Comma-separated evaluation files; rows that share 64 characters with an item are dropped."""
     mix: MixConfig = field(default_factory=MixConfig)
-    split: float = 0.5
-    """share of the problems that goes to search and SFT; the rest goes to RL"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.split <= 1:
-            raise ValueError(f"split={self.split}: must lie in 0..1")
+    split: UnitFloat = 0.5
+    """Share of the problems for search and SFT; the others are for RL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(AskingConfig):
-    """Strategies drawn at random extend a chain of thought until its conclusion agrees with the answer (arXiv 2412.18925)."""
+    """Searches a chain of thought that reaches the reference answer (arXiv 2412.18925)."""
 
-    max_depth: int = 3
-    """strategies in one attempt; the first is never backtracking"""
-    max_attempts: int = 3
-    """attempts, each from the initial chain"""
+    max_depth: NonNegativeInt = 3
+    """Strategies in an attempt; the first is never backtracking."""
+    max_attempts: CountingInt = 3
+    """Attempts, each from the initial chain."""
     label_guided: bool = True
-    """after the last attempt, show the model the answer and have it reason its way there, instead of giving up"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("max_depth", 0), ("max_attempts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+    """After the last attempt, show the model the answer instead of giving up."""

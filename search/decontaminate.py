@@ -1,4 +1,4 @@
-"""Which texts share a long run of characters with evaluation items. Pure."""
+"""Finds texts that share a long run of characters with evaluation items."""
 
 from __future__ import annotations
 
@@ -7,25 +7,38 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-BREAK = "\n"  # stands between texts; a normalised text holds none
-CHUNK = 1 << 20  # characters of texts hashed at once
+BASE = 0x9E3779B97F4A7C15
+"""Base of the rolling hash: odd, so that it has an inverse modulo 2^64."""
+BREAK = "\n"
+"""Separates texts; normalised texts do not contain it."""
+CHUNK = 1 << 20
+"""Characters of texts hashed at once."""
 FILTER_BITS = 26
 
 Hashes = NDArray[np.uint64]
 
 
 def normalise(text: str) -> str:
-    """Case folded, every run of white space one blank, none at the ends."""
+    """The text with case folded, white space collapsed, and none at its ends."""
     return " ".join(text.casefold().split())
 
 
 def overlaps(texts: Sequence[str], evaluation: Sequence[str], *, length: int = 64) -> list[bool]:
-    """For each text, whether any `length` consecutive characters of it stand in an evaluation text, both normalised.
+    """Whether each text shares `length` consecutive characters with an evaluation text.
 
-    A text that is shorter than `length` when normalised overlaps with nothing. Exact: the hashes of all windows (Karp and
-    Rabin, IBM J. Res. Dev. 31 (1987), p. 249) find the candidates, and these are compared character by character.
-    Takes about 40 bytes for each character of the evaluation texts. Raises ValueError for a length below 1.
+    Both are normalised first. A text shorter than `length` overlaps with nothing. Exact: hashes of
+    all windows find candidates, which are compared character by character. Takes about 40 bytes
+    per character of the evaluation texts.
+
+    Args:
+        texts: texts to check.
+        evaluation: texts of evaluation items.
+        length: number of characters.
+
+    Raises:
+        ValueError: length is below 1.
+
+    Source: Karp and Rabin, IBM J. Res. Dev. 31 (1987), p. 249.
     """
     if length < 1:
         raise ValueError(f"length={length}: must be at least 1 character")
@@ -33,10 +46,10 @@ def overlaps(texts: Sequence[str], evaluation: Sequence[str], *, length: int = 6
     windows = _window_hashes(haystack, length)
     whole = ~_holds_break(haystack, length)
     order = np.argsort(windows[whole])
-    known, places = windows[whole][order], np.flatnonzero(whole)[order]
-    seen = np.zeros(
-        1 << FILTER_BITS, dtype=bool
-    )  # sends most windows away before the binary search
+    known = windows[whole][order]
+    places = np.flatnonzero(whole)[order]
+    # rules out most windows before the binary search
+    seen = np.zeros(1 << FILTER_BITS, dtype=bool)
     seen[known >> (64 - FILTER_BITS)] = True
     found = [False] * len(texts)
     for first, part in _chunks(texts):
@@ -47,27 +60,29 @@ def overlaps(texts: Sequence[str], evaluation: Sequence[str], *, length: int = 6
         ranks = np.searchsorted(known, hashes[likely])
         hit = np.flatnonzero(known[np.minimum(ranks, len(known) - 1)] == hashes[likely])
         owners = np.searchsorted(starts, likely[hit], side="right") - 1
-        for owner, start, place in zip(
-            owners.tolist(), likely[hit].tolist(), places[ranks[hit]].tolist(), strict=True
-        ):
+        candidates = (owners.tolist(), likely[hit].tolist(), places[ranks[hit]].tolist())
+        for owner, start, place in zip(*candidates, strict=True):
             if not found[first + owner]:
                 window = joined[start : start + length]
-                same = (
-                    haystack[place : place + length] == window or window in haystack
-                )  # the latter after a collision
+                same = haystack[place : place + length] == window
+                same = same or window in haystack  # after a collision of hashes
                 found[first + owner] = same and BREAK not in window
     return found
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Runs of normalised texts of about CHUNK characters, each with the number of its first."""
-    first, part, size = 0, [], 0
+    """Runs of normalised texts of about CHUNK characters, with the number of the first text."""
+    first = 0
+    part: list[str] = []
+    size = 0
     for number, text in enumerate(texts):
         part.append(normalise(text))
         size += len(part[-1])
         if size >= CHUNK or number == len(texts) - 1:
             yield first, part
-            first, part, size = number + 1, [], 0
+            first = number + 1
+            part = []
+            size = 0
 
 
 def _codes(text: str) -> NDArray[np.uint32]:
@@ -75,7 +90,10 @@ def _codes(text: str) -> NDArray[np.uint32]:
 
 
 def _window_hashes(text: str, length: int) -> Hashes:
-    """A hash for every window: sum of scrambled character j times BASE^(j - start), modulo 2^64. [characters - length + 1]"""
+    """A hash of every window, [characters - length + 1].
+
+    The hash is the sum of scrambled character j times BASE^(j - start), modulo 2^64.
+    """
     codes = (_codes(text).astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
     codes ^= codes >> np.uint64(31)
     codes *= _powers(BASE, len(codes))
@@ -94,6 +112,6 @@ def _powers(base: int, count: int) -> Hashes:
 
 
 def _holds_break(text: str, length: int) -> NDArray[np.bool_]:
-    """For every window, whether a break lies in it."""
+    """Whether each window contains a break."""
     breaks = np.concatenate([[0], np.cumsum(_codes(text) == ord(BREAK))])
     return breaks[length:] > breaks[:-length]

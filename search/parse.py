@@ -1,8 +1,9 @@
-"""Reads what an LLM answers, and says in one line what is wrong with it. Pure.
+"""Reads the replies of an LLM, and says in one line what is wrong with them.
 
-The rule for JSON: an answer holds exactly one object. A Markdown code fence around it and prose before or after it are passed
-over, as models cannot be kept from them; a second object, text that breaks off, repeated keys, other keys than asked for,
-and blank or non-text values are faults. Line breaks that stand unescaped inside a string are taken as they are.
+A JSON reply holds exactly one object. A Markdown code fence around it and prose before or after it
+are skipped, since models cannot be kept from them. Refused are a second object, text that breaks
+off, repeated keys, other keys than asked for, and values that are blank or no text. Line breaks
+inside a string need not be escaped.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from typing import Any
 from ..core.text.chat import FINAL, THINKING
 from ..core.text.data import ANSWER_KEY, QUESTION_KEY
 from ..core.text.verifier_text import normalise_answer, parse_verdict
-
-Step = dict[str, str]
+from .results import ChainStep
 
 THINK, CONCLUDE, VERIFY = ENDING = ("Inner Thinking", "Final Conclusion", "Verification")
 JUDGEMENTS = ("pass", "too simple", "ambiguous answer", "not reformulatable")
@@ -23,30 +23,41 @@ REFUSAL = re.compile(
     r"^\W*(?:(?:i['’]m|i am) (?:very |so |really )?sorry|sorry|i|as an ai)\b[^.\n]{0,80}"
     r"\b(?:can(?:no|['’])t|can not|won['’]t|unable to|not able to) "
     r"(?:help|assist|comply|provide|answer|do that|fulfil|continue|discuss|offer)"
-    r"|^\W*(?:很?抱歉|对不起|我(?!们)|作为[^，。\n]{0,8}(?:AI|人工智能|模型|助手))[^。\n]{0,40}(?:无法|不能)(?:为您|帮您|对此)?(?:提供|回答|协助|帮助|满足|继续|讨论)",
+    r"|^\W*(?:很?抱歉|对不起|我(?!们)|作为[^，。\n]{0,8}(?:AI|人工智能|模型|助手))[^。\n]{0,40}"
+    r"(?:无法|不能)(?:为您|帮您|对此)?(?:提供|回答|协助|帮助|满足|继续|讨论)",
     re.IGNORECASE,
 )
 
 
-class Fault(ValueError):
-    """An answer cannot be used; the text names the reason, for the model to read and the report to count."""
+class UnusableReply(ValueError):
+    """A reply that cannot be used; its text, the reason, is shown to the model and counted."""
 
 
 def parse_object(text: str, keys: set[str]) -> dict[str, Any]:
-    """The one JSON object in an answer, which has exactly these keys. Raises Fault."""
+    """The one JSON object of a reply.
+
+    Args:
+        text: the reply.
+        keys: the keys that it must have, and no others.
+
+    Raises:
+        UnusableReply: the reply is empty, a refusal, or not exactly one such object.
+    """
     _check_answer(text)
     start = text.find("{")
     if start < 0:
-        raise Fault("it holds no JSON object")
+        raise UnusableReply("it holds no JSON object")
     try:
         found, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         ended = error.pos >= len(text.rstrip("` \n")) or error.msg.startswith("Unterminated string")
-        raise Fault(f"its JSON {'breaks off' if ended else 'is not valid'}: {error.msg}") from None
+        raise UnusableReply(
+            f"its JSON {'breaks off' if ended else 'is not valid'}: {error.msg}"
+        ) from None
     except RecursionError:
-        raise Fault("its JSON is nested too deeply") from None
+        raise UnusableReply("its JSON is nested too deeply") from None
     if "{" in text[end:]:
-        raise Fault("it holds more than one JSON object")
+        raise UnusableReply("it holds more than one JSON object")
     _check_keys(found, keys, "the object")
     return found
 
@@ -54,18 +65,17 @@ def parse_object(text: str, keys: set[str]) -> dict[str, Any]:
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise Fault("its JSON has a key twice")
+        raise UnusableReply("its JSON has a key twice")
     return found
 
 
-_DECODER = json.JSONDecoder(
-    strict=False, object_pairs_hook=_unrepeated, parse_int=float
-)  # int() limits its digits
+# parse_int: int() limits its digits
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unrepeated, parse_int=float)
 
 
 def _check_keys(found: dict[str, Any], keys: set[str], what: str) -> None:
     if set(found) != keys:
-        raise Fault(f"{what} has the keys {_listed(found)}, not exactly {_listed(keys)}")
+        raise UnusableReply(f"{what} has the keys {_listed(found)}, not exactly {_listed(keys)}")
 
 
 def _listed(keys: Any) -> str:
@@ -74,101 +84,136 @@ def _listed(keys: Any) -> str:
 
 def _text(found: dict[str, Any], key: str) -> str:
     if not isinstance(found[key], str):
-        raise Fault(f'"{key}" is not text')
+        raise UnusableReply(f'"{key}" is not text')
     return _checked_text(found[key], f'"{key}"')
 
 
 def _checked_text(text: str, what: str) -> str:
-    """Without outer white space, and fit for a training target."""
+    """The text without outer white space; refused if it would break a training target."""
     text = text.strip()
     if not text:
-        raise Fault(f"{what} is empty")
+        raise UnusableReply(f"{what} is empty")
     if THINKING in text or FINAL in text:
-        raise Fault(f'{what} holds the heading "{THINKING}" or "{FINAL}"')
+        raise UnusableReply(f'{what} holds the heading "{THINKING}" or "{FINAL}"')
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Fault(f"{what} holds half a character (a lone surrogate)") from None
+        raise UnusableReply(f"{what} holds an unpaired surrogate") from None
     return text
 
 
 def _check_answer(text: str) -> None:
     if not text.strip():
-        raise Fault("it is empty")
+        raise UnusableReply("it is empty")
     if REFUSAL.search(text):
-        raise Fault("it refuses to answer")
+        raise UnusableReply("it refuses to answer")
 
 
 def parse_text(text: str) -> str:
-    """An answer in plain text. Raises Fault when it is empty, a refusal, or would break a training target."""
+    """A reply in plain text.
+
+    Raises:
+        UnusableReply: it is empty, a refusal, or would break a training target.
+    """
     _check_answer(text)
     return _checked_text(text, "it")
 
 
-def parse_chain(text: str) -> list[Step]:
-    """The steps of a chain of thought, which end with Inner Thinking, Final Conclusion, Verification. Raises Fault."""
+def parse_chain(text: str) -> list[ChainStep]:
+    """The steps of a chain of thought.
+
+    Raises:
+        UnusableReply: it is malformed, or does not end with Inner Thinking, Final Conclusion and
+            Verification.
+    """
     steps = parse_object(text, {"CoT"})["CoT"]
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise Fault('"CoT" is not a list of objects')
-    chain: list[Step] = []
+        raise UnusableReply('"CoT" is not a list of objects')
+    chain: list[ChainStep] = []
     for number, step in enumerate(steps, start=1):
         if step.get("action") not in ENDING:
-            raise Fault(
-                f"step {number} has the action {json.dumps(step.get('action'))[:60]}, not one of {_listed(ENDING)}"
+            action = json.dumps(step.get("action"))[:60]
+            raise UnusableReply(
+                f"step {number} has the action {action}, not one of {_listed(ENDING)}"
             )
         keys = {"action", "content"} | ({"title"} if step["action"] == THINK else set())
         _check_keys(step, keys, f"step {number} ({step['action']})")
         chain.append({key: _text(step, key) for key in step})
     if tuple(step["action"] for step in chain[-3:]) != ENDING:
-        raise Fault(f"its last three actions are not {', '.join(ENDING)}, in this order")
+        raise UnusableReply(f"its last three actions are not {', '.join(ENDING)}, in this order")
     return chain
 
 
-def conclusion(chain: list[Step]) -> str:
-    """What a checked chain comes to."""
+def conclusion(chain: list[ChainStep]) -> str:
+    """The Final Conclusion of a chain."""
     return chain[-2]["content"]
 
 
-def joined(before: list[Step], after: list[Step]) -> list[Step]:
-    """A chain, or none, and what carries it on. A Verification at its start takes the place of the last, which was mistaken."""
+def extend_chain(before: list[ChainStep], after: list[ChainStep]) -> list[ChainStep]:
+    """A chain, perhaps empty, with its continuation.
+
+    A Verification at the start of the continuation replaces the last one, which was mistaken.
+    """
     return [*(before[:-1] if after[0]["action"] == VERIFY else before), *after]
 
 
 def parse_monologue(text: str) -> str:
-    """Raises Fault."""
+    """The natural monologue of a reply.
+
+    Raises:
+        UnusableReply: it is not exactly that.
+    """
     return _text(parse_object(text, {"NaturalReasoning"}), "NaturalReasoning")
 
 
 def parse_problem(text: str) -> tuple[str, str]:
-    """An open-ended question and its answer. Raises Fault."""
+    """An open-ended question and its answer.
+
+    Raises:
+        UnusableReply: it is not exactly that.
+    """
     found = parse_object(text, {QUESTION_KEY, ANSWER_KEY})
     return _text(found, QUESTION_KEY), _text(found, ANSWER_KEY)
 
 
 def parse_judgement(text: str) -> str:
-    """One of JUDGEMENTS, which must be the whole answer but for case and outer punctuation. Raises Fault."""
+    """One of JUDGEMENTS, which must be the whole reply but for case and outer punctuation.
+
+    Raises:
+        UnusableReply: it is anything else.
+    """
     _check_answer(text)
     label = normalise_answer(text).replace("_", " ")
     if label not in JUDGEMENTS:
-        raise Fault(f"it is not one of {_listed(JUDGEMENTS)} and nothing else")
+        raise UnusableReply(f"it is not one of {_listed(JUDGEMENTS)} and nothing else")
     return label
 
 
 def parse_choice(text: str, letters: str) -> str | None:
-    """The letter that an answer begins with ("B", "(B) Aspirin", "B. Aspirin") or says last ("the answer is B"); else None."""
+    """The letter that a reply begins with or states last, or None.
+
+    Args:
+        text: the reply, such as "B", "(B) Aspirin", "B. Aspirin" or "... the answer is B".
+        letters: letters of the options.
+    """
     letter = rf"[\s*(（\"]*([{letters}])(?![A-Za-z])"
     alone = re.match(rf"{letter}(?=\s*(?:[*)）.。:：,，\"]|\n|$))", text)
-    said = re.findall(
-        rf"(?i:answer\s+is|answer\s*[:：]|答案是|答案\s*[:：])\s*(?i:option\s+)?{letter}", text
-    )
-    return alone[1] if alone else said[-1] if said else None
+    if alone:
+        return alone[1]
+    answer_is = r"(?i:answer\s+is|answer\s*[:：]|答案是|答案\s*[:：])\s*(?i:option\s+)?"
+    stated = re.findall(answer_is + letter, text)
+    return stated[-1] if stated else None
 
 
 def parse_truth(text: str) -> bool:
-    """The one whole word True or False. Raises Fault for anything else: it is unparsed."""
+    """The verdict of a reply: the one whole word True or False.
+
+    Raises:
+        UnusableReply: it is anything else.
+    """
     verdict = parse_verdict(text)
     if verdict is None:
-        raise Fault("unparsed: it is not the one word True or False")
+        raise UnusableReply("unparsed: it is not the one word True or False")
     return verdict
 
 

@@ -1,5 +1,7 @@
-"""`verippo problems`: multiple-choice exam questions -> open-ended problems whose answers can be checked
-(arXiv 2412.18925, section 2)."""
+"""`verippo problems`: open-ended, verifiable problems from multiple-choice exam questions.
+
+Source: arXiv 2412.18925, section 2.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..core.llm.client import LLM
 from ..core.llm.journal import content_key
@@ -18,20 +20,23 @@ from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
 from .asker import Asker
 from .config import ProblemsConfig
 from .decontaminate import normalise, overlaps
-from .items import Result, finish_items, write_json
+from .items import Work, finish_items, write_json
 from .parse import PROBLEM_SCHEMA, parse_choice, parse_judgement, parse_problem
+from .results import ItemResult
 from .summary_report import (
     NUM_EXAMPLES,
+    Exit,
     Table,
-    end,
     funnel_table,
     reasons_table,
+    report_unfinished,
     tokens_table,
     write_report,
 )
 from .templates import Prompts
 
-Row = dict[str, Any]
+DataRow = dict[str, Any]
+"""A row of the input or output: the source's own keys beside ours."""
 
 STEPS = (
     "duplicates",
@@ -43,16 +48,18 @@ STEPS = (
     "rewriting",
     "contaminated problem",
 )
-STEP_OF = {"choice": "difficulty", "judge": "judgement", "rewrite": "rewriting"}
-"""The step of each prompt."""
+STEP_OF_PROMPT = {"choice": "difficulty", "judge": "judgement", "rewrite": "rewriting"}
 SHARES = "shares 64 characters with an evaluation item"
 ASKS_FOR_FALSE = re.compile(
-    r"\bexcept\b(?! for)|\bNOT\b|\b(?i:least likely)\b|\b(?i:which|all)\b[^.?]{0,80}\b(?:is|are|was|were) not\b"
-    r"|\b(?i:is|are|was|were) (?i:false|incorrect|untrue|wrong)\b|\b(?i:false|incorrect|untrue|wrong) (?:statement|option)"
+    r"\bexcept\b(?! for)|\bNOT\b|\b(?i:least likely)\b"
+    r"|\b(?i:which|all)\b[^.?]{0,80}\b(?:is|are|was|were) not\b"
+    r"|\b(?i:is|are|was|were) (?i:false|incorrect|untrue|wrong)\b"
+    r"|\b(?i:false|incorrect|untrue|wrong) (?:statement|option)"
     r"|不正确|错误的|除外|不包括|不属于|不符合|不是|不宜|不应",
 )
 STANDS_FOR_SEVERAL = re.compile(
-    r"\b(?:all|none|both|any|neither) (?:of )?(?:the )?(?:above|these|options)\b|^[A-E](?:\s*(?:,|and|&|\+)\s*[A-E])+\b|以上",
+    r"\b(?:all|none|both|any|neither) (?:of )?(?:the )?(?:above|these|options)\b"
+    r"|^[A-E](?:\s*(?:,|and|&|\+)\s*[A-E])+\b|以上",
     re.IGNORECASE,
 )
 
@@ -64,104 +71,103 @@ class ExamQuestion:
     question: str
     options: dict[str, str]
     letter: str
+    """Letter of the right option."""
 
     @property
     def answer(self) -> str:
+        """Text of the right option."""
         return self.options[self.letter]
 
     @property
     def content(self) -> list[Any]:
+        """Everything that a result depends on."""
         return [self.question, self.options, self.letter]
 
 
-class Fate(NamedTuple):
-    """Where a question left the funnel, how (dropped, failed or unreached) and why."""
-
-    step: str
-    outcome: str
-    reason: str
-
-
 def problems(config: ProblemsConfig, *, resolved: dict[str, Any]) -> Path:
-    """Writes problems.json, its halves problems_search.json and problems_rl.json and the report, and returns the folder.
+    """Writes problems.json, its halves problems_search.json and problems_rl.json, and the report.
 
-    Raises ValueError for rows, evaluation files or templates that cannot be used; ends with status 1 when the budget is spent.
+    Args:
+        config: the command's configuration.
+        resolved: the configuration as plain values, written to config.yaml.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: rows, evaluation files or templates cannot be used.
+        SystemExit: the budget was spent before all questions were finished.
     """
-    prompts, rows = (
-        Prompts(config.language, config.prompts),
-        load_rows(config.data, limit=config.limit),
-    )
+    prompts = Prompts(config.language, config.prompts)
+    rows = load_rows(config.data, limit=config.limit)
     questions = [
         exam_question(row, where=f"data {config.data}: row {number}")
         for number, row in enumerate(rows)
     ]
     evaluation = evaluation_texts(config.decontaminate)
     pools = {
-        kind: _pool(kind, source)
-        for kind, source in (("choice", config.mix.choice), ("general", config.mix.general))
+        "choice": _pool("choice", config.mix.choice),
+        "general": _pool("general", config.mix.general),
     }
-    fates = first_filters(questions, evaluation, config)
-
-    async def work(question: ExamQuestion, asker: Asker, small: Sequence[LLM]) -> Result:
-        return await convert(question, asker, small, config)
-
-    asked = [number for number, fate in enumerate(fates) if fate is None]
-    results = finish_items(
-        config,
-        [questions[number] for number in asked],
-        work,
+    exits = first_filters(questions, evaluation, config)
+    asked = [number for number, item in enumerate(exits) if item is None]
+    work = Work(
+        run=partial(convert, config),
         content=lambda question: question.content,
-        prompts=prompts,
-        resolved=resolved,
         settings=["problems", config.judge],
+        prompts=prompts,
         others=config.difficulty.models,
     )
-    found = {
-        number: result
-        for number, result in zip(asked, results, strict=True)
-        if result["outcome"] == "done"
-    }
-    for number, result in zip(asked, results, strict=True):
-        if number not in found:
-            step = STEP_OF[result["trajectory"][-1]["calls"][-1]["prompt"]]
-            fates[number] = Fate(step, result["outcome"], result["reason"])
-    texts = [f"{result['question']} {result['answer']}" for result in found.values()]
-    for number, shared in zip(list(found), contaminated(texts, evaluation), strict=True):
-        if shared:
-            fates[number] = Fate("contaminated problem", "dropped", SHARES)
-            del found[number]
-    records = [
-        rows[n] | {QUESTION_KEY: result["question"], ANSWER_KEY: result["answer"]}
-        for n, result in found.items()
+    results = finish_items(config, [questions[n] for n in asked], work, resolved=resolved)
+    found = _sort_out(dict(zip(asked, results, strict=True)), exits, evaluation)
+    written = [
+        rows[n] | {QUESTION_KEY: texts["question"], ANSWER_KEY: texts["answer"]}
+        for n, texts in found.items()
     ]
     folder = Path(config.output).expanduser()
-    tables = write_problems(folder, config, records, pools, evaluation)
+    tables = write_problems(folder, config, written, pools, evaluation)
     left = [
-        (f"{fate.step}: {fate.outcome}", fate.reason, questions[n].question)
-        for n, fate in enumerate(fates)
-        if fate
+        (f"{item.step}: {item.outcome}", item.reason, questions[n].question)
+        for n, item in enumerate(exits)
+        if item
     ]
-    tables = [funnel_table(STEPS, fates), reasons_table("Why questions left", left), *tables]
-    models = [config.llm, *config.difficulty.models]
-    write_report(
-        folder, title="Verifiable problems", tables=[*tables, tokens_table(results, models)]
-    )
-    end(results)
+    tables = [funnel_table(STEPS, exits), reasons_table("Why questions left", left), *tables]
+    tables.append(tokens_table(results, [config.llm, *config.difficulty.models]))
+    write_report(folder, title="Verifiable problems", tables=tables)
+    report_unfinished(results)
     return folder
 
 
-def exam_question(row: Row, *, where: str) -> ExamQuestion:
-    """Raises ValueError naming the place unless the row has a question, at least two options, and a right one among them."""
-    question, options, letter = (
-        text_field(row, "question", where=where),
-        row.get("options"),
-        row.get("answer_idx"),
-    )
-    if (
-        not isinstance(options, dict)
-        or len(options) < 2
-        or not all(isinstance(text, str) for text in options.values())
-    ):
+def _sort_out(
+    results: dict[int, ItemResult], exits: list[Exit | None], evaluation: Sequence[str]
+) -> dict[int, dict[str, str]]:
+    """The texts of the problems that may be used, by question; notes the others in `exits`."""
+    found = {}
+    for number, result in results.items():
+        if result.outcome == "done":
+            found[number] = result.texts
+        else:
+            step = STEP_OF_PROMPT[result.trajectory[-1].calls[-1].prompt]
+            exits[number] = Exit(step, result.outcome, result.reason or "")
+    texts = [f"{written['question']} {written['answer']}" for written in found.values()]
+    for number, shared in zip(list(found), contaminated(texts, evaluation), strict=True):
+        if shared:
+            exits[number] = Exit("contaminated problem", "dropped", SHARES)
+            del found[number]
+    return found
+
+
+def exam_question(row: DataRow, *, where: str) -> ExamQuestion:
+    """The exam question of a row.
+
+    Raises:
+        ValueError: the row has no question, fewer than two options, or no right one among them.
+    """
+    question = text_field(row, "question", where=where)
+    options = row.get("options")
+    letter = row.get("answer_idx")
+    are_texts = isinstance(options, dict) and all(isinstance(t, str) for t in options.values())
+    if not isinstance(options, dict) or len(options) < 2 or not are_texts:
         raise ValueError(f"{where}: 'options' is not an object of at least two texts")
     if not isinstance(letter, str) or letter not in options:
         raise ValueError(
@@ -171,13 +177,15 @@ def exam_question(row: Row, *, where: str) -> ExamQuestion:
 
 
 def evaluation_texts(sources: str | None) -> list[str]:
-    """Every question and every option of the evaluation files. Raises ValueError naming a row without a question."""
+    """Every question and option of the evaluation files.
+
+    Raises:
+        ValueError: a row has no question.
+    """
     texts = []
     for number, row in enumerate(_rows("decontaminate", sources)):
-        key = next(
-            (key for key in (QUESTION_KEY, "Question") if key in row and "question" not in row),
-            "question",
-        )
+        others = [key for key in (QUESTION_KEY, "Question") if key in row]
+        key = others[0] if others and "question" not in row else "question"
         options = row.get("options") or {}
         texts.append(text_field(row, key, where=f"decontaminate {sources}: row {number}"))
         texts += map(str, options.values() if isinstance(options, dict) else options)
@@ -185,7 +193,7 @@ def evaluation_texts(sources: str | None) -> list[str]:
 
 
 def contaminated(texts: Sequence[str], evaluation: Sequence[str]) -> list[bool]:
-    """Whether each shares 64 characters in a row with an evaluation text, or is one that is shorter."""
+    """Whether each text shares 64 characters with an evaluation text, or equals a shorter one."""
     whole = set(map(normalise, evaluation))
     return [
         shares or normalise(text) in whole
@@ -195,86 +203,79 @@ def contaminated(texts: Sequence[str], evaluation: Sequence[str]) -> list[bool]:
 
 def first_filters(
     questions: Sequence[ExamQuestion], evaluation: Sequence[str], config: ProblemsConfig
-) -> list[Fate | None]:
-    """What needs no model: duplicates, length, one right option, decontamination."""
-    fates: list[Fate | None] = []
+) -> list[Exit | None]:
+    """Filters that need no model: duplicates, length, one right option, decontamination."""
+    exits: list[Exit | None] = []
     seen: set[tuple[str, ...]] = set()
-    for question, shares in zip(
-        questions, contaminated([q.question for q in questions], evaluation), strict=True
-    ):
-        same = (normalise(question.question), *sorted(map(normalise, question.options.values())))
-        asked = [
-            part for part in re.split(r"(?<=[.?!。？！])\s*", question.question.strip()) if part
-        ][-1]
-        fate = None
+    shared = contaminated([question.question for question in questions], evaluation)
+    for question, shares in zip(questions, shared, strict=True):
+        options = sorted(map(normalise, question.options.values()))
+        same = (normalise(question.question), *options)
+        sentences = re.split(r"(?<=[.?!。？！])\s*", question.question.strip())
+        last_sentence = [sentence for sentence in sentences if sentence][-1]
+        found: tuple[str, str] | None = None
         if same in seen:
-            fate = Fate(
-                "duplicates", "dropped", "the same question with the same options came before"
-            )
+            found = ("duplicates", "the same question with the same options came before")
         elif len(question.question) < config.min_length:
-            fate = Fate("length", "dropped", f"shorter than {config.min_length} characters")
-        elif config.unique and ASKS_FOR_FALSE.search(asked):
-            fate = Fate("one right option", "dropped", "asks for what is false")
+            found = ("length", f"shorter than {config.min_length} characters")
+        elif config.unique and ASKS_FOR_FALSE.search(last_sentence):
+            found = ("one right option", "asks for what is false")
         elif config.unique and STANDS_FOR_SEVERAL.search(question.answer):
-            fate = Fate("one right option", "dropped", "its right option stands for several")
+            found = ("one right option", "its right option stands for several")
         elif shares:
-            fate = Fate("contaminated question", "dropped", SHARES)
+            found = ("contaminated question", SHARES)
         seen.add(same)
-        fates.append(fate)
-    return fates
+        exits.append(Exit(found[0], "dropped", found[1]) if found else None)
+    return exits
 
 
 async def convert(
-    question: ExamQuestion, asker: Asker, small: Sequence[LLM], config: ProblemsConfig
-) -> Result:
-    """Difficulty, judgement, rewriting: as few calls as it takes to drop the question or to have its problem."""
+    config: ProblemsConfig, question: ExamQuestion, asker: Asker, small: Sequence[LLM]
+) -> ItemResult:
+    """Difficulty, judgement and rewriting, until the question is dropped or its problem written."""
     if small:
         easy = await all_answer(question, asker, small, seed=config.seed)
         asker.close_step("difficulty")
         if easy:
-            return {
-                "outcome": "dropped",
-                "reason": f"all of {len(small)} models answer it correctly",
-            }
-    shown: dict[str, Any] = {"question": question.question, "options": question.options}
-    shown |= {"letter": question.letter, "answer": question.answer}
+            reason = f"all of {len(small)} models answer it correctly"
+            return ItemResult(outcome="dropped", reason=reason)
+    values: dict[str, Any] = {"question": question.question, "options": question.options}
+    values |= {"letter": question.letter, "answer": question.answer}
     if config.judge:
-        judgement = await asker.ask("judge", shown, parse_judgement, judging=True)
+        judgement = await asker.ask("judge", values, parse_judgement, judging=True)
         asker.close_step("judgement")
         if judgement != "pass":
-            return {"outcome": "dropped", "reason": judgement}
-    keys = {"question_key": QUESTION_KEY, "answer_key": ANSWER_KEY}
-    text, answer = await asker.ask("rewrite", shown | keys, parse_problem, schema=PROBLEM_SCHEMA)
+            return ItemResult(outcome="dropped", reason=judgement)
+    values |= {"question_key": QUESTION_KEY, "answer_key": ANSWER_KEY}
+    text, answer = await asker.ask("rewrite", values, parse_problem, schema=PROBLEM_SCHEMA)
     asker.close_step("rewriting")
-    return {"outcome": "done", "question": text, "answer": answer}
+    return ItemResult(outcome="done", texts={"question": text, "answer": answer})
 
 
 async def all_answer(
     question: ExamQuestion, asker: Asker, small: Sequence[LLM], *, seed: int
 ) -> bool:
-    """Whether every small model picks the right option; each sees its own order of them, and none is asked after one fails."""
+    """Whether every small model picks the right option.
+
+    Each sees the options in an order of its own; none is asked after one has failed.
+    """
     for number, llm in enumerate(small):
         rng = random.Random(f"{seed}/{content_key(question.content)}/{number}")
         order = rng.sample(list(question.options), len(question.options))
         letters = string.ascii_uppercase[: len(order)]
-        options = {
-            letter: question.options[key] for letter, key in zip(letters, order, strict=True)
+        texts = [question.options[key] for key in order]
+        values = {
+            "question": question.question,
+            "options": dict(zip(letters, texts, strict=True)),
         }
-        values = {"question": question.question, "options": options}
-        said = await asker.ask(
-            "choice",
-            values,
-            partial(parse_choice, letters=letters),
-            draw=number,
-            judging=True,
-            llm=llm,
-        )
-        if said is None or order[letters.index(said)] != question.letter:
+        parse = partial(parse_choice, letters=letters)
+        picked = await asker.ask("choice", values, parse, draw=number, judging=True, llm=llm)
+        if picked is None or order[letters.index(picked)] != question.letter:
             return False
     return True
 
 
-def _pool(kind: str, source: str | None) -> list[Row]:
+def _pool(kind: str, source: str | None) -> list[DataRow]:
     """The rows of a source of the mix, as problems."""
     name = f"mix.{kind}"
     return [
@@ -283,16 +284,16 @@ def _pool(kind: str, source: str | None) -> list[Row]:
     ]
 
 
-def _rows(name: str, sources: str | None) -> list[Row]:
-    """Of the field `name`, which its errors name."""
+def _rows(name: str, sources: str | None) -> list[DataRow]:
+    """The rows of an option's sources; errors name the option."""
     try:
         return load_rows(sources) if sources else []
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def as_problem(row: Row, *, where: str) -> Row:
-    """A row unconverted: in the published format as it is; an exam question with its options as the question's last lines."""
+def as_problem(row: DataRow, *, where: str) -> DataRow:
+    """A row as a problem: unchanged, or an exam question with its options as the last lines."""
     if QUESTION_KEY in row and "options" not in row:
         return row | {key: text_field(row, key, where=where) for key in (QUESTION_KEY, ANSWER_KEY)}
     exam = exam_question(row, where=where)
@@ -303,46 +304,39 @@ def as_problem(row: Row, *, where: str) -> Row:
 def write_problems(
     folder: Path,
     config: ProblemsConfig,
-    records: list[Row],
-    pools: dict[str, list[Row]],
+    rows: list[DataRow],
+    pools: dict[str, list[DataRow]],
     evaluation: list[str],
 ) -> list[Table]:
-    """Splits the problems into halves by seed, mixes the pools into the RL half, and writes all three files."""
-    chosen = set(
-        random.Random(f"{config.seed}/split").sample(
-            range(len(records)), round(config.split * len(records))
-        )
-    )
-    halves = [
-        [row for n, row in enumerate(records) if (n in chosen) == wanted]
-        for wanted in (True, False)
-    ]
-    sizes: list[tuple[Any, ...]] = [("search", len(halves[0])), ("RL, converted", len(halves[1]))]
-    taken = {normalise(row["question"]) for row in records}
-    for kind, pool in ((kind, pool) for kind, pool in pools.items() if pool):
-        wanted = round(getattr(config.mix, f"{kind}_ratio") * (len(records) - len(halves[0])))
-        shares = contaminated([row[QUESTION_KEY] for row in pool], evaluation)
-        free = list(
-            {
-                row[QUESTION_KEY]: row
-                for row, bad in zip(pool, shares, strict=True)
-                if not bad and normalise(str(row.get("question"))) not in taken
-            }.values()
-        )
-        drawn = random.Random(f"{config.seed}/{kind}").sample(free, min(wanted, len(free)))
-        halves[1] += drawn
-        sizes.append(
-            (f"RL, {kind} (wanted {wanted}, {len(free)} of {len(pool)} could be drawn)", len(drawn))
-        )
-    for name, part in (
-        ("problems", records),
-        ("problems_search", halves[0]),
-        ("problems_rl", halves[1]),
-    ):
-        write_json(folder / f"{name}.json", part)
-    examples = [
-        (row["question"], row[QUESTION_KEY], row[ANSWER_KEY]) for row in records[:NUM_EXAMPLES]
-    ]
+    """Splits the problems into halves by seed, adds the mix to the RL half, writes all files."""
+    size = round(config.split * len(rows))
+    chosen = set(random.Random(f"{config.seed}/split").sample(range(len(rows)), size))
+    search_half = [row for n, row in enumerate(rows) if n in chosen]
+    rl_half = [row for n, row in enumerate(rows) if n not in chosen]
+    num_converted = len(rl_half)
+    sizes: list[tuple[Any, ...]] = [("search", size), ("RL, converted", num_converted)]
+    taken = {normalise(row["question"]) for row in rows}
+    ratios = {"choice": config.mix.choice_ratio, "general": config.mix.general_ratio}
+    for kind, pool in pools.items():
+        if not pool:
+            continue
+        wanted = round(ratios[kind] * num_converted)
+        shared = contaminated([row[QUESTION_KEY] for row in pool], evaluation)
+        usable = {
+            row[QUESTION_KEY]: row
+            for row, shares in zip(pool, shared, strict=True)
+            if not shares and normalise(str(row.get("question"))) not in taken
+        }
+        num = min(wanted, len(usable))
+        drawn = random.Random(f"{config.seed}/{kind}").sample(list(usable.values()), num)
+        rl_half += drawn
+        note = f"wanted {wanted}, {len(usable)} of {len(pool)} could be drawn"
+        sizes.append((f"RL, {kind} ({note})", len(drawn)))
+    write_json(folder / "problems.json", rows)
+    write_json(folder / "problems_search.json", search_half)
+    write_json(folder / "problems_rl.json", rl_half)
+    first = rows[:NUM_EXAMPLES]
+    examples = [(row["question"], row[QUESTION_KEY], row[ANSWER_KEY]) for row in first]
     return [
         Table("Halves", ("part", "problems"), sizes),
         Table("Examples", ("exam question", "problem", "answer"), examples),

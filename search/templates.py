@@ -1,4 +1,4 @@
-"""The prompts: Jinja templates in prompts/<language>, overridden by name and added to by a folder of the user's."""
+"""The prompts: Jinja templates in prompts/<language>, which a user's folder may override."""
 
 from __future__ import annotations
 
@@ -28,55 +28,61 @@ VARIABLES = {
     "reask": "fault",
     STRATEGY: "question chain",
 }
-"""Every prompt and what its template may use: text, but for options, a mapping of letters to texts."""
+"""Variables of each prompt's template: text, but `options`, which maps letters to texts."""
 
 
 class Prompts:
-    """Renders a prompt by its name. `strategies` are the names of the files strategy-NAME.jinja, ours and the user's."""
+    """Renders prompts by name.
+
+    `strategies` holds the names of the files strategy-NAME.jinja, ours and the user's; `digest`
+    identifies all templates.
+    """
 
     def __init__(self, language: str, folder: str | None = None) -> None:
-        """Raises ValueError when a template of the folder overrides nothing, is malformed, or uses what it is not given."""
-        ours, own = Path(__file__).parent / "prompts" / language, Path(folder or "").expanduser()
+        """Args:
+            language: "en" or "zh".
+            folder: templates that override ours by name, or add strategies.
+
+        Raises:
+            ValueError: a template of the folder overrides nothing, is malformed, or uses a variable
+                that it does not get.
+        """
+        ours = Path(__file__).parent / "prompts" / language
+        own = Path(folder or "").expanduser()
         if folder and not list(own.glob("*.jinja")):
             raise ValueError(
-                f"prompts {folder}: holds no *.jinja: give a folder of templates named as in verippo/search/prompts"
+                f"prompts {folder}: holds no *.jinja: give a folder of templates named as in "
+                "verippo/search/prompts"
             )
         loader = FileSystemLoader([own, ours] if folder else [ours])
         environment = Environment(
             loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        files = [
-            name for name in loader.list_templates() if name.endswith(".jinja") and "/" not in name
-        ]
+        found = loader.list_templates()
+        files = [name for name in found if name.endswith(".jinja") and "/" not in name]
         named = [name.removesuffix(".jinja") for name in files if not name.startswith("_")]
-        self.strategies = sorted(
-            name.removeprefix(STRATEGY) for name in named if name.startswith(STRATEGY)
-        )
-        self.digest = content_key(
-            [(name, loader.get_source(environment, name)[0]) for name in files]
-        )
+        strategies = [name for name in named if name.startswith(STRATEGY)]
+        self.strategies = sorted(name.removeprefix(STRATEGY) for name in strategies)
+        sources = [(name, loader.get_source(environment, name)[0]) for name in files]
+        self.digest = content_key(sources)
         try:
             self._templates = {name: environment.get_template(f"{name}.jinja") for name in named}
             for name in named:
                 kind = STRATEGY if name.startswith(STRATEGY) else name
                 if kind not in VARIABLES:
                     raise ValueError(
-                        f"prompts {own / name}.jinja: overrides nothing: name it {', '.join(VARIABLES)}NAME"
+                        f"prompts {own / name}.jinja: overrides nothing: name it "
+                        f"{', '.join(VARIABLES)}NAME"
                     )
-                self.render(
-                    name,
-                    **{
-                        key: {"A": ""} if key == "options" else ""
-                        for key in VARIABLES[kind].split()
-                    },
-                )
+                keys = VARIABLES[kind].split()
+                blank = {key: {"A": ""} if key == "options" else "" for key in keys}
+                self.render(name, **blank)
         except TemplateSyntaxError as error:
-            raise ValueError(
-                f"prompts {error.filename or error.name}, line {error.lineno}: {error.message}"
-            ) from None
+            where = f"{error.filename or error.name}, line {error.lineno}"
+            raise ValueError(f"prompts {where}: {error.message}") from None
         except (TemplateError, TypeError, RecursionError) as error:
             raise ValueError(f"prompts {own / name}.jinja: {error}") from None
 
     def render(self, name: str, **values: Any) -> str:
-        """The text of a prompt, without white space at its ends."""
+        """The text of a prompt, without outer white space."""
         return self._templates[name].render(values).strip()

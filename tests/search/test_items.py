@@ -418,7 +418,7 @@ def test_failures_of_an_earlier_run_are_no_sign_of_a_server_that_never_answers(
     calls = len(server.bodies)
     command("search", rows, server, **{"llm.concurrency": 1})
     assert (len(server.bodies), len(scripted.load(folder, "search.json"))) == (calls, 3)
-    assert "asked 0 calls, 20 more were in the journal" in capsys.readouterr().out
+    assert "made 0 calls, 20 more were in the journal" in capsys.readouterr().out
 
 
 def test_half_a_character_is_refused_in_a_question_and_kept_elsewhere(

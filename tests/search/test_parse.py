@@ -9,9 +9,9 @@ import pytest
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.search.parse import (
     CHAIN_SCHEMA,
-    Fault,
+    UnusableReply,
     conclusion,
-    joined,
+    extend_chain,
     parse_chain,
     parse_choice,
     parse_judgement,
@@ -44,8 +44,8 @@ def test_a_chain_keeps_its_steps_and_its_full_width_punctuation():
 def test_a_continuation_that_opens_with_a_verification_replaces_the_one_it_doubts():
     before, new = [THINK, CONCLUDE, VERIFY], [THINK | {"title": "Again"}, CONCLUDE, VERIFY]
     doubt = VERIFY | {"content": "Does it?"}
-    assert joined(before, [doubt, *new]) == [THINK, CONCLUDE, doubt, *new]
-    assert joined(before, new) == [THINK, CONCLUDE, VERIFY, *new]
+    assert extend_chain(before, [doubt, *new]) == [THINK, CONCLUDE, doubt, *new]
+    assert extend_chain(before, new) == [THINK, CONCLUDE, VERIFY, *new]
 
 
 def test_line_breaks_may_stand_unescaped_in_a_string():
@@ -77,7 +77,7 @@ def test_line_breaks_may_stand_unescaped_in_a_string():
     ],
 )
 def test_what_is_not_one_whole_object_with_the_keys_is_a_fault(text, fault):
-    with pytest.raises(Fault, match=fault):
+    with pytest.raises(UnusableReply, match=fault):
         parse_monologue(text)
 
 
@@ -89,7 +89,7 @@ def test_a_problem_has_exactly_its_two_keys():
         good | {"Explanation": "x"},
         {"Question": "Why?", ANSWER_KEY: "So."},
     ):
-        with pytest.raises(Fault, match="not exactly"):
+        with pytest.raises(UnusableReply, match="not exactly"):
             parse_problem(json.dumps(bad))
 
 
@@ -112,7 +112,7 @@ def test_a_judgement_is_one_of_four_and_the_whole_answer():
         "unreformulatable",
         "",
     ):
-        with pytest.raises(Fault):
+        with pytest.raises(UnusableReply):
             parse_judgement(text)
 
 
@@ -132,7 +132,7 @@ def test_a_verdict_is_one_whole_word():
         "yes, True",
         "true false",
     ):
-        with pytest.raises(Fault, match="unparsed"):
+        with pytest.raises(UnusableReply, match="unparsed"):
             parse_truth(text)
 
 
@@ -182,7 +182,7 @@ def test_a_response_may_be_sorry_but_may_not_refuse():
         "对不起，我不能回答这个问题。",
         "作为一个语言模型，我无法提供诊断。",
     ):
-        with pytest.raises(Fault, match="refuses"):
+        with pytest.raises(UnusableReply, match="refuses"):
             parse_text(text)
 
 
