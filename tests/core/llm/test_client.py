@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from verippo.core.llm import client as module
 from verippo.core.llm.client import (
     LLM,
     BudgetSpent,
@@ -27,7 +26,7 @@ KEY = "sk-very-secret-0123"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -71,9 +70,9 @@ def test_an_ask_sends_what_was_given_and_returns_what_was_counted(llm_server):
     )
 
     def use(client):
-        return client.ask(question(), temperature=0.5, top_p=0.9, max_new_tokens=20, seed=5)  # noqa: E731
+        return client.ask(question(), temperature=0.5, top_p=0.9, seed=5)
 
-    reply, usage = drive(server, use, price_in=2.0, price_out=10.0)
+    reply, usage = drive(server, use, price_in=2.0, price_out=10.0, max_new_tokens=20)
     assert reply == Reply("It is.", "stop", 7, 3)
     assert server.bodies == [
         {
@@ -107,9 +106,9 @@ def test_a_completion_continues_the_prompt_as_it_stands_and_may_be_empty(llm_ser
     server = llm_server(scripted("and so on", ""))
 
     def complete(draw):
-        return lambda client: client.complete("<s>Once", draw=draw, max_new_tokens=9, stop=["."])  # noqa: E731
+        return lambda client: client.complete("<s>Once", draw=draw, seed=3)
 
-    assert drive(server, complete(0))[0] == Reply("and so on", "stop", 1, 3)
+    assert drive(server, complete(0), max_new_tokens=9)[0] == Reply("and so on", "stop", 1, 3)
     assert drive(server, complete(1))[0].text == ""
     assert server.paths == ["/v1/completions"] * 2
     assert server.bodies[0] == {
@@ -117,7 +116,7 @@ def test_a_completion_continues_the_prompt_as_it_stands_and_may_be_empty(llm_ser
         "prompt": "<s>Once",
         "temperature": 1.0,
         "max_tokens": 9,
-        "stop": ["."],
+        "seed": 3,
     }
 
 
@@ -142,7 +141,7 @@ def test_half_characters_become_replacement_marks(llm_server):
     body = b'{"choices": [{"message": {"content": "a\\ud83db"}, "finish_reason": "stop"}]}'
     reply, _ = ask(llm_server(lambda _: llm_server.module.Answer(body=body)))
     assert reply.text == "a?b"
-    with pytest.raises(LLMError, match="lone surrogate"):
+    with pytest.raises(LLMError, match="unpaired surrogate"):
         ask(llm_server(lambda _: "yes"), "\ud83d")
 
 
@@ -219,19 +218,19 @@ def test_a_retry_after_holds_back_every_other_call_too(llm_server):
     assert 0.6 < drive(server, two)[0] < 3
 
 
-def test_waits_double_and_differ(llm_server, monkeypatch):
+def test_waits_between_retries_double_with_jitter(llm_server, monkeypatch):
     waits = []
-    real = asyncio.sleep
-    monkeypatch.setattr(
-        module.asyncio, "sleep", lambda seconds: (waits.append(seconds), real(0))[1]
-    )
-    monkeypatch.setattr(module, "FIRST_WAIT_SECONDS", 8.0)
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.5)
+    monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
     with pytest.raises(LLMError):
-        ask(llm_server(lambda body: llm_server.module.error(500)), max_retries=5)
-    waits = [seconds for seconds in waits if seconds]
-    for seconds, longest in zip(waits, [8, 16, 32, 60, 60], strict=True):
-        assert longest / 2 <= seconds <= longest
-    assert waits[3] != waits[4]
+        ask(llm_server(lambda body: llm_server.module.error(500)), max_retries=6)
+    for seconds, longest in zip(waits, [0.5, 1, 2, 4, 8, 8], strict=True):
+        assert longest * 0.75 <= seconds <= longest
+    assert waits[4] != waits[5]
 
 
 # --- failures that are final ---
@@ -483,11 +482,11 @@ def test_tokens_are_spaced_to_their_rate_by_what_calls_really_took(llm_server):
     async def use(client):
         start = time.monotonic()
         for n in range(6):
-            await client.ask(question(), draw=n, max_new_tokens=500)
+            await client.ask(question(), draw=n)
         return time.monotonic() - start
 
     took, _ = drive(
-        server, use, tokens_per_minute=60_000
+        server, use, tokens_per_minute=60_000, max_new_tokens=500
     )  # 100 tokens take 0.1 s; 500 would take 0.5 s each
     assert 0.45 < took < 1.8
 

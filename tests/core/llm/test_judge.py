@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from verippo.core.llm import client as llm
 from verippo.core.llm.client import LLMConfig
 from verippo.core.llm.judge import Case, Judge
 
@@ -11,7 +10,7 @@ CASE = Case("row 7", "Fever {and} cough?", "Pneumonia", "{reference} Asthma")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(llm, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def judge(server, *, journal=None, max_asks=3, **settings):
