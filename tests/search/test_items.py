@@ -430,7 +430,7 @@ def test_half_a_character_is_refused_in_a_question_and_kept_elsewhere(
     )
     with pytest.raises(SystemExit):
         command("search", [], server, data=tmp_path / "half.json")
-    assert re.search(r"half.json: row 1: .* half of a character", capsys.readouterr().err)
+    assert re.search(r"half.json: row 1: .* unpaired surrogate", capsys.readouterr().err)
     (tmp_path / "half.json").write_text(json.dumps(rows))
     (record,) = scripted.load(
         command("search", [], server, data=tmp_path / "half.json"), "search.json"

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from verippo.core.llm.client import LLMConfig
-from verippo.core.llm.judge import Case, Judge
+from verippo.core.llm.judge import Judge, JudgedAnswer
 
-CASE = Case("row 7", "Fever {and} cough?", "Pneumonia", "{reference} Asthma")
+CASE = JudgedAnswer("row 7", "Fever {and} cough?", "Pneumonia", "{reference} Asthma")
 
 
 @pytest.fixture(autouse=True)
@@ -13,10 +13,8 @@ def quick(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
-def judge(server, *, journal=None, max_asks=3, **settings):
-    return Judge(
-        LLMConfig(base_url=server.url, model="m", **settings), journal=journal, max_asks=max_asks
-    )
+def judge(server, *, journal=None, **settings):
+    return Judge(LLMConfig(base_url=server.url, model="m", **settings), journal=journal)
 
 
 def first(body):
@@ -63,9 +61,9 @@ def test_without_a_verdict_the_case_and_the_fault_are_named(llm_server):
     server = llm_server(lambda body: "untrue")
     with pytest.raises(
         RuntimeError,
-        match="judge: no verdict of m on row 7 in 2 asks: 'untrue' is not the one word True or F",
+        match="judge: no verdict of m on row 7 in 3 asks: 'untrue' is not the one word True or F",
     ):
-        judge(server, max_asks=2).verdicts([CASE])
+        judge(server).verdicts([CASE])
     cut = llm_server(
         lambda body: llm_server.module.Answer("Let me think", "length", completion_tokens=9)
     )

@@ -80,8 +80,8 @@ def test_sources_are_joined_in_order_and_each_is_limited(write):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("bad.json", "[{", "bad.json: not valid JSON: .*line 1 column 3"),
-        ("latin.json", '[{"q": "ä"}]'.encode("latin-1"), "latin.json: not valid JSON"),
+        ("bad.json", "[{", "bad.json is not valid JSON: .*line 1 column 3"),
+        ("latin.json", '[{"q": "ä"}]'.encode("latin-1"), "latin.json is not valid JSON"),
         ("text.json", '"text"', "text.json: expected a list of objects, got str"),
         ("object.json", {"q": "one"}, "object.json: expected a list of objects, got dict"),
         ("mixed.json", [{"q": 1}, "two"], "mixed.json: row 1 is str, expected an object"),
