@@ -28,6 +28,12 @@ JSON_COMPLAINT = re.compile(
     "response_format|json_schema|json_object|structured|grammar|guided", re.IGNORECASE
 )
 
+MISTAKES = {
+    401: "the API key was refused (llm.api_key_env, llm.api_key_file)",
+    404: "no such model or address (llm.model, llm.base_url)",
+}
+"""Statuses that end the run, and what they mean."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -184,33 +190,31 @@ class LLM:
         """
         path = "/chat/completions" if "messages" in body else "/completions"
         while True:
-            sent, level = self._adapted(body, schema), self._json_level
+            level = self._json_level
+            sent = self._adapted(body, schema)
             try:
                 # not the typed methods, whose validation takes most of a call's computing time
                 response = await self._client.post(path, body=sent, cast_to=httpx.Response)
             except openai.APIStatusError as error:
-                if not self._adapt(error, sent, level):
-                    return self._status_failure(error)
-                continue
+                if self._adapt(error, sent, level):
+                    continue
+                return self._failure(error)
             except openai.APIConnectionError as error:
-                return self._connection_failure(error)
+                return self._failure(error)
             except OverBudget as error:
                 return error.args[0]
             except UnicodeEncodeError:
-                return LLMError(
-                    self._reason("the prompt holds an unpaired surrogate, which cannot be sent"),
-                    refused=True,
-                )
+                reason = "the prompt holds an unpaired surrogate, which cannot be sent"
+                return LLMError(self._line(reason), refused=True)
             reply: Reply = response.extensions["reply"]
             if reply.finish_reason == "content_filter":
-                return LLMError(self._reason(f"refused: {reply.text}"), refused=True)
+                return LLMError(self._line(f"refused: {reply.text}"), refused=True)
             return reply
 
     def _adapted(self, body: dict[str, Any], schema: dict[str, Any] | None) -> dict[str, Any]:
         """The body in the form that earlier refusals of the server have led to."""
-        adapted = body | {self._max_tokens_name: body["max_tokens"]}
-        if self._max_tokens_name != "max_tokens":
-            del adapted["max_tokens"]
+        adapted = dict(body)
+        adapted[self._max_tokens_name] = adapted.pop("max_tokens")
         mode = JSON_MODES[self._json_level]
         if schema is not None and mode == "schema":
             described = {"name": "answer", "schema": schema, "strict": True}
@@ -221,9 +225,9 @@ class LLM:
 
     def _adapt(self, error: openai.APIStatusError, sent: dict[str, Any], level: int) -> bool:
         """Changes the form of requests if the server refused it; returns whether it did."""
-        complaint = _told(error)
         if is_transient(error.status_code):
             return False
+        complaint = _message(error)
         if "max_completion_tokens" in complaint and "max_tokens" in sent and "messages" in sent:
             self._max_tokens_name = "max_completion_tokens"
             return True
@@ -234,41 +238,31 @@ class LLM:
         self._json_level = max(self._json_level, level + 1)
         return True
 
-    def _status_failure(self, error: openai.APIStatusError) -> Exception:
-        """The exception to raise for an error status."""
-        reason = f"HTTP {error.status_code}: {_told(error)}"
-        if error.status_code == 402 or error.code == "insufficient_quota":
-            return BudgetSpent(self._reason(reason, error))
-        if error.status_code == 401:
-            mistake = "the API key was refused (llm.api_key_env, llm.api_key_file)"
-            return ValueError(self._reason(f"{mistake}: {reason}", error))
-        if error.status_code == 404:
-            mistake = "no such model or address (llm.model, llm.base_url)"
-            return ValueError(self._reason(f"{mistake}: {reason}", error))
-        return LLMError(self._reason(reason, error), refused=not is_transient(error.status_code))
-
-    def _connection_failure(self, error: openai.APIConnectionError) -> LLMError:
-        """The exception to raise when no usable answer came."""
-        cause = error.__cause__ or error
-        if isinstance(error, openai.APITimeoutError):
-            reason = f"no answer within timeout_seconds={self.config.timeout_seconds:g}"
-        elif isinstance(cause, UnreadableReply):
-            reason = str(cause)
-        else:
-            reason = f"connection failed: {type(cause).__name__} {cause}"
-            return LLMError(self._reason(reason, error), recorded=False)
-        return LLMError(self._reason(reason, error))
-
-    def _reason(self, text: str, error: openai.APIError | None = None) -> str:
-        """One line that names the model; without the API key, which servers quote."""
-        text = " ".join(text.replace(self._client.api_key, "***").split())[:500]
-        attempts = 1 + num_retries(error.request) if error is not None else 1
+    def _failure(self, error: openai.APIError) -> Exception:
+        """The exception to raise for an error of the openai client."""
+        attempts = 1 + num_retries(error.request)
         suffix = f" (tried {attempts} times)" if attempts > 1 else ""
-        return f"{self.config.model} at {self._client.base_url}: {text}{suffix}"
+        if isinstance(error, openai.APIStatusError):
+            status = error.status_code
+            reason = f"HTTP {status}: {_message(error)}"
+            if status == 402 or error.code == "insufficient_quota":
+                return BudgetSpent(self._line(reason) + suffix)
+            if status in MISTAKES:
+                return ValueError(self._line(f"{MISTAKES[status]}: {reason}") + suffix)
+            return LLMError(self._line(reason) + suffix, refused=not is_transient(status))
+        cause = error.__cause__
+        was_reached = isinstance(cause, (UnreadableReply, httpx.TimeoutException))
+        reason = str(cause) if was_reached else f"connection failed: {type(cause).__name__} {cause}"
+        return LLMError(self._line(reason) + suffix, recorded=was_reached)
+
+    def _line(self, reason: str) -> str:
+        """The reason in one line, with the model and without the API key, which servers quote."""
+        text = " ".join(reason.replace(self._client.api_key, "***").split())[:500]
+        return f"{self.config.model} at {self._client.base_url}: {text}"
 
 
-def _told(error: openai.APIStatusError) -> str:
-    """What the server says about an error."""
+def _message(error: openai.APIStatusError) -> str:
+    """The server's own message about an error."""
     body = error.body or error.response.text
     return str(body.get("message", body) if isinstance(body, dict) else body)
 

@@ -36,7 +36,7 @@ class UnreadableReply(httpx.TransportError):
     """An answer without usable text. A transport error, because openai retries those."""
 
     def __init__(self, problem: str, used: TokenCount) -> None:
-        super().__init__(f"the answer{problem}")
+        super().__init__(f"the answer {problem}")
         self.used = used
 
 
@@ -79,7 +79,8 @@ class MeteredHTTP(openai.DefaultAsyncHttpxClient):
                         response.extensions["reply"] = reply
                 except (asyncio.TimeoutError, httpx.TimeoutException):
                     charge.used = bound
-                    raise httpx.ReadTimeout("", request=request) from None
+                    reason = f"no answer within timeout_seconds={self.seconds:g}"
+                    raise httpx.ReadTimeout(reason, request=request) from None
                 except UnreadableReply as error:
                     charge.used = error.used
                     raise
@@ -116,31 +117,26 @@ def read_reply(data: bytes, bound: TokenCount, *, may_be_empty: bool) -> Reply:
         content = json.loads(data.decode("utf-8"))
         choice = content["choices"][0]
         message = choice.get("message") or {"content": choice.get("text")}
+        text = message.get("content")
+        refusal = message.get("refusal")
         counts = content.get("usage") or {}
         reported = counts.get("prompt_tokens"), counts.get("completion_tokens")
-        text, refusal = message.get("content"), message.get("refusal")
-        finish = "content_filter" if refusal else choice.get("finish_reason") or "stop"
-    except UnicodeDecodeError:
-        raise UnreadableReply(" is not UTF-8", bound) from None
-    except (ValueError, RecursionError):
-        raise UnreadableReply(f" is cut off or not JSON ({len(data)} bytes)", bound) from None
-    except (LookupError, TypeError, AttributeError):
-        raise UnreadableReply(f" has no choices: {data[:100]!r}", bound) from None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        problem = f"is no completion: {data[:100]!r} ({len(data)} bytes)"
+        raise UnreadableReply(problem, bound) from None
     used = TokenCount(
         *(n if isinstance(n, int) else most for n, most in zip(reported, bound, strict=True))
     )
-    if finish == "content_filter":
-        text = refusal or finish
+    finish = choice.get("finish_reason") or "stop"
+    if refusal or finish == "content_filter":
+        return Reply(refusal or finish, "content_filter", *used)
     if isinstance(text, list) and all(isinstance(part, dict) for part in text):
         text = "".join(str(part.get("text") or "") for part in text)  # thinking parts have no text
-    if not isinstance(text, str | None):
-        raise UnreadableReply(f"'s content is {type(text).__name__}, not text", used)
-    is_blank = not (text or "").strip()
-    if is_blank and "message" in choice and finish != "length" and not may_be_empty:
-        raise UnreadableReply(f"'s content is {'null' if text is None else 'empty'}", used)
+    may_be_empty = may_be_empty or "message" not in choice or finish == "length"
+    if not isinstance(text, str | None) or not (may_be_empty or (text and text.strip())):
+        raise UnreadableReply(f"has no text, but {json.dumps(text)[:100]}", used)
     # JSON escapes can produce unpaired surrogates, which no file can hold
-    text = (text or "").encode("utf-8", "replace").decode()
-    return Reply(text, finish, *used)
+    return Reply((text or "").encode("utf-8", "replace").decode(), finish, *used)
 
 
 def is_transient(status: int) -> bool:
