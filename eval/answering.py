@@ -1,4 +1,4 @@
-"""Asks the questions: the prompts, and the engines that answer them. Every answer is journaled; none is asked for twice."""
+"""Asks a model the questions, through a server or in this process, and journals every answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..core.llm.client import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_order
 from ..core.llm.journal import Journal, content_key
@@ -17,37 +17,46 @@ from ..core.sampling.sampler import Prompt, SamplingParams, draw_seed
 from ..core.sampling.server import serving
 from ..core.text.chat import render_messages, render_text
 from .config import EvalConfig
-from .questions import Question, permutation, permuted
+from .questions import Question, permute_options
 
-ANSWER_SENTENCE = 'End with the sentence "The answer is A.", with the letter of the option you chose in place of A.'
+_QUESTION = "Here is a multiple-choice question. Which option is right?\n"
+_ANSWER_SENTENCE = """\
+End with the sentence "The answer is A.", with the letter of the option you chose in place of A.
+"""
+_HEADINGS = """\
+Reason about it under the heading `## Thinking`. \
+Then write your answer under the heading `## Final Response`.
+"""
+_ITEM = "\n{question}\n\n{options}"
 PROMPTS = {
-    "free": "Here is a multiple-choice question. Which option is right?\n\n{question}\n\n{options}",
-    "strict": "Here is a multiple-choice question. Which option is right?\n"
-    + ANSWER_SENTENCE
-    + "\n\n{question}\n\n{options}",
-    "thinking": "Here is a multiple-choice question. Which option is right?\nReason about it under the heading "
-    "`## Thinking`. Then write your answer under the heading `## Final Response`.\n"
-    + ANSWER_SENTENCE
-    + "\n\n{question}\n\n{options}",
+    "free": _QUESTION + _ITEM,
+    "strict": _QUESTION + _ANSWER_SENTENCE + _ITEM,
+    "thinking": _QUESTION + _HEADINGS + _ANSWER_SENTENCE + _ITEM,
 }
 
 
-class Case(NamedTuple):
-    """One thing to ask."""
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question in one order of its options, for one run."""
 
     question: Question
-    """as it is asked: of a permutation, with its options in that order"""
+    """The question with its options in the order shown."""
     run: int
     permutation: int
-    """0: the options as they stand in the file"""
-    back: dict[str, str]
-    """letter as asked -> letter of the file"""
+    """Number of the order of the options; 0 is the order of the file."""
+    file_letters: dict[str, str]
+    """Letter shown -> letter in the file."""
     seed: int
-    """31 bits, which every server takes"""
+    """Seed of 31 bits, which every server accepts."""
+
+    def file_letter(self, shown: str | None) -> str | None:
+        """Letter in the file of a letter shown; None stays None."""
+        return self.file_letters[shown] if shown else None
 
 
-class Answer(NamedTuple):
-    """What came of it: a text, which may be empty, or the error that ended the last try."""
+@dataclass(frozen=True)
+class Answer:
+    """An answer, which may be empty, or the error that ended the last try."""
 
     text: str = ""
     finish_reason: str = ""
@@ -55,216 +64,210 @@ class Answer(NamedTuple):
     error: str | None = None
 
 
-def make_cases(
+OnAnswer = Callable[[AskedQuestion, Answer], None]
+"""Function that is called with each answer as it arrives."""
+
+
+def list_questions_to_ask(
     questions: Sequence[Question], *, runs: int, permutations: int, seed: int
-) -> list[Case]:
-    """Every question in every order and run. A case's draws depend on (seed, item, run, permutation) and nothing else."""
-    cases = []
+) -> list[AskedQuestion]:
+    """Lists every question in every order of its options and every run.
+
+    Seeds and orders depend on (seed, item, run, permutation) alone, not on the other questions.
+
+    Args:
+        questions: Questions in the file's order of options.
+        runs: Answers per question and order.
+        permutations: Number of orders besides the file's.
+        seed: Seed of the evaluation.
+    """
+    asked = []
     for question in questions:
         item = int(content_key(question.source, question.id)[:15], 16)
         for order in range(permutations + 1):
-            order_seed = draw_seed(seed, item, order)
-            shown = permuted(question, order_seed) if order else question
-            back = (
-                permutation(question, order_seed)
-                if order
-                else {letter: letter for letter in question.options}
-            )
-            cases += [
-                Case(shown, run, order, back, draw_seed(seed, item, run, order) >> 32)
+            shown = question
+            letters = {letter: letter for letter in question.options}
+            if order:
+                shown, letters = permute_options(question, draw_seed(seed, item, order))
+            asked += [
+                AskedQuestion(shown, run, order, letters, draw_seed(seed, item, run, order) >> 32)
                 for run in range(runs)
             ]
-    return cases
+    return asked
 
 
-def messages(question: Question, *, prompt: str, system: str | None) -> list[dict[str, str]]:
-    """The conversation that asks the question."""
+def build_messages(config: EvalConfig, question: Question) -> list[dict[str, str]]:
+    """Builds the conversation that asks the question, with its options as shown."""
     options = "\n".join(f"{letter}. {text}" for letter, text in question.options.items())
-    # not str.format: a question may hold braces
-    text = (
-        PROMPTS[prompt].replace("{options}", options, 1).replace("{question}", question.question, 1)
-    )
-    return [
-        *([{"role": "system", "content": system}] if system else []),
-        {"role": "user", "content": text},
-    ]
+    # not str.format, because a question may contain braces
+    text = PROMPTS[config.prompt].replace("{options}", options, 1)
+    text = text.replace("{question}", question.question, 1)
+    turns = {"system": config.system_prompt, "user": text}
+    return [{"role": role, "content": content} for role, content in turns.items() if content]
 
 
 def check_weights(journal: Journal, model: str) -> None:
-    """Raises ValueError when the journal's answers come from other weights in the same folder: resume would mix the two."""
-    files = (
-        sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]) if model else []
-    )
+    """Checks that the journal's answers come from the model's present weights.
+
+    Raises:
+        ValueError: the weights in the folder have changed since.
+    """
+    folder = Path(model)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if model else []
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    found, key = content_key(facts), content_key("weights", model)
-    if journal.get(key) not in (None, found):
-        raise ValueError(
-            f"model {model}: its weights have changed since the answers in the journal: choose another --output"
-        )
-    if journal.get(key) is None:
+    found = content_key(facts)
+    key = content_key("weights", model)
+    recorded = journal.get(key)
+    if recorded is None:
         asyncio.run(journal.record(key, found))
+    elif recorded != found:
+        raise ValueError(
+            f"model {model}: its weights have changed since the answers in the journal: "
+            "choose another --output"
+        )
 
 
 def ask(
-    config: EvalConfig,
-    cases: Sequence[Case],
-    journal: Journal,
-    done: Callable[[Case, Answer], None],
+    config: EvalConfig, asked: Sequence[AskedQuestion], journal: Journal, on_answer: OnAnswer
 ) -> list[Answer]:
-    """An answer for each case, in order; `done` hears of each as it comes."""
+    """Answers the questions with the configured engine.
+
+    Args:
+        config: The evaluation's configuration.
+        asked: Questions to ask.
+        journal: Journal of answers; a question that it answers is not asked again.
+        on_answer: Called with each answer as it arrives.
+
+    Returns:
+        One answer for each question, in order.
+
+    Raises:
+        ValueError: the server answers none of the first calls, or the budget is spent.
+    """
     if config.engine == "local":
-        return _ask_local(config, cases, journal, done)
+        return _ask_local(config, asked, journal, on_answer)
     with _server(config) as client:
-        return asyncio.run(_ask_server(config, client, cases, journal, done))
+        return asyncio.run(_ask_server(config, client, asked, journal, on_answer))
 
 
 @contextmanager
 def _server(config: EvalConfig) -> Iterator[LLMConfig]:
-    """The client of a running server, or of one of our own that is stopped at the end, however it comes."""
+    """Client configuration of the given server, or of one that runs for the time of the context."""
     if config.engine == "openai":
         yield config.client
         return
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # what ends a batch job must stop the server too
+    # a batch system ends a job with SIGTERM: the server must stop then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = replace(config.server, model=config.model)
-    key = {
-        name: getattr(options, name)
-        for name in ("api_key_env", "api_key_file")
-        if getattr(options, name)
-    }
-    print(f"starting a server of {config.model}")
+    names = ("api_key_env", "api_key_file")
+    keys = {name: getattr(options, name) for name in names if getattr(options, name)}
+    print(f"starting a server for {config.model}")
     with serving(options) as server:
-        yield replace(config.client, base_url=f"{server.url}/v1", **key)
+        yield replace(config.client, base_url=f"{server.url}/v1", **keys)
 
 
 async def _ask_server(
     config: EvalConfig,
     client: LLMConfig,
-    cases: Sequence[Case],
+    asked: Sequence[AskedQuestion],
     journal: Journal,
-    done: Callable[[Case, Answer], None],
+    on_answer: OnAnswer,
 ) -> list[Answer]:
     from ..core.training.model import load_tokenizer
 
     tokenizer = load_tokenizer(config.model) if config.endpoint == "completions" else None
     llm = LLM(client, journal=journal, retry_failed=config.retry_failed, may_be_empty=True)
-    num_failed = num_answered = 0
+    num_first = min(client.concurrency, len(asked))
+    finished: list[Answer] = []
 
-    async def work(case: Case) -> Answer:
-        nonlocal num_failed, num_answered
-        conversation = messages(case.question, prompt=config.prompt, system=config.system_prompt)
-        draw: dict[str, Any] = {"draw": case.run, "seed": case.seed, "top_p": config.nucleus}
+    async def answer_one(item: AskedQuestion) -> Answer:
+        messages = build_messages(config, item.question)
+        draw: dict[str, Any] = {"draw": item.run, "seed": item.seed, "top_p": config.nucleus}
         try:
-            if tokenizer is None:
-                reply = await llm.ask(conversation, **draw)
+            if tokenizer:
+                reply = await llm.complete(prompt_text(tokenizer, messages), **draw)
             else:
-                reply = await llm.complete(prompt_text(tokenizer, conversation), **draw)
+                reply = await llm.ask(messages, **draw)
             answer = Answer(reply.text, reply.finish_reason, reply.completion_tokens)
-            num_answered += 1
         except LLMError as error:
-            num_failed += 1
-            if num_failed == min(client.concurrency, len(cases)) and not num_answered:
-                raise ValueError(
-                    f"none of the first {num_failed} calls got an answer; the last: {error}"
-                ) from None
             answer = Answer(error=str(error))
         except BudgetSpent as error:
-            raise ValueError(f"stopped after {num_answered} answers: {error}") from None
-        done(case, answer)
+            num_answers = sum(not each.error for each in finished)
+            raise ValueError(f"stopped after {num_answers} answers: {error}") from None
+        finished.append(answer)
+        if len(finished) == num_first and all(each.error for each in finished):
+            raise ValueError(
+                f"none of the first {num_first} calls got an answer; the last: {answer.error}"
+            )
+        on_answer(item, answer)
         return answer
 
     try:
-        answers = await gather_in_order(cases, work, concurrency=client.items_at_once)
+        answers = await gather_in_order(asked, answer_one, concurrency=client.items_at_once)
     finally:
         await llm.close()
     usage = llm.usage
     print(
-        f"asked {usage.calls} calls, {usage.cached_calls} more were in the journal; {usage.usd:.4f} USD in this run"
+        f"asked {usage.calls} calls, {usage.cached_calls} more were in the journal; "
+        f"{usage.usd:.4f} USD in this run"
     )
     return answers
 
 
-def prompt_text(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
-    """The conversation under the chat template, so that the server's tokenizer reads the ids that training used: a begin
-    token that this tokenizer sets before every text is left to it."""
-    text, begin = (
-        render_text(tokenizer, conversation, add_generation_prompt=True),
-        tokenizer.bos_token,
-    )
-    if (
-        begin
-        and text.startswith(begin)
-        and tokenizer.encode(text)[:2] == [tokenizer.bos_token_id] * 2
-    ):
-        return text[len(begin) :]
-    return text
+def prompt_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Renders the conversation so that a server tokenizes it into the ids used in training.
+
+    A begin token is left out where the tokenizer itself adds one to every text.
+    """
+    text = render_text(tokenizer, messages, add_generation_prompt=True)
+    doubled = tokenizer.encode(text)[:2] == [tokenizer.bos_token_id] * 2
+    return text.removeprefix(tokenizer.bos_token) if doubled else text
 
 
 def _ask_local(
-    config: EvalConfig,
-    cases: Sequence[Case],
-    journal: Journal,
-    done: Callable[[Case, Answer], None],
+    config: EvalConfig, asked: Sequence[AskedQuestion], journal: Journal, on_answer: OnAnswer
 ) -> list[Answer]:
-
     from ..core.sampling.local_sampler import LocalSampler
-    from ..core.training import dist
-    from ..core.training.model import (
-        check_embedding,
-        context_length,
-        load_causal_lm,
-        load_tokenizer,
-        stop_token_ids,
-    )
+    from ..core.training import dist, model
 
-    tokenizer: Any = load_tokenizer(config.model)
-    hf: Any = load_causal_lm(config.model, dtype=config.dtype)
-    check_embedding(hf.config, tokenizer, config.model)
-    stops = stop_token_ids(config.model, tokenizer)
-    sampler = LocalSampler(hf.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch)
+    tokenizer: Any = model.load_tokenizer(config.model)
+    network: Any = model.load_causal_lm(config.model, dtype=config.dtype)
+    model.check_embedding(network.config, tokenizer, config.model)
+    stops = model.stop_token_ids(config.model, tokenizer)
+    sampler = LocalSampler(
+        network.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch
+    )
     params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    room = (context_length(hf.config) or 1 << 60) - config.max_new_tokens
+    room = (model.context_length(network.config) or sys.maxsize) - config.max_new_tokens
+    settings = (config.temperature, config.max_new_tokens)
     answers: list[Answer] = []
-
-    for start in range(0, len(cases), 4 * config.max_batch):  # what a kill may lose
-        chunk = cases[start : start + 4 * config.max_batch]
-        found: dict[int, Answer] = {}
-        waiting: dict[int, tuple[str, Prompt]] = {}
-        for n, case in enumerate(chunk):
-            conversation = messages(
-                case.question, prompt=config.prompt, system=config.system_prompt
-            )
-            ids = render_messages(tokenizer, conversation, add_generation_prompt=True)
-            key = content_key(
-                "local",
-                config.model,
-                config.dtype,
-                ids,
-                case.seed,
-                config.temperature,
-                config.max_new_tokens,
-            )
+    chunk_size = 4 * config.max_batch  # answers that are lost when the process is killed
+    for start in range(0, len(asked), chunk_size):
+        chunk = asked[start : start + chunk_size]
+        found: dict[str, Answer] = {}
+        waiting: dict[str, Prompt] = {}
+        keys = []
+        for item in chunk:
+            messages = build_messages(config, item.question)
+            ids = render_messages(tokenizer, messages, add_generation_prompt=True)
+            key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
+            keys.append(key)
             if len(ids) > room:
-                found[n] = Answer(
-                    error=f"{len(ids)} tokens of prompt leave no room for max_new_tokens={config.max_new_tokens}"
+                found[key] = Answer(
+                    error=f"{len(ids)} tokens of prompt leave no room for "
+                    f"max_new_tokens={config.max_new_tokens}"
                 )
-            elif (recorded := journal.get(key)) is not None:
-                found[n] = Answer(**recorded)
+            elif recorded := journal.get(key):
+                found[key] = Answer(**recorded)
             else:
-                waiting[n] = key, Prompt(token_ids=ids, seed=case.seed)
-        completions = sampler.generate([prompt for _, prompt in waiting.values()], params)
-        for n, completion in zip(waiting, completions, strict=True):
-            text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-            found[n] = Answer(text, completion.finish_reason, len(completion.token_ids))
-        asyncio.run(_record(journal, {key: found[n] for n, (key, _) in waiting.items()}))
-        for n, case in enumerate(chunk):
-            done(case, found[n])
-        answers += [found[n] for n in range(len(chunk))]
+                waiting[key] = Prompt(token_ids=ids, seed=item.seed)
+        completions = sampler.generate(list(waiting.values()), params)
+        for key, completion in zip(waiting, completions, strict=True):
+            ids = list(completion.token_ids)
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            found[key] = Answer(text, completion.finish_reason, len(ids))
+            asyncio.run(journal.record(key, vars(found[key])))
+        for item, key in zip(chunk, keys, strict=True):
+            on_answer(item, found[key])
+            answers.append(found[key])
     return answers
-
-
-async def _record(journal: Journal, answers: dict[str, Answer]) -> None:
-    await asyncio.gather(
-        *(journal.record(key, answer._asdict()) for key, answer in answers.items())
-    )

@@ -1,153 +1,197 @@
-"""`verippo eval compare A B`: two evaluations of the same items, item by item."""
+"""`verippo eval compare A B`: compares two evaluations of the same items."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.report.html_page import format_number
-from ..core.training.checkpoint import prepare_output
-from .accuracy_report import aligned, page
-from .config import CompareConfig, Scoring
-from .results import Row, right_by_majority, right_runs
-from .significance import accuracy_interval, bootstrap_difference, mcnemar
+import numpy as np
 
-Pair = tuple[Row, Row]
+from ..core.training.checkpoint import prepare_output
+from .accuracy_report import percent, print_rows, render_page
+from .config import CompareConfig, Scoring
+from .results import AnswerRow, ItemRow
+from .significance import Estimate, McNemar, accuracy_interval, bootstrap_difference, mcnemar
+
+Pair = tuple[ItemRow, ItemRow]
+"""One item as the first and as the second evaluation asked it."""
+
+
+@dataclass(frozen=True)
+class Difference(McNemar):
+    """Comparison of two evaluations on a set of items, and McNemar's test of the majority votes."""
+
+    num: int
+    """Number of items."""
+    accuracies: list[Estimate]
+    """Accuracy of each evaluation, over all runs."""
+    difference: Estimate
+    """Accuracy of the second less that of the first."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results that compare.json adds to the comparison's configuration."""
+
+    shared: int
+    """Number of items that both evaluations have."""
+    left_out: list[int]
+    """Number of items that only the first and only the second evaluation has."""
+    settings: dict[str, list[Any]]
+    """Settings that differ, with both values."""
+    sources: dict[str, Difference]
 
 
 def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
-    """Writes compare.json and compare.html and prints the table; the folder. Raises ValueError when nothing is shared."""
-    first, second = load_results(config.first), load_results(config.second)
-    scoring = config.scoring
-    pairs, left_out = shared_items(first, second)
+    """Writes compare.json and compare.html, and prints a table.
+
+    Args:
+        config: The comparison's configuration.
+        resolved: The same as plain values.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: an evaluation cannot be read, or they share no item.
+    """
+    first_settings, first = load_results(config.first)
+    second_settings, second = load_results(config.second)
+    pairs = shared_items(first, second)
     if not pairs:
         raise ValueError(
             f"{config.first} and {config.second} share no item: evaluate both on the same --data"
         )
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault(pair[0]["source"], []).append(pair)
-    table = {source: differences(group, scoring, config.seed) for source, group in groups.items()}
+        groups.setdefault(pair[0].source, []).append(pair)
     if len(groups) > 1:
-        table = {"all sources": differences(pairs, scoring, config.seed), **table}
-    settings = {
-        key: [first["config"].get(key), value]
-        for key, value in second["config"].items()
-        if value != first["config"].get(key)
-    }
-    comparison = {
-        **resolved,
-        "shared": len(pairs),
-        "left_out": left_out,
-        "settings": settings,
-        "sources": table,
-    }
+        groups = {"all sources": pairs, **groups}
+    comparison = Comparison(
+        shared=len(pairs),
+        left_out=[len(first) - len(pairs), len(second) - len(pairs)],
+        settings={
+            name: [first_settings.get(name), value]
+            for name, value in second_settings.items()
+            if value != first_settings.get(name)
+        },
+        sources={
+            source: differences(group, config.scoring, config.seed)
+            for source, group in groups.items()
+        },
+    )
     folder = prepare_output(config.output, resume="auto")
-    (folder / "compare.json").write_text(
-        json.dumps(comparison, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
-    differing = [
-        {"item": pair[0], "letters": _letters(pair, scoring), "outcome": outcome}
-        for pair in pairs
-        if (outcome := _outcome(pair, scoring))
-    ]
-    page(
-        folder / "compare.html",
+    record = {**resolved, **vars(comparison)}
+    text = json.dumps(record, ensure_ascii=False, indent=1, default=vars)
+    (folder / "compare.json").write_text(text, encoding="utf-8")
+    page = folder / "compare.html"
+    differing = _differing(pairs, config.scoring)
+    render_page(
+        page,
+        differing,
         title="Two evaluations",
-        models=[first, second],
-        wrong=differing,
-        comparison=comparison,
+        models=[first_settings, second_settings],
+        comparison=record,
     )
-    print_comparison(comparison)
-    print(f"report: {folder / 'compare.html'}")
+    print_comparison(config, comparison)
+    print(f"report: {page}")
     return folder
 
 
-def load_results(path: str) -> Row:
-    """results.json of an output folder, or the file itself. Raises ValueError when it is none."""
+def load_results(path: str) -> tuple[dict[str, Any], list[ItemRow]]:
+    """Reads the settings and the items of an evaluation.
+
+    Args:
+        path: Output folder of the evaluation, or its results.json.
+
+    Raises:
+        ValueError: the file is missing or is not the results of an evaluation.
+    """
     file = Path(path).expanduser()
-    file = file / "results.json" if file.is_dir() else file
+    if file.is_dir():
+        file /= "results.json"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        results["items"][0]["answers"], results["config"]["scoring"]
+        items = [
+            ItemRow(**item | {"answers": [AnswerRow(**answer) for answer in item["answers"]]})
+            for item in results["items"]
+        ]
+        return dict(results["config"]), items
     except OSError as error:
         raise ValueError(
             f"{file}: {error.strerror}: give the output folder of `verippo eval`"
         ) from None
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{file}: not the results.json of `verippo eval`") from None
-    return results
 
 
-def shared_items(first: Row, second: Row) -> tuple[list[Pair], list[int]]:
-    """The items that both have, with equal source, question, options and answer, and how many each has besides."""
+def shared_items(first: list[ItemRow], second: list[ItemRow]) -> list[Pair]:
+    """Pairs the items of equal source, question, options and answer."""
 
-    def content(item: Row) -> str:  # not the id, which may be an item's place in its file
-        return json.dumps([item[key] for key in ("source", "question", "options", "gold")])
+    def content(item: ItemRow) -> str:  # not the id, which may be the position in the file
+        return json.dumps([item.source, item.question, item.options, item.gold])
 
-    others: dict[str, list[Row]] = {}
-    for item in second["items"]:
+    others: dict[str, list[ItemRow]] = {}
+    for item in second:
         others.setdefault(content(item), []).append(item)
-    pairs = [
-        (item, others[content(item)].pop(0)) for item in first["items"] if others.get(content(item))
-    ]
-    return pairs, [len(results["items"]) - len(pairs) for results in (first, second)]
+    return [(item, others[content(item)].pop(0)) for item in first if others.get(content(item))]
 
 
-def differences(pairs: list[Pair], scoring: Scoring, seed: int) -> Row:
-    """Accuracies over the runs, their difference (second less first) with its interval, and McNemar's test of the
-    majority votes."""
-    runs = [[right_runs(pair[side], scoring) for pair in pairs] for side in (0, 1)]
-    means = [[sum(right) / len(right) for right in side] for side in runs]
-    votes = [[right_by_majority(pair[side], scoring) for pair in pairs] for side in (0, 1)]
-    return {
-        "num": len(pairs),
-        "accuracies": [accuracy_interval(side)._asdict() for side in runs],
-        "difference": bootstrap_difference(means[1], means[0], seed=seed)._asdict(),
-        **mcnemar(votes[0], votes[1])._asdict(),
-    }
+def differences(pairs: list[Pair], scoring: Scoring, seed: int) -> Difference:
+    """Compares the two evaluations on these items.
+
+    Args:
+        pairs: The items, as each evaluation asked them.
+        scoring: Scoring by which answers are right.
+        seed: Seed of the bootstrap.
+    """
+    first, second = ([item.right(scoring) for item in side] for side in zip(*pairs, strict=True))
+    votes = [[item.majority_right(scoring) for item in side] for side in zip(*pairs, strict=True)]
+    return Difference(
+        **vars(mcnemar(*votes)),
+        num=len(pairs),
+        accuracies=[accuracy_interval(first), accuracy_interval(second)],
+        difference=bootstrap_difference(np.mean(second, 1), np.mean(first, 1), seed=seed),
+    )
 
 
-def _outcome(pair: Pair, scoring: Scoring) -> str | None:
-    first, second = (right_by_majority(item, scoring) for item in pair)
-    return None if first == second else "only first right" if first else "only second right"
+def _differing(pairs: list[Pair], scoring: Scoring) -> list[dict[str, Any]]:
+    """Template values of the items that only one evaluation has right."""
+    rows = []
+    for pair in pairs:
+        first_right, second_right = (item.majority_right(scoring) for item in pair)
+        if first_right != second_right:
+            letters = ["".join(x or "–" for x in item.letters(scoring)) for item in pair]
+            outcome = f"only {'first' if first_right else 'second'} right"
+            rows.append({"item": pair[0], "letters": letters, "outcome": outcome})
+    return rows
 
 
-def _letters(pair: Pair, scoring: Scoring) -> list[str]:
-    return [
-        "".join(a["letters"][scoring] or "–" for a in item["answers"] if not a["permutation"])
-        for item in pair
-    ]
-
-
-def print_comparison(comparison: Row) -> None:
-    """One line a source: both accuracies, the difference in points, and the test."""
-    for name, num in zip(("first", "second"), comparison["left_out"], strict=True):
+def print_comparison(config: CompareConfig, comparison: Comparison) -> None:
+    """Prints for each source both accuracies, the difference in percentage points, and the test."""
+    for path, num in zip((config.first, config.second), comparison.left_out, strict=True):
         if num:
             print(
-                f"left out: {num} items of {comparison[name]} that the other has not ({comparison['shared']} are shared)"
+                f"left out: {num} items of {path} that the other has not "
+                f"({comparison.shared} are shared)"
             )
-    rows = [
-        [
-            "source",
-            "items",
-            "first",
-            "second",
-            "difference",
-            "(95 %)",
-            "only first",
-            "only second",
-            "McNemar p",
-        ]
-    ]
-    for source, row in comparison["sources"].items():
-        num, *tested = (
-            format_number(row[key]) for key in ("num", "only_first", "only_second", "p_value")
+    rows = []
+    for source, row in comparison.sources.items():
+        first, second = row.accuracies
+        value, low, high = (f"{100 * bound:+.1f}" for bound in vars(row.difference).values())
+        rows.append(
+            {
+                "source": source,
+                "items": row.num,
+                "first": percent(first.value),
+                "second": percent(second.value),
+                "difference": value,
+                "(95 %)": f"({low} to {high})",
+                "only first": row.only_first,
+                "only second": row.only_second,
+                "McNemar p": row.p_value,
+            }
         )
-        accuracies = [format_number(cell["value"], percent=True) for cell in row["accuracies"]]
-        value, low, high = (
-            f"{100 * row['difference'][key]:+.1f}" for key in ("value", "low", "high")
-        )
-        rows.append([source, num, *accuracies, value, f"({low} to {high})", *tested])
-    print(aligned(rows))
+    print_rows(rows)

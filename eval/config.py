@@ -1,4 +1,4 @@
-"""What the evaluation and the comparison of two of them can be told."""
+"""Configuration of `verippo eval` and `verippo eval compare`."""
 
 from __future__ import annotations
 
@@ -13,115 +13,132 @@ from ..core.training.engine import Dtype
 PromptKind = Literal["free", "strict", "thinking"]
 Scoring = Literal["strict_cascade", "original"]
 
+_LEAST = {"runs": 1, "permutations": 0, "max_new_tokens": 1, "max_batch": 1, "limit": 1}
+"""Smallest value of each whole number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Multiple-choice accuracy of a model. The defaults are the published evaluation's."""
+    """Measures a model's accuracy on multiple-choice questions.
+
+    The defaults are those of the published evaluation.
+    """
 
     data: str
-    """comma-separated files in the evaluation format: {"source": [{question, options, answer_idx, answer}, ...]}"""
+    """Comma-separated files in the evaluation format:
+    {"source": [{question, options, answer_idx, answer}, ...]}."""
     output: str
-    """folder for results.json, answers.jsonl, report.html and the journal"""
+    """Folder for results.json, answers.jsonl, report.html and the journal."""
     model: str = ""
-    """Hugging Face folder or hub id: brings the weights (engines local, serve) and the chat template (completions); else
-    the name that the server knows it by"""
+    """Hugging Face folder or hub id. The local and serve engines load its weights; the completions
+    endpoint uses its chat template; otherwise, the name by which the server knows the model."""
 
     engine: Literal["openai", "local", "serve"] = "openai"
-    """openai: a running sglang or other OpenAI-compatible server; serve: an sglang server of our own for the time of the
-    run; local: in this process, for small models"""
+    """Where the model runs. openai: a running sglang or other OpenAI-compatible server; serve: an
+    sglang server that is started for this run and stopped at its end; local: this process, for
+    small models."""
     base_url: str | None = None
-    """of the running server, as http://127.0.0.1:30000/v1"""
+    """URL of the running server, such as http://127.0.0.1:30000/v1."""
     endpoint: Literal["completions", "chat"] = "completions"
-    """completions: the chat template of `model` is applied here; chat: by the server"""
+    """Server endpoint. completions: the chat template of `model` is applied here; chat: the server
+    applies its own."""
     prompt: PromptKind = "strict"
-    """free: only the question; strict: asks for "The answer is A."; thinking: asks for `## Thinking`, `## Final Response` too"""
+    """Instructions in the prompt. free: only the question; strict: also asks for "The answer is
+    A."; thinking: also asks for `## Thinking` and `## Final Response`."""
     system_prompt: str | None = None
-    """a system turn before every question"""
+    """System message before every question."""
     runs: int = 1
-    """answers drawn for every item"""
+    """Number of answers drawn for every item."""
     permutations: int = 0
-    """further orders of the options, drawn by seed, in which every item is asked too: shows a bias to positions"""
+    """Number of random orders of the options in which every item is asked besides the file's,
+    which reveals a preference for some positions."""
     temperature: float = 0.5
-    """logits are divided by it; 0 takes the likeliest token"""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_p: float | None = None
-    """nucleus of the distribution that is drawn from; left out: 0.9 with a server, 1 with the local engine, which has no other"""
+    """Probability mass of nucleus sampling. Default: 0.9 with a server; 1, the only possible value,
+    with the local engine."""
     max_new_tokens: int = 2000
-    """an answer that reaches it is cut, and counted as truncated"""
+    """Maximum number of tokens in an answer; a longer answer is cut and counted as truncated."""
 
     scoring: Scoring = "strict_cascade"
-    """the rule whose accuracy leads; the other's stands beside it. original: as published numbers were scored"""
+    """Scoring of the headline accuracy; the other is reported beside it. original: as published
+    numbers were scored."""
     skip_bad: bool = False
-    """leave malformed items out, name and count them, instead of refusing the file"""
+    """Leave out malformed items, and list and count them, instead of refusing the file."""
     limit: int | None = None
-    """only the first items of each source"""
+    """Maximum number of items taken from each source."""
     seed: int = 0
-    """of every draw, together with (item, run, permutation)"""
+    """Seed of every draw, combined with (item, run, permutation)."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: what the journal in `output` holds is not asked again; never: refuse a folder that has one"""
+    """auto: reuse the answers in the journal of `output`; never: refuse a folder that has a
+    journal."""
     retry_failed: bool = False
-    """ask again for the items that failed for good in an earlier run"""
+    """Ask again the items that failed for good in an earlier run."""
 
     dtype: Dtype = "bf16"
-    """of the weights (local engine)"""
+    """Data type of the weights (local engine)."""
     max_batch: int = 64
-    """answers decoded at once (local engine)"""
+    """Number of answers generated at once (local engine)."""
     server: ServerConfig = field(default_factory=ServerConfig)
-    """of our own server (engine serve); its model is the one above"""
+    """Options of the server that the serve engine starts; its model is `model`."""
     llm: LLMConfig = field(default_factory=LLMConfig)
-    """of the client: concurrency, retries, timeouts, keys, budget. Its base_url, temperature and max_new_tokens are set above"""
+    """Options of the client: concurrency, retries, timeouts, keys and budget. base_url, temperature
+    and max_new_tokens are options of their own."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("runs", 1),
-            ("permutations", 0),
-            ("max_new_tokens", 1),
-            ("max_batch", 1),
-            ("limit", 1),
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: must be 0 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if not 0 < self.nucleus <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.temperature == 0 and self.runs > 1:
             raise ValueError(
-                f"runs={self.runs} at temperature=0 draws one answer {self.runs} times: raise it, or runs=1"
+                f"runs={self.runs} at temperature=0 gives {self.runs} equal answers: "
+                "raise the temperature, or use runs=1"
             )
         for name in ("base_url", "temperature", "max_new_tokens"):
-            if getattr(self.llm, name) != getattr(LLMConfig(), name):
-                raise ValueError(f"llm.{name}={getattr(self.llm, name)}: give --{name} itself")
+            value = getattr(self.llm, name)
+            if value != getattr(LLMConfig(), name):
+                raise ValueError(f"llm.{name}={value}: use --{name} instead")
+        if self.server.model:
+            raise ValueError(f"server.model={self.server.model}: use --model instead")
         self._check_engine()
 
     def _check_engine(self) -> None:
-        served_chat = self.engine == "openai" and self.endpoint == "chat"
-        if not self.model and not (served_chat and self.llm.model):
+        chat = self.endpoint == "chat"
+        if not self.model and not (self.engine == "openai" and chat and self.llm.model):
             raise ValueError(
-                "model is missing: give --model a folder or hub id (with --endpoint chat, --llm.model will do)"
+                "model is missing: set --model to a folder or hub id "
+                "(with --endpoint chat, --llm.model is enough)"
             )
-        if self.engine == "openai" and self.endpoint == "completions" and not self.base_url:
-            raise ValueError("engine openai needs the server: give --base_url http://HOST:PORT/v1")
+        if self.engine == "openai" and not chat and not self.base_url:
+            raise ValueError("engine openai needs a server: set --base_url http://HOST:PORT/v1")
         if self.engine != "openai" and self.base_url:
             raise ValueError(
-                f"engine {self.engine} asks no running server: drop --base_url, or say --engine openai"
+                f"engine {self.engine} uses no running server: "
+                "drop --base_url, or use --engine openai"
             )
-        if self.server.model:
-            raise ValueError(f"server.model={self.server.model}: give --model itself")
-        if self.engine == "local" and self.endpoint == "chat":
+        if self.engine == "local" and chat:
             raise ValueError("engine local has no endpoint chat: drop --endpoint")
-        if self.engine == "local" and self.top_p not in (None, 1.0):
+        if self.engine == "local" and self.nucleus != 1:
             raise ValueError(
-                f"top_p={self.top_p}: the local engine draws from the whole distribution: drop it, or use a server"
+                f"top_p={self.top_p}: the local engine samples the whole distribution: "
+                "drop --top_p, or use a server"
             )
 
     @property
     def nucleus(self) -> float:
-        """top_p as it is used."""
-        return self.top_p if self.top_p is not None else 1.0 if self.engine == "local" else 0.9
+        """The effective value of `top_p`."""
+        if self.top_p is not None:
+            return self.top_p
+        return 1.0 if self.engine == "local" else 0.9
 
     @property
     def client(self) -> LLMConfig:
-        """The client's configuration, with the fields that are given once, above."""
+        """Options of the client, completed by those set outside `llm`."""
         return replace(
             self.llm,
             base_url=self.base_url,
@@ -133,15 +150,16 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Two evaluations of the same items, item by item."""
+    """Compares two evaluations of the same items."""
 
     first: str
-    """output folder of an evaluation, or its results.json"""
+    """Output folder of an evaluation, or its results.json."""
     second: str
-    """the other one: differences are second less first"""
+    """Output folder or results.json of the other evaluation; differences are second less first."""
     output: str = "comparison"
-    """folder for compare.json and compare.html"""
+    """Folder for compare.json and compare.html."""
     scoring: Scoring = "strict_cascade"
-    """the rule by which items are right; empty answers count as wrong by either, or the items would not pair"""
+    """Scoring by which answers are right. Either counts an empty answer as wrong here, so that
+    every item can be compared."""
     seed: int = 0
-    """of the bootstrap"""
+    """Seed of the bootstrap."""

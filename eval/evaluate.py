@@ -1,4 +1,4 @@
-"""`verippo eval`: asks every item, scores the answers, and writes the numbers and the page."""
+"""`verippo eval`: asks every item, scores the answers, and writes the results and the report."""
 
 from __future__ import annotations
 
@@ -15,146 +15,108 @@ from tqdm import tqdm
 from ..core.llm.journal import Journal
 from ..core.training.checkpoint import prepare_output
 from .accuracy_report import print_table, write_report
-from .answering import Answer, Case, ask, check_weights, make_cases
+from .answering import Answer, AskedQuestion, OnAnswer, ask, check_weights, list_questions_to_ask
 from .config import EvalConfig
-from .questions import load_questions
-from .results import Row, by_source, item_rows, summarise
+from .questions import Question, load_questions
+from .results import item_rows, summarise_evaluation
 from .score import extract_choice
 
 
 def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
-    """Runs the evaluation, or goes on with it, and returns the output folder. Raises ValueError for the caller's mistakes."""
+    """Runs or resumes the evaluation.
+
+    Args:
+        config: The evaluation's configuration.
+        resolved: The same as plain values, written to config.yaml.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: the data, the model, the server or the output folder cannot be used.
+    """
     folder = prepare_output(config.output, resume="auto")
     if config.resume == "never" and (folder / "journal.jsonl").exists():
         raise ValueError(
-            f"output {folder}: holds an evaluation already: choose another, or --resume auto to go on with it"
+            f"output {folder}: holds an evaluation already: choose another, "
+            "or use --resume auto to continue it"
         )
-    questions, malformed = load_questions(config.data, limit=config.limit)
-    for line in malformed:
-        print(f"{'skipped' if config.skip_bad else 'malformed'}: {line}", file=sys.stderr)
-    if malformed and not config.skip_bad:
-        total = len(malformed) + len(questions)
-        raise ValueError(
-            f"{config.data}: {len(malformed)} malformed of {total} items: mend them, or give --skip_bad true"
-        )
-    cases = make_cases(
+    questions, malformed = _load(config)
+    asked = list_questions_to_ask(
         questions, runs=config.runs, permutations=config.permutations, seed=config.seed
     )
     started = time.monotonic()
-    with Journal(folder / "journal.jsonl") as journal, Progress(len(cases)) as progress:
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    with (
+        Journal(folder / "journal.jsonl") as journal,
+        tqdm(total=len(asked), desc="eval", unit="answer", mininterval=interval) as bar,
+    ):
         check_weights(journal, config.model)
-        _write(
-            folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-        )
-        answers = ask(config, cases, journal, progress.update)
-    items = item_rows(questions, cases, answers, config.scoring)
-    results = summary(config, items, malformed) | {"seconds": round(time.monotonic() - started, 1)}
-    write_answers(folder / "answers.jsonl", cases, answers)
-    _write(folder / "results.json", json.dumps(results, ensure_ascii=False, allow_nan=False))
+        settings = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        _write(folder / "config.yaml", settings)
+        answers = ask(config, asked, journal, _progress(bar))
+    items = item_rows(questions, asked, answers, config.scoring)
+    seconds = round(time.monotonic() - started, 1)
+    results = summarise_evaluation(config, items, malformed, seconds=seconds)
+    write_answers(folder / "answers.jsonl", asked, answers)
+    text = json.dumps(results, ensure_ascii=False, allow_nan=False, default=vars)
+    _write(folder / "results.json", text)
     write_report(folder / "report.html", results, [answer.text for answer in answers])
     print_table(results)
     print(f"report: {folder / 'report.html'}")
     return folder
 
 
-def summary(config: EvalConfig, items: list[Row], malformed: list[str]) -> Row:
-    """What results.json holds."""
-    facts = (
-        "model",
-        "engine",
-        "base_url",
-        "endpoint",
-        "prompt",
-        "system_prompt",
-        "runs",
-        "permutations",
-        "temperature",
-        "max_new_tokens",
-        "scoring",
-        "limit",
-        "seed",
-        "data",
-    )
-    failures = [
-        {
-            "source": item["source"],
-            "id": item["id"],
-            "file": item["file"],
-            "index": item["index"],
-            "run": answer["run"],
-            "permutation": answer["permutation"],
-            "error": answer["error"],
-        }
-        for item in items
-        for answer in item["answers"]
-        if answer["error"]
-    ]
-    return {
-        "config": {name: getattr(config, name) for name in facts}
-        | {"model": config.client.model, "top_p": config.nucleus},
-        "sources": {
-            source: summarise(rows, config.scoring) for source, rows in by_source(items).items()
-        },
-        "all": summarise(items, config.scoring),
-        "malformed": malformed,
-        "failures": failures,
-        "items": items,
-    }
-
-
-class Progress:
-    """A bar with the accuracy so far. Failed answers are named as they come."""
-
-    def __init__(self, total: int) -> None:
-        self.right = 0
-        self.bar = tqdm(
-            total=total,
-            desc="eval",
-            unit="answer",
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+def _load(config: EvalConfig) -> tuple[list[Question], list[str]]:
+    questions, malformed = load_questions(config.data, limit=config.limit)
+    for line in malformed:
+        print(f"{'skipped' if config.skip_bad else 'malformed'}: {line}", file=sys.stderr)
+    if malformed and not config.skip_bad:
+        total = len(malformed) + len(questions)
+        raise ValueError(
+            f"{config.data}: {len(malformed)} malformed of {total} items: "
+            "correct them, or use --skip_bad true"
         )
+    return questions, malformed
 
-    def update(self, case: Case, answer: Answer) -> None:
-        """Takes in one answer."""
-        if not self.bar.n:
-            self.bar.unpause()  # loading a model or starting a server tells nothing of the answers' pace
-        self.right += extract_choice(answer.text, case.question.options) == case.question.answer_idx
+
+def _progress(bar: tqdm[Any]) -> OnAnswer:
+    """Function that advances the bar, shows the accuracy so far, and prints failed answers."""
+    num_right = 0
+
+    def update(asked: AskedQuestion, answer: Answer) -> None:
+        nonlocal num_right
+        if not bar.n:
+            bar.unpause()  # the time to load a model or start a server is not part of the pace
+        question = asked.question
+        num_right += extract_choice(answer.text, question.options) == question.gold
         if answer.error:
-            question = case.question
-            tqdm.write(
-                f"failed: {question.file}: {question.source} item {question.index}: {answer.error}",
-                file=sys.stderr,
-            )
-        self.bar.set_postfix(accuracy=f"{self.right / (self.bar.n + 1):.3f}", refresh=False)
-        self.bar.update()
+            where = f"{question.file}: {question.source} item {question.index}"
+            tqdm.write(f"failed: {where}: {answer.error}", file=sys.stderr)
+        bar.set_postfix(accuracy=f"{num_right / (bar.n + 1):.3f}", refresh=False)
+        bar.update()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    return update
 
 
-def write_answers(path: Path, cases: Sequence[Case], answers: Sequence[Answer]) -> None:
-    """One line an answer, with its whole text."""
-    lines = [
-        json.dumps(
-            {
-                "source": case.question.source,
-                "id": case.question.id,
-                "run": case.run,
-                "permutation": case.permutation,
-                "seed": case.seed,
-                **answer._asdict(),
-            },
-            ensure_ascii=False,
-        )
-        for case, answer in zip(cases, answers, strict=True)
-    ]
-    _write(path, "\n".join(lines) + "\n")
+def write_answers(path: Path, asked: Sequence[AskedQuestion], answers: Sequence[Answer]) -> None:
+    """Writes one JSON line for each answer, with its whole text."""
+    lines = []
+    for item, answer in zip(asked, answers, strict=True):
+        record = {
+            "source": item.question.source,
+            "id": item.question.id,
+            "run": item.run,
+            "permutation": item.permutation,
+            "seed": item.seed,
+            **vars(answer),
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    _write(path, "".join(lines))
 
 
 def _write(path: Path, text: str) -> None:
+    """Replaces the file in one step, so that it is never incomplete."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Multiple-choice questions in the published evaluation format, and their options in another order. Pure but for reading."""
+"""Reads multiple-choice questions in the published format, and permutes their options."""
 
 from __future__ import annotations
 
@@ -6,74 +6,102 @@ import json
 import random
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..core.text.data import load_rows
 
-MIN_OPTIONS, MAX_OPTIONS = 2, 14
+MIN_OPTIONS = 2
+MAX_OPTIONS = 14
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """An exam question with its options and the letter of the right one."""
+    """An exam question with its options and the letter of the correct one."""
 
     id: str
-    """the item's own `id`, or source-number; unique within its source"""
+    """The item's own `id`, or source-number; unique within its source."""
     source: str
     question: str
     options: dict[str, str]
-    """letter -> text, 2 to 14 of them, in the file's order"""
-    answer_idx: str
+    """Letter -> text of each option, in the file's order."""
+    gold: str
+    """Letter of the correct option."""
     index: int
-    """the item's number in its list of the file, from 0"""
+    """Position of the item in its source's list, from 0."""
     file: str
 
 
 def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Question], list[str]]:
-    """The questions of the comma-separated files, in order, and one line for each malformed item, which is left out.
+    """Reads the questions of one or several files.
 
-    A .json file holds {"source": [items]}, or a list, whose source is the file's name; JSONL, Parquet, folders of `datasets`
-    and hub ids are read as lists. An item has `question`, `options` (letter -> text), `answer_idx`, and perhaps `answer` and
-    `id`. `answer_idx` decides: an `answer` that is another option's text makes the item malformed, one that is none of the
-    options gives a warning. `limit` takes the first items of each source in each file.
-    Raises ValueError for what cannot be read, and when no question is left.
+    A .json file holds {"source": [items]}, or a list whose source is the file's name; JSONL,
+    Parquet, folders of `datasets` and hub ids are read as lists. An item has `question`, `options`
+    (letter -> text), `answer_idx`, and optionally `answer` (text) and `id`. An item whose `answer`
+    is the text of another option is malformed; an `answer` that is no option gives a warning.
+
+    Args:
+        sources: Comma-separated files.
+        limit: Number of items taken from each source of each file; None takes all.
+
+    Returns:
+        The questions in the order of the files, and one line for each malformed item.
+
+    Raises:
+        ValueError: a file cannot be read, or there are no questions.
     """
     questions: list[Question] = []
-    bad: list[str] = []
-    unlike: list[str] = []
+    malformed: list[str] = []
+    unmatched: list[str] = []
     seen: set[tuple[str, str]] = set()
+    for file, source, index, number, item in _items(sources, limit):
+        where = f"{file}: {source} item {index}"
+        problem = _problem(item)
+        if not problem:
+            own = item.get("id")
+            own = f"{source}-{number}" if own is None else str(own)
+            if (source, own) in seen:
+                problem = f"id {own!r} is used twice"
+        if problem:
+            malformed.append(f"{where}: {problem}")
+            continue
+        seen.add((source, own))
+        letter = item["answer_idx"]
+        if _plain(item.get("answer") or "") not in ("", *_names(item["options"], letter)):
+            unmatched.append(where)
+        questions.append(
+            Question(
+                id=own,
+                source=source,
+                question=item["question"],
+                options=item["options"],
+                gold=letter,
+                index=index,
+                file=file,
+            )
+        )
+    if not questions:
+        reason = f"; malformed: {malformed[0]}" if malformed else ""
+        raise ValueError(f"data {sources!r} holds no questions{reason}")
+    if unmatched:
+        warnings.warn(
+            f"{unmatched[0]}: its answer is none of its options ({len(unmatched)} such items): "
+            "answer_idx counts",
+            stacklevel=2,
+        )
+    return questions, malformed
+
+
+def _items(sources: str, limit: int | None) -> Iterator[tuple[str, str, int, int, Any]]:
+    """Yields (file, source, position in the file's list, number in the source, item)."""
     num_before: Counter[str] = Counter()
     for file in (part.strip() for part in sources.split(",")):
         for source, items in _read(file).items():
             for index, item in enumerate(items[:limit]):
-                where = f"{file}: {source} item {index}"
-                problem = _problem(item)
-                own = (
-                    f"{source}-{num_before[source] + index}"
-                    if problem or item.get("id") is None
-                    else str(item["id"])
-                )
-                if problem is None and (source, own) in seen:
-                    problem = f"id {own!r} is used twice"
-                if problem:
-                    bad.append(f"{where}: {problem}")
-                    continue
-                seen.add((source, own))
-                if _plain(item.get("answer") or "") not in ("", *_names(item, item["answer_idx"])):
-                    unlike.append(where)
-                fields = {key: item[key] for key in ("question", "options", "answer_idx")}
-                questions.append(Question(id=own, source=source, index=index, file=file, **fields))
+                yield file, source, index, num_before[source] + index, item
             num_before[source] += len(items)
-    if not questions:
-        raise ValueError(
-            f"data {sources!r} holds no questions" + (f"; malformed: {bad[0]}" if bad else "")
-        )
-    if unlike:
-        text = f"{unlike[0]}: its answer is none of its options ({len(unlike)} such items): answer_idx counts"
-        warnings.warn(text, stacklevel=2)
-    return questions, bad
 
 
 def _read(file: str) -> dict[str, list[Any]]:
@@ -84,20 +112,21 @@ def _read(file: str) -> dict[str, list[Any]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"data {file}: not valid JSON: {error}") from None
-    content = {path.stem: content} if isinstance(content, list) else content
-    if not isinstance(content, dict) or not all(
-        isinstance(items, list) for items in content.values()
-    ):
+    if isinstance(content, list):
+        return {path.stem: content}
+    if not isinstance(content, dict) or not all(isinstance(x, list) for x in content.values()):
         raise ValueError(f'data {file}: expected {{"source": [items]}} or a list of items')
     return content
 
 
 def _problem(item: Any) -> str | None:
-    """What makes the item unusable, if anything."""
+    """Describes what makes the item malformed; None for a good one."""
     if not isinstance(item, dict):
         return f"is {type(item).__name__}, expected an object"
-    question, options, letter = item.get("question"), item.get("options"), item.get("answer_idx")
-    if not isinstance(question, str) or not question.strip():
+    question: Any = item.get("question")
+    options = item.get("options")
+    letter = item.get("answer_idx")
+    if not _is_text(question):
         return "its question is missing or empty"
     if not isinstance(options, dict) or not options:
         return "has no options: give an object, letter -> text"
@@ -106,41 +135,54 @@ def _problem(item: Any) -> str | None:
     for key, text in options.items():
         if not (len(key) == 1 and "A" <= key <= "Z"):
             return f"option {key!r}: expected a letter from A to Z"
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text):
             return f"option {key} is {text!r}, expected text"
     try:
         "".join((question, *options.values())).encode()
     except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate), which no tokenizer takes"
+        return "contains an unpaired surrogate, which no tokenizer accepts"
     if not isinstance(letter, str) or letter not in options:
         return f"answer_idx {letter!r} is not among the options {', '.join(options)}"
-    answer = "" if item.get("answer") is None else item["answer"]
+    return _answer_problem(item.get("answer"), options, letter)
+
+
+def _answer_problem(answer: Any, options: dict[str, str], letter: str) -> str | None:
+    if answer is None:
+        return None
     if not isinstance(answer, str):
         return f"answer is {type(answer).__name__}, expected text"
-    others = {name for key in options if key != letter for name in _names(item, key)}
-    if _plain(answer) in others - {*_names(item, letter)}:
+    named = [key for key in options if _plain(answer) in _names(options, key)]
+    if named and letter not in named:
         return f"answer_idx {letter} and answer {answer[:60]!r} name different options"
     return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _names(item: dict[str, Any], letter: str) -> tuple[str, str]:
-    return _plain(item["options"][letter]), letter.casefold()
+def _names(options: dict[str, str], letter: str) -> tuple[str, str]:
+    """What an answer may call the option: its text or its letter."""
+    return _plain(options[letter]), letter.casefold()
 
 
-def permutation(question: Question, seed: int) -> dict[str, str]:
-    """Letter shown -> letter of the question, for the order that `permuted` gives: how an answer is mapped back."""
+def permute_options(question: Question, seed: int) -> tuple[Question, dict[str, str]]:
+    """Puts the texts of the options in a random order under the same letters.
+
+    Args:
+        question: Question in the file's order.
+        seed: Seed of the order, used together with the question's source and id.
+
+    Returns:
+        The question in the new order, and letter shown -> letter in `question`.
+    """
     letters = list(question.options)
     drawn = random.Random(f"{seed}/{question.source}/{question.id}").sample(letters, len(letters))
-    return dict(zip(letters, drawn, strict=True))
-
-
-def permuted(question: Question, seed: int) -> Question:
-    """The same question with its option texts in a seeded order under the same letters; `answer_idx` follows its text."""
-    back = permutation(question, seed)
-    options = {shown: question.options[own] for shown, own in back.items()}
-    (answer_idx,) = [shown for shown, own in back.items() if own == question.answer_idx]
-    return replace(question, options=options, answer_idx=answer_idx)
+    options = {shown: question.options[own] for shown, own in zip(letters, drawn, strict=True)}
+    gold = letters[drawn.index(question.gold)]
+    shown = replace(question, options=options, gold=gold)
+    return shown, dict(zip(letters, drawn, strict=True))

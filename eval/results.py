@@ -1,20 +1,22 @@
-"""From answers to numbers: a row for each item, and what each source's rows come to. Pure."""
+"""Scores the answers: a row for each item, and a summary for each source."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
-from ..core.report.run_report import wilson_interval
+from ..core.report.statistics import wilson_interval
 from ..core.text.chat import parse_response
-from .answering import Answer, Case
-from .config import Scoring
+from .answering import Answer, AskedQuestion
+from .config import EvalConfig, Scoring
 from .questions import Question
 from .score import accuracy_original, extract, extract_original
 from .significance import (
+    Estimate,
+    LengthStatistics,
+    PositionBias,
     accuracy_interval,
     agreement_rate,
     length_statistics,
@@ -23,185 +25,323 @@ from .significance import (
     position_bias,
 )
 
-Row = dict[str, Any]
+REPORTED_SETTINGS = [
+    "model",
+    "engine",
+    "base_url",
+    "endpoint",
+    "prompt",
+    "system_prompt",
+    "runs",
+    "permutations",
+    "temperature",
+    "max_new_tokens",
+    "scoring",
+    "limit",
+    "seed",
+    "data",
+]
+"""Fields of the configuration that the results repeat."""
 OUTCOMES = ("right", "wrong", "no answer", "failed")
-"""An answer is one of these; all but the first count as wrong, none leaves the denominator."""
+"""Outcomes of an answer. All but the first count as wrong."""
 
 
-def score_answer(case: Case, answer: Answer) -> Row:
-    """What is kept of an answer, scored by the strict cascade. Letters are those of the file, in whatever order the options
-    were shown; `shown` is the letter as given, `original` the original's two readings of it or None."""
-    extraction = extract(answer.text, case.question.options)
-    readings = extract_original(answer.text, case.question.options)
-    letter = case.back[extraction.letter] if extraction.letter else None
-    return {
-        "run": case.run,
-        "permutation": case.permutation,
-        "letter": letter,
-        "rule": extraction.rule,
-        "conflicting": extraction.conflicting,
-        "shown": extraction.letter,
-        "original": readings and [case.back[reading] if reading else None for reading in readings],
-        "num_tokens": answer.num_tokens,
-        "finish_reason": answer.finish_reason,
-        "truncated": answer.finish_reason == "length",
-        "in_format": parse_response(answer.text) is not None,
-        "error": answer.error,
-    }
+@dataclass(frozen=True, kw_only=True)
+class AnswerRow:
+    """One scored answer. Letters are those of the file, whatever the order of the options shown."""
+
+    run: int
+    permutation: int
+    """Number of the order of the options; 0 is the order of the file."""
+    letter: str | None
+    """Letter by the leading scoring."""
+    rule: str
+    """Rule of the strict cascade that decided."""
+    conflicting: bool
+    """Whether the answer claims different options."""
+    shown: str | None
+    """Letter by the strict cascade, as the options were shown."""
+    original: Sequence[str | None] | None
+    """First and last option named; None for an empty answer."""
+    num_tokens: int
+    finish_reason: str
+    truncated: bool
+    """Whether the answer reached the token limit."""
+    in_format: bool
+    """Whether the answer has the headings of the thinking format."""
+    error: str | None
+    """Why the call failed; None for an answer."""
+    letters: dict[Scoring, str | None]
+    """Letter by each scoring."""
+    right: bool
+    outcome: str
+    """One of `OUTCOMES`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemRow(Question):
+    """One item with all its answers."""
+
+    answers: list[AnswerRow]
+    """Answers in order of permutation, then run."""
+
+    def letters(self, scoring: Scoring, *, permutation: int = 0) -> list[str | None]:
+        """Letter of each run, asked in one order of the options."""
+        return [
+            answer.letters[scoring] for answer in self.answers if answer.permutation == permutation
+        ]
+
+    def right(self, scoring: Scoring, *, permutation: int = 0) -> list[bool]:
+        """Whether each run chose the correct option, asked in one order of the options."""
+        return [letter == self.gold for letter in self.letters(scoring, permutation=permutation)]
+
+    def majority_right(self, scoring: Scoring) -> bool:
+        """Whether the letter that most runs chose is correct."""
+        return majority_vote(self.letters(scoring)) == self.gold
+
+
+@dataclass(frozen=True)
+class Accuracy(Estimate):
+    """Accuracy by one scoring."""
+
+    num: float
+    """Number of items that count; a fraction when only some runs of an item do."""
+
+
+@dataclass(frozen=True)
+class Position(PositionBias):
+    """Letters chosen as shown, over all orders of the options, and whether they differ by order."""
+
+    orders: int
+    """Number of orders of the options."""
+    accuracies: list[Estimate]
+    """Accuracy by order, the file's first."""
+    agreement: float | None
+    """Share of pairs of orders in which the same option was chosen; None with one order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Results over a set of items, in the file's order of options (except `position`)."""
+
+    num: int
+    runs: int
+    accuracy: Accuracy
+    """Accuracy by the leading scoring."""
+    scorings: dict[Scoring, Accuracy]
+    pass_at_k: dict[str, float]
+    """Probability that one of k runs is right, for each k."""
+    majority: Estimate
+    """Accuracy of the majority votes."""
+    outcomes: dict[str, int]
+    rules: dict[str, int]
+    """Number of answers decided by each rule of the strict cascade."""
+    conflicting: int
+    format_rate: float
+    length: LengthStatistics | None
+    """Lengths of the answers; None when every call failed."""
+    position: Position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An answer that failed for good, and counts as wrong."""
+
+    source: str
+    id: str
+    file: str
+    index: int
+    run: int
+    permutation: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResults:
+    """Contents of results.json."""
+
+    config: dict[str, Any]
+    sources: dict[str, Summary]
+    all: Summary
+    malformed: list[str]
+    """One line for each malformed item, which was left out."""
+    failures: list[Failure]
+    items: list[ItemRow]
+    seconds: float
+    """Duration of the run."""
 
 
 def item_rows(
     questions: Sequence[Question],
-    cases: Sequence[Case],
+    asked: Sequence[AskedQuestion],
     answers: Sequence[Answer],
     scoring: Scoring,
-) -> list[Row]:
-    """One row for each question, with all its answers in the order of the cases; `letter` and `right` are by `scoring`."""
-    each = len(cases) // len(questions)
-    rows = []
-    for n, question in enumerate(questions):
-        mine = slice(n * each, (n + 1) * each)
-        rows.append(
-            {
-                "id": question.id,
-                "source": question.source,
-                "file": question.file,
-                "index": question.index,
-                "question": question.question,
-                "options": question.options,
-                "gold": question.answer_idx,
-                "answers": [
-                    score_answer(case, answer)
-                    for case, answer in zip(cases[mine], answers[mine], strict=True)
-                ],
-            }
-        )
-    for items in by_source(rows).values():
-        _lead(items, scoring)
-    return rows
+) -> list[ItemRow]:
+    """Scores the answers of every question.
 
-
-def _lead(items: Sequence[Row], scoring: Scoring) -> None:
-    """Adds to each answer of a source its `letters` by both scorings, and sets letter, right and outcome by the leading one.
-    The original takes that one of its two readings which is right more often."""
-    pairs = [(answer, item["gold"]) for item in items for answer in item["answers"]]
-    reading = max(
-        (0, 1),
-        key=lambda n: sum(
-            answer["original"][n] == gold for answer, gold in pairs if answer["original"]
-        ),
-    )
-    for answer, gold in pairs:
-        original = answer["original"][reading] if answer["original"] else None
-        answer["letters"] = {"strict_cascade": answer["letter"], "original": original}
-        letter = answer["letter"] = answer["letters"][scoring]
-        answer["right"] = letter == gold
-        given = "no answer" if letter is None else "right" if letter == gold else "wrong"
-        answer["outcome"] = "failed" if answer["error"] else given
-
-
-def right_runs(item: Row, scoring: Scoring) -> list[bool]:
-    """Whether each run got the item right in the file's order of options."""
+    Args:
+        questions: The questions in the file's order of options.
+        asked: The questions as asked; all those of one question are adjacent.
+        answers: The answer to each of `asked`.
+        scoring: The leading scoring, which decides `letter`, `right` and `outcome`.
+    """
+    readings = [
+        extract_original(answer.text, item.question.options)
+        for item, answer in zip(asked, answers, strict=True)
+    ]
+    num_right: Counter[tuple[str, int]] = Counter()
+    for item, pair in zip(asked, readings, strict=True):
+        for rule, letter in enumerate(pair or ()):
+            num_right[item.question.source, rule] += letter == item.question.gold
+    scored = []
+    for item, answer, pair in zip(asked, answers, readings, strict=True):
+        # the original keeps the reading that is right more often in the source
+        source = item.question.source
+        rule = int(num_right[source, 1] > num_right[source, 0])
+        scored.append(_score_answer(item, answer, pair, rule, scoring))
+    each = len(asked) // len(questions)
     return [
-        answer["letters"][scoring] == item["gold"]
-        for answer in item["answers"]
-        if not answer["permutation"]
+        ItemRow(**vars(question), answers=scored[n * each : (n + 1) * each])
+        for n, question in enumerate(questions)
     ]
 
 
-def right_by_majority(item: Row, scoring: Scoring) -> bool:
-    """Whether the letter that most runs gave is right."""
-    return (
-        majority_vote([a["letters"][scoring] for a in item["answers"] if not a["permutation"]])
-        == item["gold"]
+def _score_answer(
+    asked: AskedQuestion,
+    answer: Answer,
+    readings: tuple[str | None, str | None] | None,
+    rule: int,
+    scoring: Scoring,
+) -> AnswerRow:
+    """Scores one answer; `rule` is the reading of `readings` that the original keeps."""
+    extraction = extract(answer.text, asked.question.options)
+    original = readings and [asked.file_letter(letter) for letter in readings]
+    letters: dict[Scoring, str | None] = {
+        "strict_cascade": asked.file_letter(extraction.letter),
+        "original": original[rule] if original else None,
+    }
+    letter = letters[scoring]
+    right = letter == asked.file_letter(asked.question.gold)
+    if answer.error:
+        outcome = "failed"
+    elif letter is None:
+        outcome = "no answer"
+    else:
+        outcome = "right" if right else "wrong"
+    return AnswerRow(
+        run=asked.run,
+        permutation=asked.permutation,
+        letter=letter,
+        rule=extraction.rule,
+        conflicting=extraction.conflicting,
+        shown=extraction.letter,
+        original=original,
+        num_tokens=answer.num_tokens,
+        finish_reason=answer.finish_reason,
+        truncated=answer.finish_reason == "length",
+        in_format=parse_response(answer.text) is not None,
+        error=answer.error,
+        letters=letters,
+        right=right,
+        outcome=outcome,
     )
 
 
-def by_source(items: Sequence[Row]) -> dict[str, list[Row]]:
-    """The items of each source, in the order of the sources' first items."""
-    groups: dict[str, list[Row]] = {}
+def by_source(items: Sequence[ItemRow]) -> dict[str, list[ItemRow]]:
+    """Groups the items by source, in the order of the sources' first items."""
+    groups: dict[str, list[ItemRow]] = {}
     for item in items:
-        groups.setdefault(item["source"], []).append(item)
+        groups.setdefault(item.source, []).append(item)
     return groups
 
 
-def summarise(items: Sequence[Row], scoring: Scoring) -> Row:
-    """The numbers of these items. All but `position` speak of the file's order of options alone."""
-    answers = [answer for item in items for answer in item["answers"] if not answer["permutation"]]
-    runs = [right_runs(item, scoring) for item in items]
-    strict = accuracy_interval([right_runs(item, "strict_cascade") for item in items])._asdict()
-    scorings = {
-        "strict_cascade": strict | {"num": len(items)},
-        "original": _original_accuracy(items),
-    }
-    came = [answer for answer in answers if not answer["error"]]
-    return {
-        "num": len(items),
-        "runs": len(runs[0]),
-        "accuracy": scorings[scoring],
-        "scorings": scorings,
-        "pass_at_k": {str(k): pass_at_k(runs, k) for k in range(1, len(runs[0]) + 1)},
-        "majority": accuracy_interval(
-            [[right_by_majority(item, scoring)] for item in items]
-        )._asdict(),
-        "outcomes": {
-            outcome: sum(answer["outcome"] == outcome for answer in answers) for outcome in OUTCOMES
-        },
-        "rules": dict(Counter(answer["rule"] or "none" for answer in answers).most_common()),
-        "conflicting": sum(answer["conflicting"] for answer in answers),
-        "format_rate": sum(answer["in_format"] for answer in answers) / len(answers),
-        "length": length_statistics(
-            [a["num_tokens"] for a in came], [a["truncated"] for a in came]
-        )._asdict()
-        if came
-        else None,
-        "position": _position(items, scoring),
-    }
-
-
-def _original_accuracy(items: Sequence[Row]) -> Row:
-    """As the original counts: empty answers dropped, for each source the better of two rules. `num`: the items' worth of
-    answers that is left, which is also the interval's."""
-    right, kept = 0.0, 0
-    runs = sum(not answer["permutation"] for answer in items[0]["answers"])
-    for group in by_source(items).values():
-        pairs = [
-            (a["original"], item["gold"])
-            for item in group
-            for a in item["answers"]
-            if not a["permutation"]
-        ]
-        share, num = accuracy_original(*zip(*pairs, strict=True))
-        right, kept = right + (share * num if num else 0), kept + num
-    low, high = wilson_interval(right / runs, kept / runs) if kept else (None, None)
-    return {"value": right / kept if kept else None, "low": low, "high": high, "num": kept / runs}
-
-
-def _position(items: Sequence[Row], scoring: Scoring) -> Row:
-    """Which letters were chosen as shown, over all orders, and with several orders how often the same option was."""
-    answers = [
-        (answer["shown"], list(item["options"])) for item in items for answer in item["answers"]
+def summarise_evaluation(
+    config: EvalConfig, items: list[ItemRow], malformed: list[str], *, seconds: float
+) -> EvaluationResults:
+    """Summarises the items for each source and over all of them."""
+    settings = {name: getattr(config, name) for name in REPORTED_SETTINGS}
+    settings |= {"model": config.client.model, "top_p": config.nucleus}
+    failures = [
+        Failure(
+            source=item.source,
+            id=item.id,
+            file=item.file,
+            index=item.index,
+            run=answer.run,
+            permutation=answer.permutation,
+            error=answer.error,
+        )
+        for item in items
+        for answer in item.answers
+        if answer.error
     ]
-    bias = position_bias(*zip(*answers, strict=True))
-    position: Row = {key: _finite(value) for key, value in bias._asdict().items()}
-    orders = 1 + max(answer["permutation"] for answer in items[0]["answers"])
-    position["orders"] = orders
-    if orders > 1:
-        accuracies: list[list[list[bool]]] = [[] for _ in range(orders)]
-        agreements = []
-        for item in items:
-            for order, group in groupby(item["answers"], key=lambda answer: answer["permutation"]):
-                accuracies[order].append(
-                    [answer["letters"][scoring] == item["gold"] for answer in group]
-                )
-            first_runs = [
-                answer["letters"][scoring] for answer in item["answers"] if answer["run"] == 0
-            ]
-            agreements.append(first_runs)
-        position["accuracies"] = [accuracy_interval(order)._asdict() for order in accuracies]
-        position["agreement"] = agreement_rate(agreements)
-    return position
+    groups = by_source(items)
+    return EvaluationResults(
+        config=settings,
+        sources={source: summarise(group, config.scoring) for source, group in groups.items()},
+        all=summarise(items, config.scoring),
+        malformed=malformed,
+        failures=failures,
+        items=items,
+        seconds=seconds,
+    )
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def summarise(items: Sequence[ItemRow], scoring: Scoring) -> Summary:
+    """Summarises the answers to these items."""
+    right = [item.right(scoring) for item in items]
+    runs = len(right[0])
+    answers = [answer for item in items for answer in item.answers[:runs]]
+    strict = accuracy_interval([item.right("strict_cascade") for item in items])
+    scorings: dict[Scoring, Accuracy] = {
+        "strict_cascade": Accuracy(**vars(strict), num=len(items)),
+        "original": _original_accuracy(items, runs),
+    }
+    outcomes = Counter(answer.outcome for answer in answers)
+    received = [answer for answer in answers if not answer.error]
+    num_tokens = [answer.num_tokens for answer in received]
+    truncated = [answer.truncated for answer in received]
+    return Summary(
+        num=len(items),
+        runs=runs,
+        accuracy=scorings[scoring],
+        scorings=scorings,
+        pass_at_k={str(k): pass_at_k(right, k) for k in range(1, runs + 1)},
+        majority=accuracy_interval([[item.majority_right(scoring)] for item in items]),
+        outcomes={outcome: outcomes[outcome] for outcome in OUTCOMES},
+        rules=dict(Counter(answer.rule for answer in answers).most_common()),
+        conflicting=sum(answer.conflicting for answer in answers),
+        format_rate=sum(answer.in_format for answer in answers) / len(answers),
+        length=length_statistics(num_tokens, truncated) if received else None,
+        position=_position(items, scoring),
+    )
+
+
+def _original_accuracy(items: Sequence[ItemRow], runs: int) -> Accuracy:
+    """Accuracy as the original computes it, over sources of which each has its better rule."""
+    right = 0.0
+    kept = 0
+    for group in by_source(items).values():
+        answers = [(a.original, item.gold) for item in group for a in item.answers[:runs]]
+        share, num = accuracy_original(*zip(*answers, strict=True))
+        if num:
+            right += share * num
+            kept += num
+    if not kept:
+        return Accuracy(None, None, None, 0.0)
+    return Accuracy(right / kept, *wilson_interval(right / runs, kept / runs), num=kept / runs)
+
+
+def _position(items: Sequence[ItemRow], scoring: Scoring) -> Position:
+    shown = [(answer.shown, list(item.options)) for item in items for answer in item.answers]
+    orders = 1 + max(answer.permutation for answer in items[0].answers)
+    accuracies = [
+        accuracy_interval([item.right(scoring, permutation=order) for item in items])
+        for order in range(orders)
+    ]
+    first_runs = [
+        [answer.letters[scoring] for answer in item.answers if answer.run == 0] for item in items
+    ]
+    agreement = agreement_rate(first_runs) if orders > 1 else None
+    bias = position_bias(*zip(*shown, strict=True))
+    return Position(**vars(bias), orders=orders, accuracies=accuracies, agreement=agreement)

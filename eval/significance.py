@@ -1,105 +1,162 @@
-"""How sure a score is, and how two scores compare. Pure; numpy only."""
+"""Statistics of an evaluation: confidence intervals, paired tests, and summaries of the answers."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from ..core.report.run_report import Interval, wilson_interval
+from ..core.report.statistics import wilson_interval
 
 
-class McNemar(NamedTuple):
-    """Items that only the first or only the second model has right, and the exact two-sided p-value."""
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval, all None when nothing was measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Result of McNemar's exact test."""
 
     only_first: int
+    """Number of items that only the first model answered correctly."""
     only_second: int
+    """Number of items that only the second model answered correctly."""
     p_value: float
+    """Exact two-sided p-value."""
 
 
-class PositionBias(NamedTuple):
-    """Answers by letter against an even choice among each item's options. `statistic` is chi-square."""
+@dataclass(frozen=True)
+class PositionBias:
+    """Distribution of the answers over the letters, and Pearson's test of it."""
 
     shares: dict[str, float]
+    """Share of the answers that chose each letter."""
     expected: dict[str, float]
+    """Share expected if each item's letters were equally likely."""
     statistic: float
-    p_value: float
+    """Pearson's chi-square statistic."""
+    p_value: float | None
+    """p-value of the statistic; None without answers."""
 
 
-class LengthStatistics(NamedTuple):
-    """Tokens per output, and the share of outputs that the token limit cut."""
+@dataclass(frozen=True)
+class LengthStatistics:
+    """Output lengths in tokens."""
 
     mean: float
     median: float
     p95: float
     longest: int
     truncated_rate: float
+    """Share of the outputs that reached the token limit."""
 
 
-def accuracy_interval(right: Sequence[Sequence[bool]]) -> Interval:
-    """Accuracy of [items][runs] with its 95 % interval; runs of one item are not counted as independent.
+def accuracy_interval(right: Sequence[Sequence[bool]]) -> Estimate:
+    """Accuracy over items and runs, with a 95 % interval that clusters the runs by item.
 
-    Mean of the items' means; Wilson's interval at the effective number of answers n = p(1-p) / se², where se² is the
-    clustered variance var(item means) / items (E. Miller, arXiv 2411.00640, eq. 4; effective size: Korn and Graubard,
-    Survey Methodology 24 (1998)). With one run that is Wilson's interval of the items, as it is when se is 0.
-    Raises ValueError without items, or when items have different numbers of runs.
+    The accuracy is the mean of the items' means. The interval is Wilson's at the effective sample
+    size n = p(1-p) / se², where se² = var(item means) / items. With one run, or when se is 0, n is
+    the number of items.
+
+    Args:
+        right: [items][runs], whether the answer is correct.
+
+    Raises:
+        ValueError: there are no items, or items have different numbers of runs.
+
+    Source: clustered variance: E. Miller, arXiv 2411.00640, eq. 4; effective sample size: E. Korn
+        and B. Graubard, Survey Methodology 24 (1998).
     """
     means = _matrix(right).mean(axis=1)
-    p, variance = float(means.mean()), float(means.var()) / len(means)
+    p = float(means.mean())
+    variance = float(means.var()) / len(means)
     effective = p * (1 - p) / variance if variance > 0 else len(means)
-    return Interval(p, *wilson_interval(min(p * effective, effective), effective))
+    return Estimate(p, *wilson_interval(min(p * effective, effective), effective))
 
 
 def pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
-    """Mean over items of the chance that k of an item's n runs, drawn without replacement, hold a right one.
+    """Mean over items of the probability that at least one of k runs is correct.
 
-    1 - C(n-c, k) / C(n, k) for c right of n, unbiased: arXiv 2107.03374, eq. 1. Raises ValueError unless 1 <= k <= n.
+        1 - C(n-c, k) / C(n, k)    for an item with c correct answers among n runs
+
+    This is the unbiased estimate for k runs drawn without replacement.
+
+    Args:
+        right: [items][runs], whether the answer is correct.
+        k: Number of runs drawn, from 1 to n.
+
+    Raises:
+        ValueError: `k` is out of range, there are no items, or their numbers of runs differ.
+
+    Source: arXiv 2107.03374, eq. 1.
     """
     matrix = _matrix(right)
-    n = matrix.shape[1]
-    if not 1 <= k <= n:
+    num_runs = matrix.shape[1]
+    if not 1 <= k <= num_runs:
         raise ValueError(
-            f"pass_at_k needs 1 <= k <= runs, got k={k} of {n} runs: lower k or raise runs"
+            f"pass_at_k needs 1 <= k <= runs, got k={k} of {num_runs} runs: lower k or raise runs"
         )
-    return float(
-        np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in matrix.sum(axis=1)])
-    )
+    none_right = stats.hypergeom.pmf(0, num_runs, matrix.sum(axis=1).astype(int), k)
+    return float(np.mean(1 - none_right))
 
 
 def majority_vote(letters: Sequence[str | None]) -> str | None:
-    """The letter that most runs gave; of equals the one given first. Runs without an answer do not vote; None if none did."""
+    """Most frequent letter; of several, the one given first. Runs without an answer do not vote."""
     votes = Counter(letter for letter in letters if letter is not None)
-    return max(votes, key=lambda letter: votes[letter]) if votes else None
+    return max(votes, key=votes.__getitem__, default=None)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Exact McNemar test of two models on the same items: b of the b+c items with one right model is Binomial(b+c, 1/2).
+    """McNemar's exact test of two models on the same items.
 
-    Two-sided: twice the smaller tail, at most 1; 1 when the models never differ. Q. McNemar, Psychometrika 12 (1947).
-    Raises ValueError when the two have different numbers of items.
+    Under the null hypothesis, the number of items that only the first model answers correctly is
+    Binomial(b + c, 1/2), where b + c items are answered correctly by exactly one of the models. The
+    p-value is two-sided, and 1 when b + c is 0.
+
+    Args:
+        first: [items], whether the first model's answer is correct.
+        second: [items], the same for the second model.
+
+    Raises:
+        ValueError: the numbers of items differ.
+
+    Source: Q. McNemar, Psychometrika 12 (1947).
     """
     pairs = Counter(zip(map(bool, first), map(bool, second), strict=True))
-    b, c = pairs[True, False], pairs[False, True]
-    whole = math.lgamma(b + c + 1) - (b + c - 1) * math.log(2)  # log of 2 (b+c)! / 2^(b+c)
-    tails = math.fsum(
-        math.exp(whole - math.lgamma(i + 1) - math.lgamma(b + c - i + 1))
-        for i in range(min(b, c) + 1)
-    )
-    return McNemar(b, c, min(1.0, tails))
+    only_first = pairs[True, False]
+    only_second = pairs[False, True]
+    num = only_first + only_second
+    p_value = float(stats.binomtest(only_first, num).pvalue) if num else 1.0
+    return McNemar(only_first, only_second, p_value)
 
 
 def bootstrap_difference(
     first: Sequence[float], second: Sequence[float], *, seed: int, num_draws: int = 10_000
-) -> Interval:
-    """Difference of accuracy, first - second, on the same items, with its 95 % percentile interval over resampled items.
+) -> Estimate:
+    """Mean of first - second over the same items, with a 95 % percentile bootstrap interval.
 
-    Values are right or not, or an item's mean over runs. B. Efron, Annals of Statistics 7 (1979). Items with equal
-    differences are alike, so a resample is a multinomial draw of how often each difference comes. Raises ValueError
-    without items, or when the two have different numbers of them.
+    Items with equal differences are interchangeable, so a resample is one multinomial draw of how
+    often each distinct difference occurs; `scipy.stats.bootstrap` would draw every item.
+
+    Args:
+        first: [items], whether the answer is correct, or its mean over runs.
+        second: [items], the same for the other model.
+        seed: Seed of the resampling.
+        num_draws: Number of resamples.
+
+    Raises:
+        ValueError: there are no items, or the numbers of items differ.
+
+    Source: B. Efron, Annals of Statistics 7 (1979).
     """
     differences = np.array([float(a) - float(b) for a, b in zip(first, second, strict=True)])
     if not len(differences):
@@ -109,84 +166,85 @@ def bootstrap_difference(
         len(differences), counts / len(differences), size=num_draws
     )
     low, high = np.quantile(draws @ values / len(differences), (0.025, 0.975))
-    return Interval(float(differences.mean()), float(low), float(high))
+    return Estimate(float(differences.mean()), float(low), float(high))
 
 
 def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]]) -> PositionBias:
-    """Whether answers favour a letter: Pearson's chi-square of the answers given against an even choice among each item's
-    letters; runs without an answer are left out. The labels' own imbalance shows too, unless options were permuted.
+    """Pearson's chi-square test of whether the answers prefer some letters.
 
-    The p-value holds when all items have the same letters; else it is approximate. NaN without answers.
-    Raises ValueError when an answer is not among its item's letters.
+    The expected counts spread each answer evenly over its item's letters. The p-value is only an
+    approximation when items have different letters. Unless the options were permuted, an uneven
+    distribution of the correct letters contributes to the statistic.
+
+    Args:
+        letters: [answers], the letter chosen; None, without an answer, is ignored.
+        options: [answers], the letters of the answer's item.
+
+    Raises:
+        ValueError: a letter is not among its item's options.
     """
     counts: Counter[str] = Counter()
-    expected: Counter[str] = Counter()
-    for letter, among in zip(letters, options, strict=True):
-        if letter is None:
+    expected: dict[str, float] = {}
+    for chosen, offered in zip(letters, options, strict=True):
+        if chosen is None:
             continue
-        if letter not in among:
-            raise ValueError(f"position_bias: answer {letter!r} is not among {', '.join(among)}")
-        counts[letter] += 1
-        for each in among:
-            expected[each] += 1 / len(among)  # type: ignore[assignment]
-    num = counts.total() or math.nan
-    statistic = sum((counts[letter] - mean) ** 2 / mean for letter, mean in expected.items())
-    p_value = chi_square_p_value(statistic, len(expected) - 1) if expected else math.nan
-    shares, even = (
-        {letter: part[letter] / num for letter in sorted(expected)} for part in (counts, expected)
+        if chosen not in offered:
+            raise ValueError(f"position_bias: answer {chosen!r} is not among {', '.join(offered)}")
+        counts[chosen] += 1
+        for letter in offered:
+            expected[letter] = expected.get(letter, 0) + 1 / len(offered)
+    if not counts:
+        return PositionBias({}, {}, 0.0, None)
+    names = sorted(expected)
+    test = stats.chisquare(
+        [counts[letter] for letter in names], [expected[letter] for letter in names]
     )
-    return PositionBias(shares, even, float(statistic), p_value)
-
-
-def chi_square_p_value(statistic: float, degrees: int) -> float:
-    """P(chi-square with `degrees` of freedom >= statistic) = Q(degrees/2, statistic/2), the regularised upper gamma.
-
-    By Q(1, x) = exp(-x), Q(1/2, x) = erfc(√x) and Q(a+1, x) = Q(a, x) + x^a exp(-x) / Γ(a+1): Abramowitz and Stegun,
-    26.4.4, 26.4.5 and 6.5.21. Raises ValueError unless degrees >= 1 and statistic >= 0.
-    """
-    if degrees < 1 or not statistic >= 0:
-        raise ValueError(
-            f"chi_square_p_value needs degrees >= 1 and statistic >= 0, got {degrees} and {statistic}"
-        )
-    x, a = statistic / 2, 0.5 if degrees % 2 else 1.0
-    if x == 0:
-        return 1.0
-    q = math.erfc(math.sqrt(x)) if degrees % 2 else math.exp(-x)
-    while a < degrees / 2:
-        q += math.exp(a * math.log(x) - x - math.lgamma(a + 1))
-        a += 1
-    return min(q, 1.0)
+    num = counts.total()
+    return PositionBias(
+        shares={letter: counts[letter] / num for letter in names},
+        expected={letter: expected[letter] / num for letter in names},
+        statistic=float(test.statistic),
+        p_value=float(test.pvalue),
+    )
 
 
 def agreement_rate(letters: Sequence[Sequence[str | None]]) -> float:
-    """Mean over items of the share of pairs of its runs that chose one option: [items][runs] letters, mapped back to the
-    item's own order. No answer agrees with nothing. Raises ValueError without items, or with fewer than two runs of one."""
+    """Mean over items of the share of pairs of runs that chose the same option.
+
+    Args:
+        letters: [items][runs], the letter chosen, in the item's own order of options. A missing
+            answer agrees with no other.
+
+    Raises:
+        ValueError: there are no items, or an item has fewer than two runs.
+    """
     if not letters or any(len(runs) < 2 for runs in letters):
         raise ValueError("agreement_rate needs at least one item, and two runs of each")
-    return float(
-        np.mean(
-            [
-                np.mean([a is not None and a == b for a, b in combinations(runs, 2)])
-                for runs in letters
-            ]
-        )
-    )
+    shares = [
+        np.mean([a is not None and a == b for a, b in combinations(runs, 2)]) for runs in letters
+    ]
+    return float(np.mean(shares))
 
 
 def length_statistics(num_tokens: Sequence[int], truncated: Sequence[bool]) -> LengthStatistics:
-    """Of the outputs' lengths in tokens. Raises ValueError without outputs."""
+    """Summarises the lengths of the outputs.
+
+    Args:
+        num_tokens: [outputs], tokens of each output.
+        truncated: [outputs], whether the output reached the token limit.
+
+    Raises:
+        ValueError: there are no outputs, or the two lengths differ.
+    """
     if not num_tokens or len(num_tokens) != len(truncated):
         raise ValueError(
-            f"length_statistics needs as many lengths as flags, got {len(num_tokens)} and {len(truncated)}"
+            "length_statistics needs as many lengths as flags, at least one; "
+            f"got {len(num_tokens)} and {len(truncated)}"
         )
     median, p95 = np.quantile(num_tokens, (0.5, 0.95))
-    return LengthStatistics(
-        float(np.mean(num_tokens)),
-        float(median),
-        float(p95),
-        max(num_tokens),
-        float(np.mean(truncated)),
-    )
+    mean = float(np.mean(num_tokens))
+    truncated_rate = float(np.mean(truncated))
+    return LengthStatistics(mean, float(median), float(p95), max(num_tokens), truncated_rate)
 
 
 def _matrix(right: Sequence[Sequence[bool]]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""How answers are worded, in English and Chinese: the patterns that eval/score.py reads outputs by.
+"""Patterns of how answers are worded, in English and Chinese.
 
-Patterns called *_LEFT are searched in the lower-case rest of the sentence before a mention of an option and reach up to it;
-*_RIGHT are matched to what follows it.
+Patterns named *_LEFT are searched in the part of the sentence before a mention of an option and end
+at the mention; those named *_RIGHT are matched to the part after it. Both parts are lower case.
 """
 
 from __future__ import annotations
@@ -12,174 +12,188 @@ MARKUP = re.compile(
     r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|\w+\|>"
     r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
-"""Emphasis, end tokens and LaTeX's spacing."""
+"""Emphasis, end tokens and LaTeX spacing, which are removed."""
 LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
 
 LABEL = re.compile(
-    r"(?:\b(?P<prefix>(?:answer )?(?:option|choice|letter)|选项)\s*)?(?P<open>[(\[{<\"'“‘【「《]{0,4})"
-    r"(?<![A-Za-z0-9°/.-])(?<![A-Za-z]['’])(?P<letter>[A-Za-z])(?![A-Za-z0-9°/&+²]|['’][A-Za-z]|[型族组群超]|细胞|淋巴)"
+    r"(?:\b(?P<prefix>(?:answer )?(?:option|choice|letter)|"
+    r"选项)\s*)?(?P<open>[(\[{<\"'“‘【「《]{0,4})"
+    r"(?<![A-Za-z0-9°/.-])(?<![A-Za-z]['’])(?P<letter>[A-Za-z])(?![A-Za-z0-9°/&+²]|['’][A-Za-z]|"
+    r"[型族组群超]|细胞|淋巴)"
     r"(?P<close>[)\]}>\"'”’】」》]*)(?:选?项)?",
     re.IGNORECASE,
 )
-"""A letter by itself, with what may enclose it."""
-NAMED = re.compile(
-    r"(?:\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|table|factor|protein|part|section|"
-    r"appendix|coenzyme|immunoglobulin|phase|category|apolipoprotein|complex|scenario|patient|case)\.?|[\d°])[ \t]*\Z",
+"""A single letter, with the brackets or quotes around it."""
+NAME_PREFIX = re.compile(
+    r"(?:\b(?:vitamins?|hepatitis|types?|groups?|plan|dr|stage|class|grade|influenza|figure|fig|"
+    r"table|factor|protein|part|section|appendix|coenzyme|immunoglobulin|phase|category|"
+    r"apolipoprotein|complex|scenario|patient|"
+    r"case)\.?|[\d°])[ \t]*\Z",
     re.IGNORECASE,
 )
-"""Before a letter that belongs to a name or a number: "vitamin C", "38.7 C"."""
+"""Precedes a letter that belongs to a name or a number: "vitamin C", "38.7 C"."""
 LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
-"""At the start of an option's words; not the A of "A and B"."""
-MORE = re.compile(
-    r"(?:(?:(?:\s*,)?\s*(?:and|or|to|through|&|和|或|与|及)|\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
-    r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|might|can)\b|[\"'\]}]|都|均|三|两))"
+"""Article that starts an option's words; not the A of "A and B"."""
+MORE_LETTERS = re.compile(
+    r"(?:(?:(?:\s*,)?\s*(?:and|or|to|through|&|和|或|与|及)|"
+    r"\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
+    r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|"
+    r"might|can)\b|[\"'\]}]|都|均|三|两))"
 )
-"""Further letters of a list: "A and C"."""
+"""Further letters after the first of a list: "A and C"."""
 BETWEEN = re.compile(
-    r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |the )?"
+    r"\s*(?:[,;]\s*)?(?:(?:and|or|nor|versus|vs\.?|和|或|、)\s*)?(?:for [\w -]{1,30} )?(?:an? |"
+    r"the )?"
 )
-"""Between the options' words of a list: "aspirin, or heparin"."""
-GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
-"""Between a letter and its option's own words."""
+"""Separates the options' words in a list: "aspirin, or heparin"."""
+LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
+"""Separates a letter from its option's own words."""
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
-"""Between the labels of a list with one option a line, and perhaps a line on it."""
+"""Separates the labels of a list with one option a line, each perhaps with a comment."""
 LOWER_CASE = re.compile(
-    r"[b-z][.,:;)](?:\s|$)|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
+    r"[b-z][.,:;)](?:\s|$)|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S])|"
+    r"(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
-"""A small letter that stands for an option; others that end a line are where the output was cut, or an article."""
+"""A lower-case letter that stands for an option, rather than for an article or a cut word."""
 FOLLOWS = re.compile(
-    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|"
-    r"(?:\.?\s+(?:because|since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|instead|not|"
-    r"over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|correspond\w*|therefore|option|choice|makes?|fits?|seems|"
-    r"(?!cells|vitamins|waves|lymphocytes|fibers|strains)[a-z]+(?<![uias])s)\b)"
+    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|(?:\.?\s+(?:because|"
+    r"since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|"
+    r"instead|not|over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|"
+    r"correspond\w*|therefore|option|choice|makes?|fits?|seems|(?!cells|vitamins|waves|lymphocytes|"
+    r"fibers|strains)[a-z]+(?<![uias])s)\b)"
 )
-"""What may come after a letter that stands for an option: not "A patient", "C. difficile", "B-cell"."""
+"""Follows a letter that stands for an option; not as in "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(
-    r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|rather|instead|makes|it|"
-    r"(?:would|must) be (?:the|correct|right))\b)[a-z']"
+    r"[ \t]+(?!(?:is|because|since|as|due|given|which|and|or|but|best|fits|seems|based|in|appears|"
+    r"rather|instead|makes|it|(?:would|must) be (?:the|correct|right))\b)[a-z']"
 )
-"""After an I that stands for the speaker."""
+"""Follows an I that is the pronoun."""
 SETS_OFF = re.compile(
-    r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|"
-    r"\s(?:because|since|as|due|for sure|obviously|rather than|instead of|(?:and )?not)\b)"
+    r"\s*(?:$|[.,:;)](?=\s|$)|[,:;!。、—–(]|-\s|\s(?:because|since|as|due|for sure|obviously|"
+    r"rather than|instead of|(?:and )?not)\b)"
 )
-"""What may come after a letter that stands alone at the start of a line."""
+"""Follows a letter that stands alone at the start of a line."""
 STANDS_APART = re.compile(SETS_OFF.pattern + r"|[}\"']")
-"""What may come after an option's words that are common ones, as "no"."""
+"""Follows common words, such as "no", where they stand for an option."""
 
 _FILLER = (
-    r"(?:[\s\"'“”‘’(\[{<>=~:,|#–—-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|likely|probably|clearly|surely|"
-    r"definitely|certainly|therefore|thus|hence|so|indeed|simply|then|best|correct|single|it's|it is|ans|"
-    r"i(?:'d)? (?:believe|think|say)|in fact|actually|again|ultimately|overall|still|that|"
-    r"in (?:conclusion|summary|short))(?![a-z]))*$"
+    r"(?:[\s\"'“”‘’(\[{<>=~:,|#–—-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|"
+    r"likely|probably|clearly|surely|definitely|certainly|therefore|thus|hence|so|indeed|simply|"
+    r"then|best|correct|single|it's|it is|ans|i(?:'d)? (?:believe|think|say)|in fact|actually|"
+    r"again|ultimately|overall|still|that|in (?:conclusion|summary|short))(?![a-z]))*$"
 )
 LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
 CLAIM_LEFT = re.compile(
-    r"(?<![a-z])(?<!to )(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|solution|key|correct|verdict|"
+    r"(?<![a-z])(?<!to )(?:answers?|ans|choice|option|selection|pick|response|conclusion|diagnosis|"
+    r"solution|key|correct|verdict|"
     rf"final|result|prediction)(?![a-z])(?:[^\n]{{0,110}}?(?:{_IS}|[:=→]|->)|\.){_FILLER}"
-    r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|cause|explanation|mechanism|"
-    rf"statement|exception|finding|organism|one|match|fit|letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
-    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|conclud|i(?:'d| would)? say|"
-    rf"lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|i (?:think|believe|guess|suspect))(?:e|es|ed|ing|s)?{_FILLER}"
+    r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|"
+    r"cause|explanation|mechanism|statement|exception|finding|organism|one|match|fit|"
+    rf"letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
+    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|"
+    r"conclud|i(?:'d| would)? say|lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|"
+    r"i (?:think|believe|guess|"
+    rf"suspect))(?:e|es|ed|ing|s)?{_FILLER}"
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
     rf"|(?<!not )\bonly{_FILLER}"
-    r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|make that|it must be)?\s*$"
-    r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|:)[\s\"'“(\[【「]*$"
+    r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|"
+    r"make that|it must be)?\s*$"
+    r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|"
+    r":)[\s\"'“(\[【「]*$"
     r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
-"""The mention after this is claimed to be the answer."""
+"""Precedes an option that is claimed to be the answer."""
 WEAK_LEFT = re.compile(
-    r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|corresponds? to|consistent with|fits?|"
-    r"supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|\w+ly|equals|called|"
-    r"known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
+    r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
+    r"corresponds? to|consistent with|fits?|supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|"
+    r"\w+ly|equals|called|known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
-"""The mention after this is what the sentence comes to; weaker than a claim."""
+"""Precedes an option that the sentence arrives at, which is weaker than a claim."""
 
 _VERDICT = (
-    r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|answer|one)|(?:final )?answer|"
-    r"exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|odd one|left(?=\s*[.,!]|$)|"
-    r"(?:a )?better|more (?:likely|appropriate|consistent|plausible|suitable|probable)|\w+ of choice(?! (?:for|in|when|if)\b)|"
-    r"most (?:likely|appropriate|consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
+    r"(?:correct|right|true|best(?! known| seen| avoided| treated)|only (?:correct|option|choice|"
+    r"answer|one)|(?:final )?answer|exception|(?:false|incorrect|wrong|untrue) (?:statement|one)|"
+    r"odd one|left(?=\s*[.,!]|$)|(?:a )?better|more (?:likely|appropriate|consistent|plausible|"
+    r"suitable|probable)|\w+ of choice(?! (?:for|in|when|if)\b)|most (?:likely|appropriate|"
+    r"consistent|accurate|suitable|probable|plausible|reasonable|fitting|compelling|correct)|"
     r"one that)\b"
 )
 CLAIM_RIGHT = re.compile(
-    r"[\s.):,-]*(?P<gap>[^.!?\n]{0,80}?)(?:\b(?:is|are|was|(?:would|must|should|has to) be|seems|appears|remains|being|as)\b|"
-    r"[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
+    r"[\s.):,-]*(?P<gap>[^.!?\n]{0,80}?)(?:\b(?:is|are|was|(?:would|must|should|has to) be|seems|"
+    r"appears|remains|being|as)\b|[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|"
+    r"likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
-    r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|"
-    r"makes the most sense|(?:most|more) (?:likely|probable|plausible)\b|it is\b)"
-    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|对(?=[,。;]|$))"
+    r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
+    r"more) (?:likely|probable|plausible)\b|it is\b)"
+    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|"
+    r"对(?=[,。;]|$))"
 )
-"""The mention before this is claimed to be the answer, unless its gap is DENIED_GAP."""
+"""Follows an option that is claimed to be the answer, unless DENIED_GAP is found in the gap."""
 DENIED_GAP = re.compile(
-    r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|错|非"
+    r"\b(?:not|incorrect|wrong|but|while|whereas|although|than|if|unlike|never|cannot)\b|n't\b|不|"
+    r"错|非"
 )
 
 DENIED_LEFT = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|reject\w*|discard\w*|"
-    r"dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
+    r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|"
+    r"reject\w*|discard\w*|dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|"
+    r"n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
     r"|(?:\b(?:not|never|neither)|n't)\b[^,;]*\b(?:or|nor)(?:\s+\w+){0,2}\s*$"
-    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|claim|conclude|confirm)\b"
-    r"|\bdoubt\b|\bnone of\b|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|tempting|distractor|"
-    r"previous|first|initial)\s+(?:answer|choice|option|guess)(?: choice)?s?\b"
+    r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|"
+    r"claim|conclude|confirm)\b"
+    r"|\bdoubt\b|\bnone of\b|\b(?:incorrect|wrong|inaccurate|other|another|each|every|any|either|"
+    r"tempting|distractor|previous|first|initial)\s+(?:answer|choice|option|guess)(?: choice)?s?\b"
     r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
 )
 DENIED_RIGHT = re.compile(
-    r"[\s.):]*(?:\([^)]*\)\s*)?(?:(?:is|are|was|were|would be|can be|could be|should be|has been|seems)\s+(?:\w+ly\s+)?"
-    r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|inconsistent|contraindicated|"
-    r"a distractor|the least)|(?:is|are|was|would|does|can|could)n't\b|does not\b|cannot\b|can not\b|would not\b|"
-    r"ha(?:s|ve) no (?:role|place|effect|benefit)|or (?:maybe|perhaps) not)"
+    r"[\s.):]*(?:\([^)]*\)\s*)?(?:(?:is|are|was|were|would be|can be|could be|should be|has been|"
+    r"seems)\s+(?:\w+ly\s+)?"
+    r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|"
+    r"inconsistent|contraindicated|a distractor|the least)|(?:is|are|was|would|does|can|"
+    r"could)n't\b|does not\b|cannot\b|can not\b|would not\b|ha(?:s|ve) no (?:role|place|effect|"
+    r"benefit)|or (?:maybe|perhaps) not)"
     r"|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选|鉴别)"
 )
 SUPPOSED = re.compile(
     r"\b(?:if|had|were|unless|suppose|assuming|without)\b.*\b(?:would|could|might)\b"
     r"|\b(?:would|could|might)\b.*\b(?:if|had|were|unless)\b"
-    r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|could|often|commonly)\b"
-    r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|believe)\b"
-    r"|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|\binitially\b"
+    r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|"
+    r"could|often|commonly)\b"
+    r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|"
+    r"believe)\b"
+    r"|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|"
+    r"\binitially\b"
     r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|^\W*if\b[^,]*_|\bwith the letter of\b"
     r"|如果|假如|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
 )
-"""A sentence that says what would be, or what others think."""
+"""Found in a sentence that is hypothetical or reports what others think."""
 UNSURE = re.compile(
-    r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|certain|possible|able|enough)|"
-    r"whether|need more|no (?:single|clear|correct|definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|"
-    r"already|history|family|takes|taking|need to know)\b"
+    r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|"
+    r"certain|possible|able|enough)|whether|need more|no (?:single|clear|correct|"
+    r"definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|already|history|family|"
+    r"takes|taking|need to know)\b"
     r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已"
 )
 EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
     r"while|whereas|although|in contrast|unlike)\b[^;]*$|\bbefore\b[^,;]*$"
 )
-"""The mention after this is named beside the point."""
-PRAISES = re.compile(
-    r"\b(?:best|correct|usual|preferred|recommended|indicated|appropriate|first-line|choice|stands? out|fits|explains|"
-    r"should|needs?|needed|want|receives?|only)\b|由|属于|首选|考虑"
+"""Precedes an option that is mentioned only as an example or for contrast."""
+ENDORSEMENT = re.compile(
+    r"\b(?:best|correct|usual|preferred|recommended|indicated|appropriate|first-line|choice|"
+    r"stands? out|fits|explains|should|needs?|needed|want|receives?|only)\b|由|属于|首选|考虑"
 )
-"""Words of a sentence that makes the only option in it an answer."""
+"""Found in a sentence that recommends the only option in it."""
 TURN = re.compile(
-    r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|therefore|thus)\b"
+    r";|\b(?:while|although|though|whereas|despite|unlike)\b[^,;]*,|\b(?:but|however|yet|though|so|"
+    r"therefore|thus)\b"
     r"|但|然而|所以|因此"
 )
-"""What is denied or supposed before this does not bear on what comes after."""
+"""Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
-COMMON_WORDS = {
-    "yes",
-    "no",
-    "maybe",
-    "none",
-    "all",
-    "both",
-    "true",
-    "false",
-    "n/a",
-    "never",
-    "always",
-    "是",
-    "否",
-}
-"""Options whose words occur in any text: they count only where they stand apart."""
+COMMON_WORDS = re.compile("yes|no|maybe|none|all|both|true|false|n/a|never|always|是|否")
+"""Options that occur as words in any text; they count only where STANDS_APART follows."""

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences of different lengths: one signature for every backend."""
+"""Causal attention over packed sequences of different lengths, with one signature for every backend."""
 
 from __future__ import annotations
 
@@ -25,13 +25,25 @@ def varlen_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale * q k^T) v, each token attending to itself and what precedes it in its own sequence.
+    """Causal attention of each token to itself and the tokens before it in its own sequence.
 
-    query [tokens, heads, dim]; key and value [tokens, kv_heads, dim], heads a multiple of kv_heads: query head i reads
-    key head i // (heads / kv_heads). cu_seqlens [seqs+1] rises from 0 to tokens: an int32 tensor, or a list of ints,
-    which spares the SDPA backend a wait for the GPU. max_seqlen is the longest sequence, in tokens; the fused backends
-    size their grid by it. scale is dim ** -0.5 by default. Returns [tokens, heads, dim] in the query's dtype.
-    Raises ValueError for shapes that do not fit, and for boundaries that do not where they are on the host.
+        softmax(scale * q k^T) v
+
+    Args:
+        query: [tokens, heads, dim].
+        key: [tokens, kv_heads, dim], heads a multiple of kv_heads; query head i reads key head
+            i // (heads / kv_heads).
+        value: [tokens, kv_heads, dim].
+        cu_seqlens: [seqs + 1], rising from 0 to tokens: an int32 tensor, or a list of ints, which
+            saves the SDPA backend from waiting for the GPU.
+        max_seqlen: tokens of the longest sequence; fused backends size their grid by it.
+        scale: default: dim ** -0.5.
+
+    Returns:
+        [tokens, heads, dim] in the query's dtype.
+
+    Raises:
+        ValueError: shapes disagree, or boundaries that are on the host do not rise to tokens.
     """
     _check(query, key, value, cu_seqlens)
     backend = choose_backend(query)
@@ -48,27 +60,17 @@ def varlen_attention(
 
     gqa = key.shape[1] != query.shape[1]
     causal = (-1, 0)
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        cu,
-        cu,
-        max_seqlen,
-        max_seqlen,
-        scale=scale,
-        window_size=causal,
-        enable_gqa=gqa,
-    )
-    assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
+    options = {"scale": scale, "window_size": causal, "enable_gqa": gqa}
+    out = varlen_attn(query, key, value, cu, cu, max_seqlen, max_seqlen, **options)
+    assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is requested
     return out
 
 
 def choose_backend(query: Tensor) -> Backend:
-    """The fastest backend for such a query: flash-attn where installed, torch's variable-length kernel, or SDPA.
+    """The fastest backend for a query: flash-attn if installed, torch's varlen kernel, or SDPA.
 
-    The first two want tokens, a GPU of compute capability 8.0 or later, fp16 or bf16, and a head dimension that is a
-    multiple of 8 and at most 256.
+    The first two need at least one token, a GPU of compute capability 8.0, fp16 or bf16, and a
+    head dimension that is a multiple of 8 and at most 256.
     """
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
@@ -85,7 +87,7 @@ def _fused_backend() -> Backend:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return "sdpa"
-    # torch 2.10 has the function without grouped queries and without a scale.
+    # torch 2.10 has the function, but without grouped queries and scale
     wanted = {"scale", "window_size", "enable_gqa"}
     return "torch_varlen" if wanted <= inspect.signature(varlen_attn).parameters.keys() else "sdpa"
 
@@ -93,7 +95,7 @@ def _fused_backend() -> Backend:
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int], scale: float | None
 ) -> Tensor:
-    """One call per segment: a [tokens, tokens] mask would cost several times the work and the memory."""
+    """One call per sequence: a [tokens, tokens] mask would cost several times the work and memory."""
     sizes = [stop - start for start, stop in pairwise(boundaries) if stop > start] or [0]
     gqa = key.shape[1] != query.shape[1]
     q, k, v = (x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (query, key, value))
@@ -106,12 +108,8 @@ def _sdpa(
 
 def _boundaries(cu_seqlens: Tensor | Sequence[int], tokens: int) -> list[int]:
     boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    if (
-        not boundaries
-        or boundaries[0] != 0
-        or boundaries[-1] != tokens
-        or any(b < a for a, b in pairwise(boundaries))
-    ):
+    ends = boundaries[:1] == [0] and boundaries[-1] == tokens
+    if not ends or boundaries != sorted(boundaries):
         raise ValueError(
             f"cu_seqlens is {boundaries}, must rise from 0 to the {tokens} tokens of the query"
         )
@@ -122,12 +120,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Seque
     shapes = (
         f"query, key, value have shapes {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
     )
-    if (
-        query.ndim != 3
-        or key.ndim != 3
-        or value.shape != key.shape
-        or query.shape[0] != key.shape[0]
-    ):
+    same = value.shape == key.shape and query.shape[:1] == key.shape[:1]
+    if query.ndim != 3 or key.ndim != 3 or not same:
         raise ValueError(
             f"{shapes}: must be [tokens, heads, dim] and twice [tokens, kv_heads, dim]"
         )

@@ -1,4 +1,4 @@
-"""Hidden states and the head's weight -> log-probs and entropies of given tokens, never a [tokens, vocab] tensor."""
+"""Log-probs and entropies from hidden states and the head's weight, without [tokens, vocab] tensors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_TOKENS = {
-    "cpu": 128,
-    "cuda": 512,
-}  # a CPU's chunk should stay near its cache, a GPU's product wants more rows
+# on a CPU a chunk should stay near the cache; on a GPU the product needs more rows
+_CHUNK_TOKENS = {"cpu": 128, "cuda": 512}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class TokenLogprobs(NamedTuple):
-    """What `linear_logprobs(..., with_entropy=True)` returns: both [n], in nats."""
+    """Result of `linear_logprobs(..., with_entropy=True)`: [n] each, in nats."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -51,16 +49,28 @@ def linear_logprobs(
     with_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor | TokenLogprobs:
-    """Log-probability of targets[i] under softmax(hidden[i] @ weight.T / temperature), and if asked the entropy there.
+    """Log-probabilities of target tokens under a linear head, and optionally entropies.
 
-        z = hidden @ weight.T / temperature     logprob = z[target] - logsumexp(z)     entropy = -sum_j p_j log p_j
+        z = hidden @ weight.T / temperature
+        logprob = z[target] - logsumexp(z)        entropy = -sum_j p_j log p_j
 
-    Takes `chunk_tokens` rows at a time (None: 128 on CPU, 512 on a GPU); the backward pass makes each chunk's logits
-    again. Peak extra memory is one chunk of logits (two with entropy) and, for a trained weight, its fp32 gradient.
+    Works on `chunk_tokens` rows at a time; the backward pass recomputes each chunk's logits. Peak
+    extra memory is one chunk of logits (two with entropy) and the weight's fp32 gradient.
 
-    hidden [n, h], weight [v, h], targets [n] int64; n may be 0. Returns [n] in nats, fp32 whatever the inputs (float64
-    for float64): products of bf16 and fp16 are accumulated and kept in fp32. Both outputs give gradients to hidden and
-    weight. Raises ValueError for shapes that do not fit, a target outside 0..v-1, temperature <= 0, chunk_tokens < 1.
+    Args:
+        hidden: [n, h], hidden states; n may be 0.
+        weight: [v, h], the head's weight.
+        targets: [n] int64, token ids.
+        temperature: divides the logits.
+        with_entropy: whether to return the entropies too.
+        chunk_tokens: rows at a time; None: 128 on CPU, 512 on a GPU.
+
+    Returns:
+        [n] in nats, or a pair of them; both differentiable in hidden and weight. fp32 (float64 for
+        float64 inputs): products of bf16 and fp16 are accumulated and kept in fp32.
+
+    Raises:
+        ValueError: shapes disagree, or a target, temperature or chunk_tokens is out of range.
     """
     _check(hidden, weight, targets, temperature, chunk_tokens)
     chunk = chunk_tokens or _CHUNK_TOKENS.get(hidden.device.type, 512)
@@ -74,9 +84,19 @@ def linear_logprobs(
 def linear_greedy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Whether targets[i] is the likeliest token under hidden[i] @ weight.T: [n] bool, in chunks as `linear_logprobs`.
+    """Whether each target is the most likely token under a linear head, computed in chunks.
 
-    hidden [n, h], weight [v, h], targets [n] int64. Raises ValueError as `linear_logprobs` does.
+    Args:
+        hidden: [n, h], hidden states.
+        weight: [v, h], the head's weight.
+        targets: [n] int64, token ids.
+        chunk_tokens: as for `linear_logprobs`.
+
+    Returns:
+        [n] bool.
+
+    Raises:
+        ValueError: as `linear_logprobs`.
     """
     _check(hidden, weight, targets, 1.0, chunk_tokens)
     chunk = chunk_tokens or _CHUNK_TOKENS.get(hidden.device.type, 512)
@@ -100,7 +120,8 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         head = _Head(hidden, weight, temperature, chunk)
         logprobs = hidden.new_empty(hidden.shape[0], dtype=head.dtype)
-        top, total = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        top = torch.empty_like(logprobs)
+        total = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         for rows in _chunks(hidden.shape[0], chunk):
             z = head.logits(rows)
@@ -112,12 +133,12 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[rows] = target - total[rows].log()
             if entropy is not None:
                 entropy[rows] = total[rows].log() - exps.mul_(z).sum(dim=1) / total[rows]
-        # Not their sum, the log-sum-exp: rounded at the size of the largest logit it would cost digits of the gradient.
+        # top and total, not the log-sum-exp: rounded at the size of the largest logit, it would
+        # cost digits of the gradient
         ctx.save_for_backward(hidden, weight, targets, top, total, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.set_materialize_grads(
-            False
-        )  # the gradient of an unused output is None, and its share of the work left out
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        ctx.set_materialize_grads(False)  # an unused output then costs nothing in backward
         return logprobs, entropy
 
     @staticmethod
@@ -134,13 +155,14 @@ class _LinearLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(top)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
-            d = head.logits(rows).sub_(
-                top[rows, None]
-            )  # made in place into the gradient of hidden @ weight.T
+            # d becomes, in place, the gradient of hidden @ weight.T
+            d = head.logits(rows).sub_(top[rows, None])
             g = (grad_logprobs[rows] / ctx.temperature)[:, None]
             if grad_entropy is None:
                 d.exp_().mul_(-g / total[rows, None])
-            else:  # d entropy / d z_j = -p_j (log p_j + entropy); p = exps / total, log p = d - log(total)
+            else:
+                # d entropy / d z_j = -p_j (log p_j + entropy)
+                # with p = exps / total and log p = d - log(total)
                 g_entropy = (grad_entropy[rows] / ctx.temperature)[:, None]
                 exps = head.exp(d)
                 d.add_((entropy[rows] - total[rows].log())[:, None]).mul_(
@@ -164,22 +186,19 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Head:
-    """Logits of a chunk of rows over the temperature, in the accumulation dtype; one buffer serves all chunks."""
+    """Logits of a chunk of rows in the accumulation dtype; one buffer serves all chunks."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> None:
-        self.dtype = (
-            torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-        )
-        # Only CUDA multiplies low precision into fp32; elsewhere the operands are cast, the weight once for all chunks.
-        self.mixed = (
-            hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in _LOW_PRECISION
-        )
+        double = torch.float64 in (hidden.dtype, weight.dtype)
+        self.dtype = torch.float64 if double else torch.float32
+        # only CUDA multiplies low precision into fp32; elsewhere the operands are cast
+        low_precision = hidden.dtype == weight.dtype and hidden.dtype in _LOW_PRECISION
+        self.mixed = hidden.is_cuda and low_precision
         self.hidden = hidden
         self.weight = weight if self.mixed else weight.to(self.dtype)
         self.temperature = temperature
-        self.buffer = hidden.new_empty(
-            min(chunk, hidden.shape[0]), weight.shape[0], dtype=self.dtype
-        )
+        rows = min(chunk, hidden.shape[0])
+        self.buffer = hidden.new_empty(rows, weight.shape[0], dtype=self.dtype)
         self.spare: Tensor | None = None
 
     def logits(self, rows: slice) -> Tensor:
@@ -191,18 +210,18 @@ class _Head:
         return out if self.temperature == 1.0 else out.div_(self.temperature)
 
     def exp(self, z: Tensor) -> Tensor:
-        """exp(z) beside z, in a second buffer for all chunks."""
+        """exp(z) in a second buffer, which leaves z intact."""
         if self.spare is None:
             self.spare = torch.empty_like(self.buffer)
         return torch.exp(z, out=self.spare[: z.shape[0]])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in total's dtype, and without a second tensor of total's size."""
+    """total += a @ b in the dtype of total, without a second tensor of its size."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
-    # torch 2.10's addmm refuses an fp32 sum of bf16 products: blocks of at most 64 MiB are made, then added.
+    # torch 2.10's addmm refuses an fp32 sum of bf16 products: add blocks of at most 64 MiB
     block = max(1, 2**24 // total.shape[1])
     for part, rows in zip(total.split(block), a.split(block), strict=True):
         part += torch.mm(rows, b, out_dtype=total.dtype)  # type: ignore[call-overload]
@@ -215,14 +234,12 @@ def _chunks(n: int, chunk: int) -> list[slice]:
 def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None
 ) -> None:
-    if (
-        hidden.ndim != 2
-        or weight.shape[1:] != hidden.shape[1:]
-        or targets.shape != hidden.shape[:1]
-    ):
+    fits = weight.shape[1:] == hidden.shape[1:] and targets.shape == hidden.shape[:1]
+    if hidden.ndim != 2 or not fits:
         shapes = f"{list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}"
         raise ValueError(
-            f"hidden, weight, targets have shapes {shapes}, not [n, h], [v, h], [n]: flatten the batch"
+            f"hidden, weight, targets have shapes {shapes}, not [n, h], [v, h], [n]: "
+            "flatten the batch"
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}, not torch.int64: convert them with .long()")

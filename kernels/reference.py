@@ -1,4 +1,4 @@
-"""The slow, obvious twin of each kernel: what the tests compare with. Nothing else should call these."""
+"""Slow, obvious twins of the kernels, which the tests compare them with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs, entropies), both [n] and fp32 (float64 for float64), through dense [n, v] tensors."""
+    """Log-probs and entropies, [n] each, through dense [n, v] tensors."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T / temperature
     log_p = torch.log_softmax(logits, dim=-1)
@@ -28,7 +28,7 @@ def varlen_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention, sequence by sequence and head by head, with the softmax written out. [tokens, heads, dim]."""
+    """Causal attention by sequence and head, with the softmax written out: [tokens, heads, dim]."""
     heads, dim = query.shape[1:]
     group = heads // key.shape[1]
     scale = dim**-0.5 if scale is None else scale
@@ -36,17 +36,17 @@ def varlen_attention(
     for start, stop in pairwise(cu_seqlens):
         for head in range(heads):
             q = query[start:stop, head]
-            k, v = key[start:stop, head // group], value[start:stop, head // group]
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(
-                1
-            )
+            k = key[start:stop, head // group]
+            v = value[start:stop, head // group]
+            square = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device)
+            future = square.triu(1)
             scores = (scale * q @ k.T).masked_fill(future, float("-inf"))
             out[start:stop, head] = torch.softmax(scores, dim=-1) @ v
     return out
 
 
 def discounted_suffix_sums(x: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + decay_t * y_{t+1}, from the right, one element at a time. [n]."""
+    """y_t = x_t + decay_t * y_{t+1} from the right, one element at a time: [n]."""
     y = torch.zeros_like(x)
     carry = 0.0
     for t in range(x.shape[0] - 1, -1, -1):

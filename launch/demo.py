@@ -19,7 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from ..core.report.run_report import wilson_interval, write_report
+from ..core.report.run_report import write_report
+from ..core.report.statistics import wilson_interval
 from ..core.sampling.sampler import SamplingParams
 from ..core.training.checkpoint import prepare_output
 from ..rl.config import KLConfig, PPOConfig, VerifierConfig

@@ -7,8 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0
-"""Log ratios are clamped to plus and minus this value (nats) before exp."""
+from .ppo import LOG_RATIO_LIMIT
 
 
 @torch.no_grad()
@@ -61,7 +60,8 @@ def sampler_correction(
 
         w_t = exp(logprobs_t - sampler_logprobs_t)
         level   token: u_t = w_t   sequence: u = prod_t w_t   geometric: u = (prod_t w_t)^(1/R)
-        mode    truncate: min(u, high)   clip: clamp(u, low, high)   mask: u if low <= u <= high else 0
+        mode    truncate: min(u, high)   clip: clamp(u, low, high)
+                mask: u if low <= u <= high else 0
 
     Args:
         logprobs: [tokens], by the trainer's own forward, of the weights that sampled.

@@ -1,9 +1,10 @@
-"""The formulas of PPO on packed tokens: rewards, advantages, whitening, losses. Tensors in, tensors out.
+"""The formulas of PPO on packed tokens: rewards, advantages, whitening, losses.
 
-Every `[tokens]` tensor speaks of tokens[i]. A mask, boolean or integer, marks the response tokens; what stands off it
-is selected away before any arithmetic, so that NaN there changes neither outputs nor gradients. Results are fp32
-(float64 for float64 inputs), log-probs and KL in nats. Losses are sums over the mask: the caller divides by the
-response tokens of the whole mini-batch, over all its micro-batches and ranks.
+Index i of every [tokens] tensor refers to tokens[i]. A mask, boolean or integer, marks the
+response tokens. Everything off the mask is selected away before any arithmetic, so that NaN there
+changes neither results nor gradients. Results are fp32 (float64 for float64 inputs); log-probs and
+KL divergences are in nats. Losses are sums over the mask: the caller divides by the response
+tokens of the whole mini-batch, over all its micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -15,39 +16,66 @@ import torch
 from torch import Tensor
 
 from ..kernels.gae import discounted_suffix_sums
+from .token_masks import as_float, check_mask, check_shapes, continues, response_tokens, select
 
-LOG_RATIO_LIMIT = 20.0  # nats; log-ratios are clamped to +- this before exp: e^20 leaves fp32 room for sums and squares
+LOG_RATIO_LIMIT = 20.0
+"""Log ratios are clamped to plus and minus this value (nats) before exp.
+
+e^20 leaves fp32 room for sums and squares.
+"""
 
 
 class PolicyLoss(NamedTuple):
-    """What `policy_loss` returns, 0-dim each; only loss_sum has a gradient. Over num_tokens the sums become means."""
+    """Result of `policy_loss`: scalars, of which only `loss_sum` has a gradient."""
 
     loss_sum: Tensor
+    """Summed loss; divide by the number of tokens of the mini-batch."""
     num_tokens: Tensor
-    clip_sum: Tensor  # tokens whose clipped branch is the larger: no gradient
-    dual_clip_sum: Tensor  # tokens held by dual_clip: no gradient
-    approx_kl_sum: Tensor  # nats
-    ratio_max_abs_log: Tensor  # max |log rho| before the clamp, in nats; 0 without tokens
+    """Response tokens."""
+    clip_sum: Tensor
+    """Tokens without gradient because the clipped branch is larger."""
+    dual_clip_sum: Tensor
+    """Tokens without gradient because of `dual_clip`."""
+    approx_kl_sum: Tensor
+    """Summed estimate of KL(old policy || policy) in nats."""
+    ratio_max_abs_log: Tensor
+    """Largest |log rho| before the clamp, in nats; 0 without tokens."""
 
 
 class ValueLoss(NamedTuple):
-    """What `value_loss` returns: as PolicyLoss."""
+    """Result of `value_loss`: scalars, of which only `loss_sum` has a gradient."""
 
     loss_sum: Tensor
+    """Summed loss; divide by the number of tokens of the mini-batch."""
     num_tokens: Tensor
+    """Response tokens."""
     clip_sum: Tensor
+    """Tokens without gradient because the clipped error is larger."""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
-    """Estimates of KL(policy || reference) at tokens sampled from the policy, with l = logprobs - ref_logprobs.
+    """Estimates KL(policy || reference) at tokens sampled from the policy.
 
-        k1 = l        k2 = l^2 / 2        k3 = exp(-l) - 1 + l        http://joschu.net/blog/kl-approx.html
+        l = logprobs - ref_logprobs
+        k1 = l        k2 = l^2 / 2        k3 = exp(-l) - 1 + l
 
-    k1 and k3 are unbiased, k2 and k3 never negative. In the exp of k3, -l is clamped to +-20. Both [n] -> [n] in nats,
-    differentiable. Raises ValueError for another estimator and shapes that differ.
+    k1 and k3 are unbiased; k2 and k3 are never negative. k3 clamps -l to +-20 before exp.
+
+    Args:
+        logprobs: [n], of the policy.
+        ref_logprobs: [n], of the reference.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        [n] in nats, differentiable.
+
+    Raises:
+        ValueError: another estimator, or shapes that differ.
+
+    Source: http://joschu.net/blog/kl-approx.html
     """
-    _check_shapes(logprobs, ref_logprobs=ref_logprobs)
-    log_ratio = _float(logprobs) - _float(ref_logprobs)
+    check_shapes(logprobs, ref_logprobs=ref_logprobs)
+    log_ratio = as_float(logprobs) - as_float(ref_logprobs)
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
@@ -68,14 +96,30 @@ def token_rewards(
     kl_coef: float,
     estimator: str = "k1",
 ) -> Tensor:
-    """reward_t = -kl_coef * kl_t + [t is the last response token of its sequence] * score; arXiv 2203.02155 eq. 2.
+    """Reward of each response token: the KL penalty, and the score on the last one.
 
-    scores [seqs]; logprobs, ref_logprobs, response_mask [tokens]; cu_seqlens [seqs+1] -> [tokens], 0 off the mask.
-    With kl_coef 0 ref_logprobs is not read and may be None. Raises ValueError for shapes that do not fit, kl_coef < 0,
-    and a sequence without a response token to take its score, unless that is exactly 0 (a dummy): nothing is lost then.
+        reward_t = -kl_coef * kl_t + [t is the last response token of its sequence] * score
+
+    Args:
+        scores: [seqs], the verifier's scores.
+        logprobs: [tokens], of the policy that sampled.
+        ref_logprobs: [tokens], of the reference; not read, and may be None, if kl_coef is 0.
+        response_mask: [tokens].
+        cu_seqlens: [seqs + 1], boundaries of the packed sequences.
+        kl_coef: reward subtracted per nat of KL divergence.
+        estimator: as for `kl_estimate`.
+
+    Returns:
+        [tokens], 0 off the mask, without gradient.
+
+    Raises:
+        ValueError: shapes disagree, kl_coef is negative, or a sequence without response token has
+            a score other than 0.
+
+    Source: arXiv 2203.02155, eq. 2.
     """
-    index, segment, num_seqs = _response_tokens(logprobs, response_mask, cu_seqlens)
-    score = torch.as_tensor(scores, dtype=_float(logprobs).dtype, device=logprobs.device)
+    index, segment, num_seqs = response_tokens(logprobs, response_mask, cu_seqlens)
+    score = torch.as_tensor(scores, dtype=as_float(logprobs).dtype, device=logprobs.device)
     if score.shape != (num_seqs,):
         raise ValueError(
             f"scores has shape {list(score.shape)}, must be [{num_seqs}], one for each sequence"
@@ -84,16 +128,17 @@ def token_rewards(
     if bool(lost.any()):
         i = int(lost.nonzero()[0])
         raise ValueError(
-            f"sequence {i} has no response token to take its score {float(score[i])}: drop it, or score 0"
+            f"sequence {i} has no response token to take its score {float(score[i])}: "
+            "drop it, or score 0"
         )
     if not kl_coef >= 0 or (kl_coef > 0 and ref_logprobs is None):
         raise ValueError(f"kl_coef is {kl_coef}, must be at least 0, and 0 without ref_logprobs")
     rewards = torch.zeros_like(logprobs, dtype=score.dtype)
     if ref_logprobs is not None and kl_coef > 0:
-        _check_shapes(logprobs, ref_logprobs=ref_logprobs)
+        check_shapes(logprobs, ref_logprobs=ref_logprobs)
         kl = kl_estimate(logprobs[index], ref_logprobs[index], estimator=estimator)
         rewards[index] = (-kl_coef * kl).to(rewards.dtype)
-    last = ~_continues(segment)
+    last = ~continues(segment)
     rewards[index[last]] += score[segment[last]]
     return rewards
 
@@ -108,31 +153,46 @@ def gae(
     gamma: float,
     lam: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates over the response tokens of each sequence; arXiv 1506.02438 eq. 16.
+    """Generalised advantage estimation over the response tokens of each packed sequence.
 
-        delta_t = reward_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
+        delta_t  = r_t + gamma V_{t+1} - V_t
+        A_t      = delta_t + gamma lam A_{t+1}
+        return_t = A_t + V_t
 
-    t+1 is the *next response token* of the sequence, across gaps in the mask (turns, tool output); V = A = 0 beyond the
-    last. rewards, values, response_mask [tokens]; cu_seqlens [seqs+1]; lam a number, or [seqs] (arXiv 2504.05118).
-    Returns (advantages, returns), [tokens] each: not whitened, without gradient, 0 off the mask.
-    Raises ValueError for shapes that do not fit and for gamma or lam outside 0..1.
+    t+1 is the next response token of the sequence, across gaps in the mask such as tool output;
+    V and A are 0 beyond the last one.
+
+    Args:
+        rewards: [tokens], reward of each token.
+        values: [tokens], critic's value of the state before each token.
+        response_mask: [tokens]; rewards and values are read only where it is set.
+        cu_seqlens: [seqs + 1], boundaries of the packed sequences.
+        gamma: discount factor, in 0..1.
+        lam: decay of the trace in 0..1, a number or [seqs].
+
+    Returns:
+        advantages, returns: [tokens] each, not whitened, 0 off the mask, without gradient.
+
+    Raises:
+        ValueError: shapes disagree, or gamma or lam lies outside 0..1.
+
+    Source: arXiv 1506.02438, eq. 16; lam by sequence as in arXiv 2504.05118.
     """
-    index, segment, num_seqs = _response_tokens(rewards, response_mask, cu_seqlens)
-    _check_shapes(rewards, values=values)
-    reward, value = _float(rewards[index]), _float(values[index])
+    index, segment, num_seqs = response_tokens(rewards, response_mask, cu_seqlens)
+    check_shapes(rewards, values=values)
+    reward = as_float(rewards[index])
+    value = as_float(values[index])
     lam_of = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device)
-    if lam_of.shape not in ((), (num_seqs,)) or not (
-        0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())
-    ):
+    within = 0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())
+    if lam_of.shape not in ((), (num_seqs,)) or not within:
         raise ValueError(
-            f"gamma={gamma} and lam={lam} must lie in 0..1, and lam be a number or of shape [{num_seqs}]"
+            f"gamma={gamma} and lam={lam} must lie in 0..1, and lam be a number or of shape "
+            f"[{num_seqs}]"
         )
-    continues = _continues(segment)
-    next_value = torch.where(
-        continues, value.roll(-1), 0.0
-    )  # roll brings the first to the end; continues[-1] is False
+    more = continues(segment)
+    next_value = torch.where(more, value.roll(-1), 0.0)  # more[-1] is False
     delta = reward + gamma * next_value - value
-    decay = torch.where(continues, gamma * lam_of.expand(num_seqs)[segment], 0.0).to(delta.dtype)
+    decay = torch.where(more, gamma * lam_of.expand(num_seqs)[segment], 0.0).to(delta.dtype)
     longest = int(torch.bincount(segment).max()) if len(segment) > 0 else 0
     advantage = discounted_suffix_sums(delta, decay, max_length=longest)
     nothing = torch.zeros_like(rewards, dtype=delta.dtype)
@@ -147,16 +207,28 @@ def whiten(
     mean: Tensor | float | None = None,
     var: Tensor | float | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) on the mask, 0 off it. The mean goes too.
+    """Normalises to mean 0 and variance 1 over the mask.
 
-    The moments are those over the mask, var with divisor n - 1, unless given: give those of all ranks. A lone token has
-    no such variance; it is taken as 0, and the token whitens to 0. No tokens give zeros.
-    x, mask [tokens]; mean, var numbers or 0-dim -> [tokens]. Raises ValueError when one of mean and var is missing.
+        (x - mean) / sqrt(var + 1e-8)
+
+    A single token has no variance; it becomes 0.
+
+    Args:
+        x: [tokens].
+        mask: [tokens].
+        mean: mean over all ranks; default: over the mask.
+        var: variance over all ranks; default: over the mask, with divisor n - 1.
+
+    Returns:
+        [tokens], 0 off the mask, without gradient.
+
+    Raises:
+        ValueError: shapes disagree, or only one of mean and var is given.
     """
-    mask = _check_mask(x, mask)
+    mask = check_mask(x, mask)
     if (mean is None) != (var is None):
         raise ValueError(f"mean={mean} and var={var}: give both or neither")
-    x = _select(x, mask)
+    x = select(x, mask)
     if mean is None or var is None:
         mean = x.sum() / mask.sum().clamp(min=1)
         var = torch.where(mask, x - mean, 0.0).square().sum() / (mask.sum() - 1).clamp(min=1)
@@ -174,37 +246,54 @@ def policy_loss(
     dual_clip: float | None = None,
     importance: Tensor | None = None,
 ) -> PolicyLoss:
-    """The clipped surrogate, to be minimised: arXiv 1707.06347 eq. 7, with two bounds as in arXiv 2503.14476 sec. 3.1.
+    """Clipped surrogate loss of PPO, with separate lower and upper bounds.
 
-        rho = exp(clamp(logprobs - old_logprobs, +-20))    loss = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
+        rho  = exp(clamp(logprobs - old_logprobs, -20, 20))
+        loss = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
+        loss = min(loss, -dual_clip A)  where A < 0, if dual_clip is given
 
-    dual_clip = c > 1 holds it where A < 0: loss = min(loss, -c A), arXiv 1912.09729 eq. 5. importance [tokens]
-    multiplies each token's loss: a truncated weight for the sampler's log-probs, or 1 / length for a sequence-mean.
-    approx_kl_sum = sum(rho - 1 - log rho), which is k3 for KL(old || new): http://joschu.net/blog/kl-approx.html.
-    All [tokens]; gradients reach logprobs only. Raises ValueError for shapes that do not fit and clips out of range.
+    Args:
+        logprobs: [tokens], of the policy being trained; the only input with a gradient.
+        old_logprobs: [tokens], of the policy that sampled, by the trainer's own forward pass.
+        advantages: [tokens].
+        mask: [tokens], response tokens.
+        clip_low: in (0, 1].
+        clip_high: above 0.
+        dual_clip: above 1; None: no such bound.
+        importance: [tokens], weights that multiply each token's loss; None: 1.
+
+    Returns:
+        Sums over the mask. `approx_kl_sum` adds up rho - 1 - log rho.
+
+    Raises:
+        ValueError: shapes disagree, or a bound is out of range.
+
+    Source: arXiv 1707.06347, eq. 7; two bounds: arXiv 2503.14476, section 3.1; dual clip:
+    arXiv 1912.09729, eq. 5.
     """
-    mask = _check_mask(logprobs, mask)
-    _check_shapes(logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    mask = check_mask(logprobs, mask)
+    check_shapes(logprobs, old_logprobs=old_logprobs, advantages=advantages)
     if not (0 < clip_low <= 1 and clip_high > 0):
         raise ValueError(
             f"clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} be over 0"
         )
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}, must be over 1: None turns it off")
-    advantage = _select(advantages.detach(), mask)
-    log_ratio = _select(logprobs, mask) - _select(old_logprobs.detach(), mask)
+    advantage = select(advantages.detach(), mask)
+    log_ratio = select(logprobs, mask) - select(old_logprobs.detach(), mask)
     largest = log_ratio.detach().abs().max() if len(mask) > 0 else log_ratio.new_zeros(())
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
-    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    plain = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
     held = torch.zeros_like(mask)
     if dual_clip is not None:
         held = (advantage < 0) & (loss > -dual_clip * advantage)
         loss = torch.where(held, -dual_clip * advantage, loss)
     if importance is not None:
-        _check_shapes(logprobs, importance=importance)
-        loss = loss * _select(importance.detach(), mask)
+        check_shapes(logprobs, importance=importance)
+        loss = loss * select(importance.detach(), mask)
     approx_kl = torch.expm1(log_ratio.detach()) - log_ratio.detach()
     return PolicyLoss(
         loss.sum(), mask.sum(), (clipped > plain).sum(), held.sum(), approx_kl.sum(), largest
@@ -214,21 +303,35 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
 ) -> ValueLoss:
-    """Half the critic's squared error, its move from the old values bounded: arXiv 2005.12729, "value clipping".
+    """Half the squared error of the critic, with clipped movement from the old values.
 
-        loss = 0.5 max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2)        clip=None: 0.5 (V - R)^2
+        loss = 0.5 max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2)
 
-    All [tokens]; gradients reach values only. Raises ValueError for shapes that do not fit and clip <= 0.
+    Args:
+        values: [tokens], of the critic being trained; the only input with a gradient.
+        old_values: [tokens], of the critic before the update.
+        returns: [tokens], its targets R.
+        mask: [tokens], response tokens.
+        clip: distance that a value may move, above 0; None: 0.5 (V - R)^2.
+
+    Returns:
+        Sums over the mask.
+
+    Raises:
+        ValueError: shapes disagree, or clip is not above 0.
+
+    Source: arXiv 2005.12729, "value function clipping".
     """
-    mask = _check_mask(values, mask)
-    _check_shapes(values, old_values=old_values, returns=returns)
+    mask = check_mask(values, mask)
+    check_shapes(values, old_values=old_values, returns=returns)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is {clip}, must be over 0: None turns it off")
-    value, target = _select(values, mask), _select(returns.detach(), mask)
+    value = select(values, mask)
+    target = select(returns.detach(), mask)
     error = (value - target).square()
     held = torch.zeros_like(mask)
     if clip is not None:
-        old = _select(old_values.detach(), mask)
+        old = select(old_values.detach(), mask)
         clipped_error = (value.clamp(old - clip, old + clip) - target).square()
         held = clipped_error > error
         error = torch.maximum(error, clipped_error)
@@ -237,15 +340,25 @@ def value_loss(
 
 @torch.no_grad()
 def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
-    """Advantages without a critic: each score [seqs] against those with the same id in groups [seqs] -> [seqs].
+    """Advantages without a critic: each score against the others of its group.
 
-        rloo          s - mean of the group's other scores                                     arXiv 2402.14740
-        grpo          (s - group mean) / (group std + 1e-6), std with divisor n - 1            arXiv 2402.03300 sec. 4.1
-        reinforce++   d = s - group mean; (d - mean d) / sqrt(var d + 1e-8) over all scores given, var with divisor
-                      n - 1: "with baseline" of arXiv 2501.03262. If every group has one score: the plain form, d = s.
+        rloo         s - mean of the group's other scores
+        grpo         (s - group mean) / (group std + 1e-6), std with divisor n - 1
+        reinforce++  d = s - group mean; (d - mean d) / sqrt(var d + 1e-8) over all scores, var
+                     with divisor n - 1; d = s if every group has one score
 
-    Pass the scores of all ranks. Raises ValueError for another kind, shapes that differ, no integer ids, and a group of
-    one (reinforce++: beside larger ones), which has nothing to be compared with.
+    Args:
+        scores: [seqs], of all ranks.
+        groups: [seqs] integers; scores with the same number belong together.
+        kind: "rloo", "grpo" or "reinforce++".
+
+    Returns:
+        [seqs], without gradient.
+
+    Raises:
+        ValueError: another kind, shapes that differ, or a group of one, except where all are.
+
+    Source: arXiv 2402.14740; arXiv 2402.03300, section 4.1; arXiv 2501.03262.
     """
     if scores.ndim != 1 or groups.shape != scores.shape or groups.is_floating_point():
         shapes = f"{list(scores.shape)} and {list(groups.shape)}"
@@ -254,13 +367,15 @@ def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
         )
     if kind not in ("rloo", "grpo", "reinforce++"):
         raise ValueError(f"kind is {kind!r}, must be 'rloo', 'grpo' or 'reinforce++'")
-    score, everything = _float(scores), torch.ones_like(scores, dtype=torch.bool)
+    score = as_float(scores)
+    everything = torch.ones_like(scores, dtype=torch.bool)
     ids, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if kind == "reinforce++" and bool((sizes == 1).all()):
         return whiten(score, everything)
     if bool((sizes == 1).any()):
         raise ValueError(
-            f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs 2: sample more or drop the group"
+            f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs 2: "
+            "sample more or drop the group"
         )
     mean = score.new_zeros(len(ids)).index_add(0, group, score) / sizes
     centred = score - mean[group]
@@ -270,64 +385,3 @@ def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
         var = score.new_zeros(len(ids)).index_add(0, group, centred.square()) / (sizes - 1)
         return centred / (var.sqrt() + 1e-6)[group]
     return whiten(centred, everything)
-
-
-@torch.no_grad()
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the mask, 0-dim: 1 for a perfect critic, 0 for a constant one.
-
-    0 also where the returns do not vary and there is nothing to explain. All [tokens]. ValueError for other shapes.
-    """
-    mask = _check_mask(values, mask)
-    _check_shapes(values, returns=returns)
-    value, target = _float(values[mask]), _float(returns[mask])
-    if len(target) < 2 or bool((target == target[0]).all()):
-        return target.new_zeros(())
-    return 1 - (target - value).var() / target.var()
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _select(x: Tensor, mask: Tensor) -> Tensor:
-    """x on the mask, 0 off it, and a gradient of 0 there: multiplying by the mask would keep a NaN in both."""
-    return torch.where(mask, _float(x), 0.0)
-
-
-def _response_tokens(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Positions of the response tokens, the number of each one's sequence, and how many sequences there are."""
-    index, boundaries = _check_mask(x, mask).nonzero().squeeze(1), cu_seqlens.tolist()
-    if boundaries[:1] != [0] or boundaries[-1] != len(mask) or boundaries != sorted(boundaries):
-        raise ValueError(
-            f"cu_seqlens is {boundaries}, must rise from 0 to the {len(mask)} tokens of the mask"
-        )
-    segment = torch.searchsorted(cu_seqlens.to(index.dtype), index, right=True) - 1
-    return index, segment, len(boundaries) - 1
-
-
-def _continues(segment: Tensor) -> Tensor:
-    """For each response token, whether another of the same sequence follows."""
-    continues = torch.zeros_like(segment, dtype=torch.bool)
-    continues[:-1] = segment[1:] == segment[:-1]
-    return continues
-
-
-def _check_mask(x: Tensor, mask: Tensor) -> Tensor:
-    if x.ndim != 1 or mask.shape != x.shape:
-        raise ValueError(
-            f"the mask has shape {list(mask.shape)}, its tensor {list(x.shape)}: both must be [tokens]"
-        )
-    if mask.is_floating_point():
-        raise ValueError(
-            f"the mask is {mask.dtype}, must be boolean or integer: was another tensor put in its place?"
-        )
-    return mask.bool()
-
-
-def _check_shapes(x: Tensor, **others: Tensor) -> None:
-    for name, other in others.items():
-        if other.shape != x.shape:
-            raise ValueError(
-                f"{name} has shape {list(other.shape)}, must have {list(x.shape)} like the first tensor"
-            )

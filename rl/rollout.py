@@ -1,4 +1,4 @@
-"""From problems to sampled responses: what users replace or wrap to tune rollouts."""
+"""Sampling of responses to problems; `rollout` is the function that users replace or wrap."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from ..core.text.data import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPrompt:
-    """One response is to be drawn for this problem."""
+    """A request for one response to a problem."""
 
     problem: Problem
     token_ids: Sequence[int] = field(repr=False)
     sample: int = 0
-    """which of the problem's samples this is, from 0"""
+    """Number of this sample among those of the problem, from 0."""
     seed: int = 0
-    """fixes its draws: made of (run seed, step, problem, sample) and nothing else"""
+    """Seed of its draws; depends on run seed, step, problem and sample alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A problem, the response drawn for it, and what the sampler said of it."""
+    """A problem with a sampled response."""
 
     problem: Problem
     prompt_ids: Sequence[int] = field(repr=False)
     response_ids: Sequence[int] = field(repr=False)
-    """the stop token included"""
+    """Token ids of the response, its stop token included."""
     sampler_logprobs: Sequence[float] = field(repr=False)
-    """of each response token, at the sampling temperature (nats)"""
+    """Log-prob of each response token at the sampling temperature (nats), by the sampler."""
     text: str
-    """the response without special tokens: what verifiers read"""
+    """The response without special tokens, as verifiers read it."""
     truncated: bool = False
-    """it reached max_new_tokens without a stop token"""
+    """Whether it reached max_new_tokens without a stop token."""
     sample: int = 0
     version: int = 0
-    """the weight version it was drawn with"""
+    """Version of the weights that sampled it."""
 
     @property
     def final(self) -> str | None:
@@ -53,12 +53,14 @@ class Rollout:
 
     @property
     def reasoned(self) -> bool:
-        """Whether the format holds and something stands under `## Thinking`."""
+        """Whether the format holds and the part under `## Thinking` is not empty."""
         parsed = parse_response(self.text)
         return bool(parsed and parsed.thinking)
 
 
 class RolloutFunction(Protocol):
+    """Signature of `rollout`, for functions in its place."""
+
     def __call__(
         self,
         sampler: Sampler,
@@ -76,12 +78,26 @@ def rollout(
     *,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Rollout]:
-    """Draws one response for each prompt, in order. This rank's prompts only; other ranks draw theirs."""
+    """Samples one response for each prompt.
+
+    Args:
+        sampler: the engine that holds the policy's weights.
+        prompts: this rank's prompts; other ranks call the function with theirs.
+        sampling: temperature and length limit.
+        tokenizer: decodes the responses.
+
+    Returns:
+        One rollout per prompt, in order.
+
+    Raises:
+        ValueError: the sampler returned another number of completions.
+    """
     requests = [Prompt(token_ids=prompt.token_ids, seed=prompt.seed) for prompt in prompts]
     completions = sampler.generate(requests, sampling)
     if len(completions) != len(prompts):
         raise ValueError(
-            f"the sampler gave {len(completions)} completions for {len(prompts)} prompts: it must give one each"
+            f"the sampler returned {len(completions)} completions for {len(prompts)} prompts: "
+            "it must return one for each"
         )
     return [
         Rollout(
@@ -99,18 +115,25 @@ def rollout(
 
 
 def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int) -> None:
-    """Raises ValueError, naming the rollout, for what would train wrongly: log-probs that are not one finite number a token,
-    and ids outside the vocabulary. Raises RuntimeError for a response drawn with other weights than `version`."""
+    """Refuses rollouts that cannot be trained on, naming the first one by number.
+
+    Raises:
+        ValueError: log-probs are not one finite number per token, or an id is outside the
+            vocabulary.
+        RuntimeError: a response was sampled with other weights than `version`.
+    """
     for number, rollout in enumerate(rollouts):
         if rollout.version != version:
             raise RuntimeError(
-                f"rollout {number} was drawn with weight version {rollout.version}, the trainer's is {version}"
+                f"rollout {number} was sampled with weight version {rollout.version}, "
+                f"the trainer's is {version}"
             )
-        ids, logprobs = rollout.response_ids, rollout.sampler_logprobs
+        ids = rollout.response_ids
+        logprobs = rollout.sampler_logprobs
         if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
             raise ValueError(
-                f"rollout {number} has {len(ids)} response tokens and {len(logprobs)} sampler log-probs: each token needs a "
-                "finite one"
+                f"rollout {number} has {len(ids)} response tokens and {len(logprobs)} sampler "
+                "log-probs: each token needs a finite one"
             )
         if not all(0 <= token < vocabulary for token in ids):
             raise ValueError(
@@ -119,16 +142,14 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    text: Any = tokenizer.decode(
-        list(token_ids), skip_special_tokens=True
-    )  # a list only for lists of lists
+    text: Any = tokenizer.decode(list(token_ids), skip_special_tokens=True)
     return text
 
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], *, system: str | None
 ) -> list[list[int]]:
-    """The chat-templated token ids of every problem."""
+    """Token ids of every problem's prompt, by the tokenizer's chat template."""
     return [render_prompt(tokenizer, problem.question, system=system) for problem in problems]
 
 
@@ -140,8 +161,11 @@ def rollout_prompts(
     step: int,
     samples: int,
 ) -> list[RolloutPrompt]:
-    """`samples` prompts a problem, problem after problem, each with its own seed. A problem that stands there twice (a step
-    may end one pass over the data and begin the next) counts its samples on: equal seeds would draw equal responses."""
+    """Prompts for `samples` responses to each problem, problem after problem, with their seeds.
+
+    A problem may occur twice, when a step ends one pass over the data and begins the next; its
+    samples are then counted on, since equal seeds would draw equal responses.
+    """
     prompts: list[RolloutPrompt] = []
     drawn: Counter[int] = Counter()
     for problem, ids in zip(problems, token_ids, strict=True):

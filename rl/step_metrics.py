@@ -16,6 +16,7 @@ from ..core.training.packing import PackedBatch
 from . import ppo
 from .config import VerifierConfig
 from .rollout import Rollout
+from .token_masks import as_float, check_mask, check_shapes
 from .verifier import is_right
 
 
@@ -42,7 +43,7 @@ def step_metrics(
         "kl_mean": float((logprobs - ref_logprobs)[mask].sum()) / num,
         "reward_mean": float(rewards[mask].sum()) / num,
         "entropy": float(entropy[mask].mean()),
-        "explained_variance": float(ppo.explained_variance(values, returns, mask)),
+        "explained_variance": float(explained_variance(values, returns, mask)),
         "sampler_logprob_gap_mean": float(gap.mean()),
         "sampler_logprob_gap_p99": float(gap.quantile(0.99))
         if len(gap) < 2**24
@@ -50,6 +51,32 @@ def step_metrics(
         "tokens_generated": batch.num_response_tokens,
         "peak_memory_gib": peak_memory_gib(),
     }
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the critic explains.
+
+        1 - Var(returns - values) / Var(returns)
+
+    Args:
+        values: [tokens].
+        returns: [tokens].
+        mask: [tokens], response tokens.
+
+    Returns:
+        Scalar: 1 for a perfect critic, 0 for a constant one or where the returns do not vary.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    mask = check_mask(values, mask)
+    check_shapes(values, returns=returns)
+    value = as_float(values[mask])
+    target = as_float(returns[mask])
+    if len(target) < 2 or bool((target == target[0]).all()):
+        return target.new_zeros(())
+    return 1 - (target - value).var() / target.var()
 
 
 def check_logprob_gap(metrics: dict[str, Any], limit: float, *, step: int) -> None:

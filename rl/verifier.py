@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..core.text.verifier_text import (
@@ -19,7 +18,7 @@ from ..core.text.verifier_text import (
 from ..core.training import dist
 from ..core.training.engine import EngineConfig, FrozenEngine
 from ..core.training.model import load_classifier, load_tokenizer
-from ..core.training.packing import PackedBatch, empty_batch, microbatches
+from ..core.training.packing import microbatches, pack_token_rows
 from .judge_verifier import JudgeVerifier as JudgeVerifier
 from .rollout import Rollout
 
@@ -171,7 +170,7 @@ class ClassifierVerifier:
         plan += [[]] * (max(dist.all_gather(len(plan))) - len(plan))
         result = [0.0] * len(rows)
         for numbers in plan:
-            batch = _inputs([rows[n] for n in numbers]) if numbers else empty_batch()
+            batch = pack_token_rows([rows[n] for n in numbers])
             logits = self.engine(batch.to(dist.device()))
             for number, p in zip(numbers, logits.softmax(-1)[:, 1].tolist(), strict=False):
                 result[number] = p
@@ -179,13 +178,3 @@ class ClassifierVerifier:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-
-def _inputs(rows: list[list[int]]) -> PackedBatch:
-    tokens = torch.tensor([token for row in rows for token in row])
-    lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int32)
-    return PackedBatch(
-        tokens=tokens,
-        cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
-        response_mask=torch.zeros_like(tokens, dtype=torch.bool),
-    )

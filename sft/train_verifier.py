@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core.llm.judge import Judge, JudgedAnswer
-from ..core.report.run_report import try_report, wilson_interval
+from ..core.report.run_report import try_report
+from ..core.report.statistics import wilson_interval
 from ..core.text.verifier_text import load_template
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
 from ..core.training.model import check_embedding, load_classifier, load_tokenizer, save_model
-from ..core.training.packing import PackedBatch, empty_batch, share_out
+from ..core.training.packing import PackedBatch, pack_token_rows, share_out
 from .config import VerifierTrainingConfig
 from .finetune import train_and_eval_rows
 from .train import Task, fit
@@ -148,16 +149,7 @@ def probabilities(engine: TrainEngine, rows: Sequence[LabelledIds], max_tokens: 
 
 def packed(rows: Sequence[LabelledIds]) -> PackedBatch:
     """The rows as one packed batch on this rank's device; of no rows, a batch without loss."""
-    if not rows:
-        return empty_batch().to(dist.device())
-    tokens = torch.tensor([token for row in rows for token in row.token_ids])
-    lengths = torch.tensor([0, *(len(row.token_ids) for row in rows)], dtype=torch.int32)
-    batch = PackedBatch(
-        tokens=tokens,
-        cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
-        response_mask=torch.zeros_like(tokens, dtype=torch.bool),
-    )
-    return batch.to(dist.device())
+    return pack_token_rows([row.token_ids for row in rows]).to(dist.device())
 
 
 def calibration(p: Tensor, labels: Tensor, threshold: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .html_page import format_number, number, write_page
+from .statistics import Interval, wilson_interval
 
 Row = dict[str, Any]
 
@@ -209,31 +210,6 @@ MEASURES = {
     "token_accuracy": "Token accuracy",
 }
 """Rows of the before/after table; the summary names the first of them that there are."""
-
-
-class Interval(NamedTuple):
-    """A value with its 95 % interval, where there is one."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-
-def wilson_interval(
-    successes: float, num: float, z: float = 1.959963984540054
-) -> tuple[float, float]:
-    """95 % interval of a proportion that stays inside [0, 1] and is not empty at 0 or `num` successes.
-
-    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), p = successes / num: E. B. Wilson, JASA 22 (1927), p. 209-212.
-    Raises ValueError unless 0 <= successes <= num and num > 0.
-    """
-    if not 0 <= successes <= num or num <= 0:
-        raise ValueError(
-            f"wilson_interval needs 0 <= successes <= num and num > 0, got {successes} of {num}"
-        )
-    p, z2 = successes / num, z * z / num
-    centre, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / num + z2 / (4 * num))
-    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
 
 
 def read_json(text: str) -> Row | None:

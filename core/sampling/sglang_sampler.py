@@ -267,6 +267,7 @@ class SglangSampler:
             )  # whoever comes if we fail must not resume again
         elif server.url in failed:
             server.ask(score_request([0, 0]), timeout_seconds=PROBE_SECONDS)
+            self._flush(server)  # waits for requests that were given up on to end
         return version
 
     def _settle(self, server: SglangServer, version: str) -> None:

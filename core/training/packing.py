@@ -1,7 +1,8 @@
-"""Packed sequences and balanced micro-batches. Pure.
+"""Packed sequences and balanced micro-batches.
 
-Sequences lie end to end in one `[tokens]` row; `cu_seqlens` marks where each begins. Index i of every `[tokens]` tensor
-speaks of tokens[i]: a log-prob at i is that of tokens[i], a value at i is that of the state before tokens[i].
+Sequences lie end to end in one [tokens] row; `cu_seqlens` holds where each begins. Index i of every
+[tokens] tensor refers to tokens[i]: a log-prob at i is that of tokens[i], a value at i is that of
+the state before tokens[i].
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 
 class PromptAndResponse(Protocol):
-    """What `pack` reads of a rollout or a training row."""
+    """A rollout or training row, as `pack` reads it."""
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -28,12 +30,14 @@ class PromptAndResponse(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
+    """Sequences packed end to end."""
+
     tokens: Tensor
-    """[tokens] int64"""
+    """[tokens] int64."""
     cu_seqlens: Tensor
-    """[seqs + 1] int32, first 0, last the number of tokens"""
+    """[seqs + 1] int32: first 0, last the number of tokens."""
     response_mask: Tensor
-    """[tokens] bool: the tokens whose log-prob is trained or scored"""
+    """[tokens] bool: tokens whose log-prob is trained or scored."""
 
     @cached_property
     def boundaries(self) -> list[int]:
@@ -41,10 +45,7 @@ class PackedBatch:
 
     @cached_property
     def lengths(self) -> list[int]:
-        return [
-            end - start
-            for start, end in zip(self.boundaries[:-1], self.boundaries[1:], strict=True)
-        ]
+        return [end - start for start, end in pairwise(self.boundaries)]
 
     @property
     def num_seqs(self) -> int:
@@ -64,7 +65,7 @@ class PackedBatch:
 
     @cached_property
     def seq_ids(self) -> Tensor:
-        """[tokens] int64: the sequence each token belongs to."""
+        """[tokens] int64: number of the sequence each token belongs to."""
         sizes = torch.tensor(self.lengths, dtype=torch.int64, device=self.tokens.device)
         return torch.repeat_interleave(
             torch.arange(self.num_seqs, device=self.tokens.device), sizes
@@ -72,22 +73,25 @@ class PackedBatch:
 
     @cached_property
     def position_ids(self) -> Tensor:
-        """[tokens] int64, from 0 in every sequence."""
+        """[tokens] int64: position in its sequence, from 0."""
         positions = torch.arange(self.num_tokens, device=self.tokens.device)
         return positions - self.cu_seqlens[:-1].long()[self.seq_ids]
 
     @cached_property
     def response_positions(self) -> Tensor:
-        """[response tokens] int64: where the mask is true. The state before token p is the hidden state at p - 1."""
+        """[response tokens] int64: where the mask is set.
+
+        The hidden state at p - 1 is that of the state before token p.
+        """
         return self.response_mask.nonzero().squeeze(-1)
 
     def token_index(self, seqs: Sequence[int]) -> Tensor:
-        """[tokens of these sequences] int64: gathers any `[tokens]` tensor into the order of `select(seqs)`."""
+        """[tokens of these sequences] int64: takes a [tokens] tensor into the order of `select`."""
         spans = [torch.arange(self.boundaries[s], self.boundaries[s + 1]) for s in seqs]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
     def select(self, seqs: Sequence[int]) -> PackedBatch:
-        """The given sequences as a batch of their own, in the given order."""
+        """A batch of the given sequences, in the given order."""
         index = self.token_index(seqs).to(self.tokens.device)
         return PackedBatch(
             tokens=self.tokens[index],
@@ -96,6 +100,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on another device."""
         return PackedBatch(
             tokens=self.tokens.to(device),
             cu_seqlens=self.cu_seqlens.to(device),
@@ -104,10 +109,13 @@ class PackedBatch:
 
 
 def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
-    """Lays prompts and responses end to end; the mask covers each response, end-of-sequence included.
+    """Packs prompts and responses; the mask covers each response with its end-of-sequence token.
 
-    Masks come from lengths, never from token values. Raises ValueError on an empty prompt (nothing would predict the
-    first response token) or an empty response, naming the row.
+    Masks follow from lengths, never from token ids.
+
+    Raises:
+        ValueError: a row has an empty response, or an empty prompt, so that nothing predicts the
+            first response token; the message names the row.
     """
     tokens: list[int] = []
     mask: list[bool] = []
@@ -127,9 +135,21 @@ def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
     )
 
 
+def pack_token_rows(rows: Sequence[Sequence[int]]) -> PackedBatch:
+    """Packs rows of token ids without response tokens; of no rows, the same as `empty_batch`."""
+    if not rows:
+        return empty_batch()
+    tokens = torch.tensor([token for row in rows for token in row])
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    cu_seqlens = _cu_seqlens([len(row) for row in rows])
+    return PackedBatch(tokens=tokens, cu_seqlens=cu_seqlens, response_mask=mask)
+
+
 def empty_batch() -> PackedBatch:
-    """A batch with no response token, for a rank that has run out of work: the model still runs forward and backward,
-    which ZeRO-3 needs of every rank alike, and every gradient is zero."""
+    """A batch without response tokens, for a rank that has no work left.
+
+    The model still runs forward and backward, as ZeRO-3 needs on every rank; gradients are zero.
+    """
     return PackedBatch(
         tokens=torch.zeros(1, dtype=torch.int64),
         cu_seqlens=_cu_seqlens([1]),
@@ -138,8 +158,11 @@ def empty_batch() -> PackedBatch:
 
 
 def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Splits the items into `num_bins` lists of nearly equal total length (longest first, each into the lightest bin).
-    Every list is in ascending order; some are empty when there are fewer items than bins."""
+    """Divides items into `num_bins` lists of nearly equal total length.
+
+    Takes the longest first, each into the lightest bin. Lists are in ascending order; some are
+    empty if there are fewer items than bins.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, b) for b in range(num_bins)]
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -152,10 +175,18 @@ def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
 def microbatches(
     lengths: Sequence[int], *, max_tokens: int, num: int | None = None
 ) -> list[list[int]]:
-    """Splits sequences into micro-batches of at most `max_tokens` tokens, as few and as equal as can be.
+    """Divides sequences into the fewest micro-batches under a cap, of nearly equal size.
 
-    num: exactly this many instead (the most that any rank needs), the surplus empty.
-    Raises ValueError for a sequence over the cap, and for a `num` that is too small.
+    Args:
+        lengths: tokens of each sequence.
+        max_tokens: tokens of a micro-batch, at most.
+        num: number of micro-batches, the surplus empty; None: the fewest.
+
+    Returns:
+        Sequence numbers of each micro-batch.
+
+    Raises:
+        ValueError: a sequence is over the cap, or num is too small.
     """
     for number, length in enumerate(lengths):
         _check_length(number, length, max_tokens)
@@ -163,7 +194,8 @@ def microbatches(
     wanted = len(fewest) if num is None else num
     if wanted < len(fewest):
         raise ValueError(
-            f"{len(fewest)} micro-batches are needed under max_tokens_per_gpu={max_tokens}, got num={num}"
+            f"{len(fewest)} micro-batches are needed under max_tokens_per_gpu={max_tokens}, "
+            f"got num={num}"
         )
     balanced = balance(lengths, wanted)
     if all(sum(lengths[i] for i in items) <= max_tokens for items in balanced):
@@ -174,43 +206,56 @@ def microbatches(
 def share_out(
     lengths: Sequence[int], *, max_tokens: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """One rank's part of the sequences in micro-batches under the cap: parts of nearly equal tokens, and as many
-    micro-batches on every rank, some perhaps empty. Every rank computes the same plan, so nothing need be asked.
+    """One rank's share of the sequences, in micro-batches under a cap.
 
-    Raises ValueError for a sequence over the cap.
+    Shares have nearly equal numbers of tokens and equal numbers of micro-batches, some perhaps
+    empty. Every rank computes the same plan, so no communication is needed.
+
+    Args:
+        lengths: tokens of each sequence of all ranks.
+        max_tokens: tokens of a micro-batch, at most.
+        rank: this rank.
+        world_size: number of ranks.
+
+    Returns:
+        Sequence numbers of each micro-batch.
+
+    Raises:
+        ValueError: a sequence is over the cap.
     """
     for number, length in enumerate(lengths):
         _check_length(number, length, max_tokens)
     parts = balance(lengths, world_size)
-    num = max(
-        len(microbatches([lengths[i] for i in part], max_tokens=max_tokens)) if part else 0
-        for part in parts
-    )
+    shares = [[lengths[i] for i in part] for part in parts]
+    num = max(len(microbatches(share, max_tokens=max_tokens)) if share else 0 for share in shares)
     part = parts[rank]
-    plan = microbatches([lengths[i] for i in part], max_tokens=max_tokens, num=num)
+    plan = microbatches(shares[rank], max_tokens=max_tokens, num=num)
     return [[part[i] for i in micro] for micro in plan]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit-decreasing bin packing: each item goes into the fullest bin that still holds it.
 
-    Uses at most 11/9 of the fewest bins plus 4 (Johnson 1973). Raises ValueError for an item over the capacity.
+    Uses at most 11/9 of the fewest possible bins, plus 4 (Johnson 1973).
+
+    Raises:
+        ValueError: an item is over the capacity.
     """
-    room_of: list[list[int]] = [
-        [] for _ in range(capacity + 1)
-    ]  # room left -> bins with exactly that room
-    open_rooms: list[int] = []  # the rooms that some bin has, ascending
+    room_of: list[list[int]] = [[] for _ in range(capacity + 1)]  # room left -> bins with it
+    open_rooms: list[int] = []  # room left in some bin, ascending
     bins: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[item]
         if length > capacity:
             raise ValueError(
-                f"row {item} has {length} tokens, over the pack's {capacity}: raise max_seq_len or drop it"
+                f"row {item} has {length} tokens, over the pack's {capacity}: "
+                "raise max_seq_len or drop it"
             )
         place = bisect.bisect_left(open_rooms, length)
         if place == len(open_rooms):
             bins.append([])
-            chosen, room = len(bins) - 1, capacity
+            chosen = len(bins) - 1
+            room = capacity
         else:
             room = open_rooms[place]
             chosen = room_of[room].pop()
@@ -227,8 +272,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def _check_length(number: int, length: int, max_tokens: int) -> None:
     if length > max_tokens:
         raise ValueError(
-            f"rollout {number} has {length} tokens, over max_tokens_per_gpu={max_tokens}: raise it or lower "
-            "sampling.max_new_tokens"
+            f"rollout {number} has {length} tokens, over max_tokens_per_gpu={max_tokens}: "
+            "raise it or lower sampling.max_new_tokens"
         )
 
 

@@ -1,4 +1,4 @@
-"""`verippo eval compare`: differences worked by hand, and evaluations of different items."""
+"""`verippo eval compare`: hand-worked differences, and evaluations of different items."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import re
 
 import pytest
 
-from verippo.eval.answering import Answer, make_cases
+from verippo.eval.answering import Answer, list_questions_to_ask
 from verippo.eval.config import EvalConfig
-from verippo.eval.evaluate import summary
 from verippo.eval.questions import Question
-from verippo.eval.results import item_rows
+from verippo.eval.results import item_rows, summarise_evaluation
 from verippo.launch import cli
 
 OPTIONS = {"A": "alpha", "B": "beta"}
@@ -19,7 +18,7 @@ OPTIONS = {"A": "alpha", "B": "beta"}
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """An output folder in which the run of each item gave these letters; A is right; "-" stands for a failure."""
+    """Writes results in which each item's runs gave these letters; A is right, "-" is a failure."""
 
     def write(name, letters, *, runs=1, source="demo", start=0, question="Which?", **options):
         config = EvalConfig(
@@ -31,21 +30,22 @@ def evaluated(tmp_path):
                 source=source,
                 question=f"{question} {n}",
                 options=OPTIONS,
-                answer_idx="A",
+                gold="A",
                 index=n,
                 file="f",
             )
             for n in range(start, start + len(letters))
         ]
-        cases = make_cases(questions, runs=runs, permutations=0, seed=0)
+        cases = list_questions_to_ask(questions, runs=runs, permutations=0, seed=0)
         answers = [
             Answer(error="gone") if x == "-" else Answer(f"The answer is {x}.", "stop", 4)
             for row in letters
             for x in row
         ]
-        results = summary(config, item_rows(questions, cases, answers, config.scoring), [])
+        items = item_rows(questions, cases, answers, config.scoring)
+        results = summarise_evaluation(config, items, [], seconds=0.0)
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        (tmp_path / name / "results.json").write_text(json.dumps(results, default=vars))
         return str(tmp_path / name)
 
     return write
@@ -56,7 +56,7 @@ def compared(tmp_path, first, second, *options):
     return json.loads((tmp_path / "out" / "compare.json").read_text())
 
 
-def test_difference_and_mcnemar_are_those_worked_by_hand(evaluated, tmp_path, capsys):
+def test_difference_and_mcnemar_match_hand_worked_values(evaluated, tmp_path, capsys):
     first, second = (
         evaluated("first", "AAAAAAAABB"),
         evaluated("second", "AABBBBBB-B", temperature=0.0),
@@ -65,7 +65,8 @@ def test_difference_and_mcnemar_are_those_worked_by_hand(evaluated, tmp_path, ca
     demo = result["sources"]["demo"]
     assert [cell["value"] for cell in demo["accuracies"]] == [0.8, 0.2]
     assert demo["difference"]["value"] == pytest.approx(-0.6)
-    # resampled means of ten draws of 0 (4 in 10) and -1 (6 in 10): Binomial(10, 0.6), whose 2.5 and 97.5 % points are 3 and 9
+    # resampled means of ten draws of 0 (4 in 10) and -1 (6 in 10): Binomial(10, 0.6), whose
+    # 2.5 % and 97.5 % quantiles are 3 and 9
     assert (demo["difference"]["low"], demo["difference"]["high"]) == (
         pytest.approx(-0.9),
         pytest.approx(-0.3),
@@ -88,7 +89,7 @@ def test_difference_and_mcnemar_are_those_worked_by_hand(evaluated, tmp_path, ca
     assert "first: A; second: B; right: A" in page
 
 
-def test_runs_are_averaged_for_the_difference_and_vote_for_the_test(evaluated, tmp_path):
+def test_difference_averages_runs_and_mcnemar_uses_their_majority(evaluated, tmp_path):
     first = evaluated("first", ["AAB", "BBA", "BBB"], runs=3)  # means 2/3, 1/3, 0; votes A, B, B
     second = evaluated("second", ["AAA", "AAB", "B--"], runs=3)  # means 1, 2/3, 0; votes A, A, B
     demo = compared(tmp_path, first, second)["sources"]["demo"]
@@ -97,7 +98,7 @@ def test_runs_are_averaged_for_the_difference_and_vote_for_the_test(evaluated, t
     assert (demo["only_first"], demo["only_second"], demo["p_value"]) == (0, 1, 1.0)
 
 
-def test_only_shared_items_count_and_the_others_are_counted(evaluated, tmp_path, capsys):
+def test_only_shared_items_count_and_others_are_reported(evaluated, tmp_path, capsys):
     first, second = evaluated("first", "AAAAB"), evaluated("second", "BAA", start=3)
     result = compared(tmp_path, first, second)
     assert (result["shared"], result["left_out"]) == (2, [3, 1])
@@ -112,7 +113,7 @@ def test_only_shared_items_count_and_the_others_are_counted(evaluated, tmp_path,
     )
 
 
-def test_the_same_items_in_another_order_are_compared_each_with_itself(evaluated, tmp_path):
+def test_items_are_matched_whatever_their_order(evaluated, tmp_path):
     first, second = evaluated("first", "AAB"), evaluated("second", "ABB")
     path = tmp_path / "second" / "results.json"
     results = json.loads(path.read_text())
@@ -128,7 +129,7 @@ def test_the_same_items_in_another_order_are_compared_each_with_itself(evaluated
     )
 
 
-def test_items_of_one_id_with_another_text_are_not_the_same(evaluated, tmp_path, capsys):
+def test_items_of_equal_id_but_other_text_are_not_matched(evaluated, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         compared(
             tmp_path, evaluated("first", "AB"), evaluated("second", "AB", question="Which other?")
@@ -137,7 +138,7 @@ def test_items_of_one_id_with_another_text_are_not_the_same(evaluated, tmp_path,
     assert "share no item: evaluate both on the same --data" in capsys.readouterr().err
 
 
-def test_what_is_no_evaluation_is_refused(evaluated, tmp_path, capsys):
+def test_files_that_are_no_evaluation_are_refused(evaluated, tmp_path, capsys):
     (tmp_path / "results.json").write_text("[1]")
     for path, message in (
         ("nowhere", "No such file"),

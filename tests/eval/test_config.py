@@ -1,4 +1,4 @@
-"""What the evaluation refuses before it begins."""
+"""Checks of the configuration."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from verippo.launch import cli
     ("options", "message"),
     [
         ({"model": ""}, "model is missing"),
-        ({"base_url": None}, "give --base_url"),
+        ({"base_url": None}, "set --base_url"),
         ({"engine": "local"}, "drop --base_url"),
         (
             {"engine": "local", "base_url": None, "top_p": 0.9},
-            "top_p=0.9: the local engine draws from the whole distribution",
+            "top_p=0.9: the local engine samples the whole distribution",
         ),
         ({"engine": "local", "base_url": None, "endpoint": "chat"}, "no endpoint chat"),
         ({"runs": 5, "temperature": 0.0}, "runs=5 at temperature=0"),
@@ -27,14 +27,14 @@ from verippo.launch import cli
         ({"top_p": 0.0}, "top_p=0.0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_with_what_to_do(options, message):
+def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         EvalConfig(
             **{"data": "d", "output": "o", "model": "m", "base_url": "http://x/v1", **options}
         )
 
 
-def test_an_option_given_in_the_wrong_place_is_one_line_and_status_2(capsys):
+def test_misplaced_option_prints_one_line_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(
             [
@@ -53,5 +53,5 @@ def test_an_option_given_in_the_wrong_place_is_one_line_and_status_2(capsys):
         )
     assert caught.value.code == 2
     assert (
-        capsys.readouterr().err == "verippo: eval: llm.temperature=0.1: give --temperature itself\n"
+        capsys.readouterr().err == "verippo: eval: llm.temperature=0.1: use --temperature instead\n"
     )

@@ -1,4 +1,4 @@
-"""`verippo eval` with a real sglang server: one that runs, and one of its own."""
+"""`verippo eval` with a real sglang server: a running one, and one that it starts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,8 @@ def data(tmp_path):
         {"question": f"Which is number {n}?", "options": options, "answer_idx": "AB"[n % 2]}
         for n in range(6)
     ]
-    long = {
-        "question": "Which? " + "very " * 900,
-        "options": options,
-        "answer_idx": "A",
-    }  # over the context
+    # a prompt longer than the context
+    long = {"question": "Which? " + "very " * 900, "options": options, "answer_idx": "A"}
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"short": items, "long": [long]}))
     return path
@@ -62,7 +59,7 @@ def check(results):
     )
 
 
-def test_a_running_server_answers_every_item_that_fits(sglang_server, data, tmp_path, capsys):
+def test_running_server_answers_every_item_that_fits(sglang_server, data, tmp_path, capsys):
     arguments = ["--model", sglang_server.model_path, "--base_url", f"{sglang_server.url}/v1"]
     results = evaluated(tmp_path / "eval", data, *arguments)
     check(results)
@@ -71,7 +68,7 @@ def test_a_running_server_answers_every_item_that_fits(sglang_server, data, tmp_
     assert "asked 0 calls, 14 more were in the journal" in capsys.readouterr().out
 
 
-def test_greedy_answers_are_those_of_the_local_engine(sglang_server, data, tmp_path):
+def test_greedy_answers_equal_those_of_the_local_engine(sglang_server, data, tmp_path):
     greedy = ["--model", sglang_server.model_path, "--temperature", "0", "--runs", "1"]
     evaluated(tmp_path / "served", data, *greedy, "--base_url", f"{sglang_server.url}/v1")
     evaluated(tmp_path / "local", data, *greedy, "--engine", "local", "--dtype", "fp32")
@@ -84,7 +81,7 @@ def test_greedy_answers_are_those_of_the_local_engine(sglang_server, data, tmp_p
     assert any(json.loads(line)["text"] for line in local)
 
 
-def test_a_server_of_its_own_is_started_templates_the_chat_itself_and_is_stopped(
+def test_own_server_is_started_applies_its_template_and_stops(
     sglang_options, make_model, data, tmp_path
 ):
     model = shutil.copytree(make_model("llama"), tmp_path / "model")

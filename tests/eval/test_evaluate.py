@@ -1,4 +1,4 @@
-"""`verippo eval` against a scripted server and in-process: its numbers, its resume, its refusals and its page."""
+"""`verippo eval` with a scripted server and in-process: results, resume, errors and page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.server import servers
 from verippo.core.text.chat import render_messages
 from verippo.core.training.model import load_tokenizer
-from verippo.eval.answering import make_cases, messages, prompt_text
+from verippo.eval.answering import build_messages, list_questions_to_ask, prompt_text
 from verippo.eval.config import EvalConfig
 from verippo.eval.evaluate import evaluate
 from verippo.eval.questions import Question, load_questions
@@ -58,7 +58,7 @@ def model(make_model):
 
 @pytest.fixture
 def ask(tmp_path, model):
-    """Evaluates data against a scripted server (or with the local engine) and returns results.json."""
+    """Evaluates data with a scripted server or the local engine, and returns results.json."""
 
     def run(server=None, *, folder="eval", num=10, llm=None, **options):
         data = options.pop("data", None) or str(write_items(tmp_path / f"data-{num}.json", num))
@@ -84,7 +84,7 @@ def ask(tmp_path, model):
 
 @pytest.fixture
 def mixed(llm_server):
-    """Items 0-3 and 9 right (9 in the thinking format), 4 and 5 wrong, 6 empty, 7 cut in its thinking, 8 refused."""
+    """Items 0-3 and 9 right (9 in the thinking format), 4-5 wrong, 6 empty, 7 cut, 8 refused."""
     module = llm_server.module
 
     def answer(body):
@@ -102,7 +102,7 @@ def mixed(llm_server):
     return llm_server(answer)
 
 
-def test_the_numbers_are_those_worked_by_hand(ask, mixed, capsys):
+def test_results_match_hand_worked_values(ask, mixed, capsys):
     results = ask(mixed)
     demo = results["sources"]["demo"]
     assert demo["num"] == 10
@@ -139,9 +139,7 @@ def test_the_numbers_are_those_worked_by_hand(ask, mixed, capsys):
     )
 
 
-def test_an_item_that_fails_for_good_is_named_counted_and_asked_again_only_on_demand(
-    ask, mixed, capsys, tmp_path
-):
+def test_failed_items_are_named_and_retried_only_on_demand(ask, mixed, capsys, tmp_path):
     results = ask(mixed)
     (failure,) = results["failures"]
     assert (failure["source"], failure["index"]) == ("demo", 8)
@@ -158,11 +156,11 @@ def test_an_item_that_fails_for_good_is_named_counted_and_asked_again_only_on_de
     assert "HTTP 400: too long" not in (tmp_path / "eval" / "report.html").read_text()
 
 
-def test_the_originals_scoring_leads_when_asked_for(ask, mixed):
+def test_original_scoring_leads_when_selected(ask, mixed):
     results = ask(mixed, scoring="original")
     assert results["all"]["accuracy"]["value"] == 5 / 8
     assert results["all"]["scorings"]["strict_cascade"]["value"] == 0.5
-    # its two readings: "A" first, "B" last; the labels choose the last here
+    # the first and the last option named differ, and the last is right more often
     mixed.answer = lambda body: (
         f"Not {'D' if item_of(body) % 4 != 3 else 'A'}. It is {GOLD[item_of(body)]}."
     )
@@ -171,7 +169,7 @@ def test_the_originals_scoring_leads_when_asked_for(ask, mixed):
     assert [item["answers"][0]["letter"] for item in results["items"]] == list(GOLD)
 
 
-def test_the_server_is_asked_as_published_with_a_templated_prompt_and_a_seed_of_its_own(ask, mixed):
+def test_requests_use_published_settings_and_distinct_seeds(ask, mixed):
     ask(mixed)
     assert set(mixed.paths) == {"/v1/completions"}
     bodies = {item_of(body): body for body in mixed.bodies}
@@ -182,12 +180,13 @@ def test_the_server_is_asked_as_published_with_a_templated_prompt_and_a_seed_of_
     assert len({body["seed"] for body in bodies.values()}) == 10
     assert all(0 <= body["seed"] < 2**31 for body in bodies.values())
     assert bodies[3]["prompt"].endswith(
-        "Item <3>?\n\nA. alpha\nB. beta\nC. gamma\nD. delta</s><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "Item <3>?\n\nA. alpha\nB. beta\nC. gamma\nD. delta</s>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     assert 'End with the sentence "The answer is A."' in bodies[3]["prompt"]
 
 
-def test_the_chat_endpoint_gets_plain_messages(ask, mixed):
+def test_chat_endpoint_gets_plain_messages(ask, mixed):
     ask(
         mixed,
         endpoint="chat",
@@ -204,7 +203,7 @@ def test_the_chat_endpoint_gets_plain_messages(ask, mixed):
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_an_empty_answer_is_no_answer_and_is_not_asked_again(ask, llm_server, endpoint):
+def test_empty_answer_is_no_answer_and_not_retried(ask, llm_server, endpoint):
     server = llm_server(
         lambda body: "" if item_of(body) % 2 else f"The answer is {GOLD[item_of(body)]}."
     )
@@ -212,36 +211,33 @@ def test_an_empty_answer_is_no_answer_and_is_not_asked_again(ask, llm_server, en
     assert results["all"]["outcomes"] == {"right": 5, "wrong": 0, "no answer": 5, "failed": 0}
     assert results["failures"] == []
     assert len(server.bodies) == 10
-    assert results["all"]["accuracy"]["value"] == 0.5  # none leaves the denominator
+    assert results["all"]["accuracy"]["value"] == 0.5  # empty answers stay in the denominator
     assert results["all"]["scorings"]["original"]["value"] == 1.0
 
 
-def test_a_prompt_is_read_by_the_servers_tokenizer_as_the_trainer_renders_it(tokenizer_folder):
+def test_prompt_text_tokenizes_to_the_training_ids(tokenizer_folder):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    conversation = messages(
-        Question(
-            id="x",
-            source="s",
-            question="{options} or 1 < 2?",
-            options=OPTIONS,
-            answer_idx="A",
-            index=0,
-            file="f",
-        ),
-        prompt="free",
-        system=None,
+    question = Question(
+        id="x",
+        source="s",
+        question="{options} or 1 < 2?",
+        options=OPTIONS,
+        gold="A",
+        index=0,
+        file="f",
     )
+    config = EvalConfig(data="", output="", model="x", base_url="http://x/v1", prompt="free")
+    conversation = build_messages(config, question)
     assert "{options} or 1 < 2?\n\nA. alpha" in conversation[0]["content"]
     ids = render_messages(tokenizer, conversation, add_generation_prompt=True)
     assert tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    assert (
-        tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
-    )  # its own begin token comes in the place of ours
+    # the begin token that the tokenizer adds replaces the template's
+    assert tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
     assert ids[:2] != [1, 1]
 
 
@@ -256,9 +252,8 @@ def test_runs_give_mean_majority_and_pass_at_k(ask, llm_server):
     results = ask(llm_server(answer), num=2, runs=3, llm={"concurrency": 1})
     everything = results["all"]
     assert everything["accuracy"]["value"] == pytest.approx(2 / 6)
-    assert everything["pass_at_k"] == pytest.approx(
-        {"1": 1 / 3, "2": 1 / 2, "3": 1 / 2}
-    )  # item 0: 1 - C(1,2)/C(3,2) = 1
+    # at k = 2, item 0 gives 1 - C(1,2)/C(3,2) = 1
+    assert everything["pass_at_k"] == pytest.approx({"1": 1 / 3, "2": 1 / 2, "3": 1 / 2})
     assert everything["majority"]["value"] == 0.5
     assert [[a["letter"] for a in item["answers"]] for item in results["items"]] == [
         ["A", "A", "B"],
@@ -266,14 +261,14 @@ def test_runs_give_mean_majority_and_pass_at_k(ask, llm_server):
     ]
 
 
-def test_permutations_tell_a_bias_to_a_letter_from_a_choice_of_an_option(ask, llm_server):
+def test_permutations_distinguish_letter_bias_from_choice(ask, llm_server):
     stubborn = llm_server(lambda body: "The answer is A.")
     results = ask(stubborn, folder="stubborn", permutations=3)
     position = results["all"]["position"]
     assert len(stubborn.bodies) == 40
     assert position["shares"] == {"A": 1.0, "B": 0.0, "C": 0.0, "D": 0.0}
     assert position["statistic"] == pytest.approx(40**2 / 10 - 40)  # (40-10)^2/10 + 3 * 10^2/10
-    assert results["all"]["accuracy"]["value"] == 0.3  # the file's order alone: GOLD has three A
+    assert results["all"]["accuracy"]["value"] == 0.3  # in the file's order: GOLD has three A
     assert 0 < position["agreement"] < 0.6
 
     def informed(body):
@@ -288,28 +283,24 @@ def test_permutations_tell_a_bias_to_a_letter_from_a_choice_of_an_option(ask, ll
     assert [cell["value"] for cell in position["accuracies"]] == [1.0] * 4
 
 
-def test_draws_depend_on_seed_item_run_and_order_alone(tmp_path):
+def test_draws_depend_only_on_seed_item_run_and_order(tmp_path):
     questions, _ = load_questions(str(write_items(tmp_path / "data.json", 6)))
-    cases = make_cases(questions, runs=2, permutations=1, seed=0)
+    cases = list_questions_to_ask(questions, runs=2, permutations=1, seed=0)
     assert len({case.seed for case in cases}) == 24
-    assert (
-        make_cases(questions[3:4], runs=3, permutations=2, seed=0)[1] == cases[13]
-    )  # however many others there are
-    assert not {case.seed for case in make_cases(questions, runs=2, permutations=1, seed=1)} & {
-        case.seed for case in cases
-    }
-    assert (
-        cases[2].question.options != cases[0].question.options
-        or cases[6].question.options != cases[4].question.options
-    )
+    alone = list_questions_to_ask(questions[3:4], runs=3, permutations=2, seed=0)
+    assert alone[1] == cases[13]
+    others = list_questions_to_ask(questions, runs=2, permutations=1, seed=1)
+    assert not {case.seed for case in others} & {case.seed for case in cases}
+    shown = [case.question.options for case in cases]
+    assert shown[2] != shown[0] or shown[6] != shown[4]
     assert all(
-        {case.question.options[shown]: own for shown, own in case.back.items()}
+        {case.question.options[shown]: own for shown, own in case.file_letters.items()}
         == {t: k for k, t in OPTIONS.items()}
         for case in cases
     )
 
 
-def test_killed_and_started_again_it_asks_nothing_twice(ask, llm_server, tmp_path, model):
+def test_killed_evaluation_resumes_without_asking_twice(ask, llm_server, tmp_path, model):
     server = llm_server(
         lambda body: f"The answer is {'ABCD'[item_of(body) % 4]}.", delay_seconds=0.05
     )
@@ -339,17 +330,17 @@ def test_killed_and_started_again_it_asks_nothing_twice(ask, llm_server, tmp_pat
     assert 30 <= len(server.bodies) < 80
     assert not (tmp_path / "eval" / "results.json").exists()
     results = ask(server, data=data)
-    assert len(server.bodies) <= 80 + 4  # those in flight at the kill
+    assert len(server.bodies) <= 80 + 4  # calls in flight when it was killed
     assert len(server.calls) == 80
     assert results["items"] == ask(server, data=data, folder="unbroken")["items"]
 
 
-def test_three_thousand_items_are_asked_concurrently_once_each(ask, llm_server, tmp_path):
+def test_three_thousand_items_are_asked_concurrently_once(ask, llm_server, tmp_path):
     shared = Path(__file__).resolve().parents[3] / "shared" / "data"
     files = [*shared.glob("Med*.json"), *shared.glob("PubMed*.json"), *shared.glob("MMLU*.json")]
     if not files:
         files = [write_items(tmp_path / "data.json", 3000)]
-    # every second answer by a letter, every second by nothing at all
+    # about half of the answers are empty
     server = llm_server(
         lambda body: "The answer is B." if body["seed"] % 2 else "", delay_seconds=0.01
     )
@@ -366,7 +357,7 @@ def test_three_thousand_items_are_asked_concurrently_once_each(ask, llm_server, 
     assert (tmp_path / "eval" / "report.html").stat().st_size < 4_000_000
 
 
-def test_malformed_items_are_refused_or_named_and_counted(ask, mixed, tmp_path, capsys):
+def test_malformed_items_are_refused_or_skipped(ask, mixed, tmp_path, capsys):
     good = json.loads(write_items(tmp_path / "good.json", 3).read_text())["demo"]
     path = tmp_path / "bad.json"
     path.write_text(
@@ -390,9 +381,7 @@ def test_malformed_items_are_refused_or_named_and_counted(ask, mixed, tmp_path, 
     ]
 
 
-def test_the_local_engine_answers_the_same_again_and_draws_nothing_twice(
-    ask, monkeypatch, tmp_path
-):
+def test_local_engine_is_reproducible_and_resumes(ask, monkeypatch, tmp_path):
     options = {
         "engine": "local",
         "dtype": "fp32",
@@ -419,7 +408,7 @@ def test_the_local_engine_answers_the_same_again_and_draws_nothing_twice(
     assert ask(folder="first", **options)["items"] == first["items"]
 
 
-def test_a_prompt_that_leaves_no_room_fails_alone_with_the_local_engine(ask, tmp_path):
+def test_local_engine_fails_only_the_prompt_that_is_too_long(ask, tmp_path):
     long = {"question": "Item? " + "very " * 800, "options": OPTIONS, "answer_idx": "A"}
     data = write_items(tmp_path / "data.json", 2, long=[long])
     results = ask(data=str(data), engine="local", dtype="fp32", max_new_tokens=8)
@@ -429,7 +418,7 @@ def test_a_prompt_that_leaves_no_room_fails_alone_with_the_local_engine(ask, tmp
     assert results["all"]["num"] == 3
 
 
-def test_answers_of_other_weights_are_not_gone_on_with(ask, mixed, model, tmp_path):
+def test_resume_refuses_changed_weights(ask, mixed, model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "model")
     ask(mixed, model=str(copy))
     os.utime(copy / "model.safetensors", (1, 1))
@@ -445,7 +434,7 @@ def test_resume_never_refuses_a_folder_with_a_journal(ask, mixed):
         ask(mixed, resume="never")
 
 
-def test_a_server_that_answers_nothing_ends_the_run(ask, llm_server):
+def test_server_without_answers_ends_the_run(ask, llm_server):
     server = llm_server(lambda body: llm_server.module.error(400, "broken"))
     with pytest.raises(ValueError, match="none of the first 4 calls got an answer.*broken"):
         ask(server)
@@ -455,8 +444,8 @@ def test_a_server_that_answers_nothing_ends_the_run(ask, llm_server):
         ask(server, folder="gone")
 
 
-def test_a_server_of_its_own_is_stopped_when_the_run_fails(fake_sglang, tmp_path, capsys):
-    state, data = tmp_path / "state", write_items(tmp_path / "data.json")  # it refuses every POST
+def test_own_server_is_stopped_when_the_run_fails(fake_sglang, tmp_path, capsys):
+    state, data = tmp_path / "state", write_items(tmp_path / "data.json")  # the server refuses all
     fields = {name: str(value) for name, value in fake_sglang.items() if name != "model"} | {
         "state": str(state),
         "port": "0",
@@ -482,12 +471,10 @@ def test_a_server_of_its_own_is_stopped_when_the_run_fails(fake_sglang, tmp_path
     assert servers(str(state)) == []
 
 
-def test_a_spent_budget_ends_the_run_and_what_is_paid_is_kept(ask, llm_server):
+def test_spent_budget_ends_the_run_and_keeps_answers(ask, llm_server):
     server = llm_server(lambda body: "The answer is A.")
-    price = {
-        "price_out": 1e6 / 2000,
-        "concurrency": 1,
-    }  # a full answer may cost 1 USD, these cost 0.002 each
+    # an answer of full length costs 1 USD, these cost 0.002 each
+    price = {"price_out": 1e6 / 2000, "concurrency": 1}
     with pytest.raises(ValueError, match="stopped after 3 answers: .*budget_usd=1.005"):
         ask(server, llm=price | {"budget_usd": 1.005})
     assert len(server.bodies) == 3
@@ -495,9 +482,7 @@ def test_a_spent_budget_ends_the_run_and_what_is_paid_is_kept(ask, llm_server):
     assert len(server.bodies) == 10
 
 
-def test_the_page_runs_only_its_own_script_and_escapes_what_models_and_files_say(
-    ask, llm_server, tmp_path
-):
+def test_page_escapes_all_text_and_runs_only_its_script(ask, llm_server, tmp_path):
     hostile = "<script>alert(1)</script><img src=//evil.example/a.png>{{ 7*7 }}"
     items = [
         {"question": hostile, "options": {"A": hostile, "B": "x"}, "answer_idx": "B", "id": '"><b>'}
@@ -516,7 +501,7 @@ def test_the_page_runs_only_its_own_script_and_escapes_what_models_and_files_say
     assert "wrong: A, not B" in page
 
 
-def test_the_page_shows_both_scorings_and_every_source(ask, mixed, tmp_path):
+def test_page_shows_both_scorings_and_every_source(ask, mixed, tmp_path):
     extra = [{"question": "Item <0>?", "options": OPTIONS, "answer_idx": "A"}]
     data = write_items(tmp_path / "two.json", 10, other=extra)
     ask(mixed, data=str(data))
@@ -543,11 +528,11 @@ def test_the_page_shows_both_scorings_and_every_source(ask, mixed, tmp_path):
     ]
 
 
-def test_a_journal_that_another_process_holds_is_refused(ask, mixed, tmp_path):
+def test_journal_of_another_process_is_refused(ask, mixed, tmp_path):
     from verippo.core.llm.journal import Journal
 
     with Journal(tmp_path / "eval" / "journal.jsonl") as journal:
         asyncio.run(journal.record("x", 1))
         with pytest.raises(ValueError, match="another process"):
             ask(mixed)
-    assert not (tmp_path / "eval" / "config.yaml").exists()  # that run's stays
+    assert not (tmp_path / "eval" / "config.yaml").exists()  # the other run's file is kept

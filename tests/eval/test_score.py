@@ -1,7 +1,8 @@
-"""Extraction of answers against outputs labelled by hand, and under changes that leave the answer as it is."""
+"""Extraction of answers: hand-labelled outputs, and changes that must not alter the answer."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -37,7 +38,7 @@ CAVITIES = [
     "cranial",
 ]
 TEN = dict(zip("ABCDEFGHIJ", CAVITIES, strict=True))
-# outputs with places for letters: {0} is claimed, the others are spoken of; ⏎ is a line break
+# outputs with placeholders for letters: {0} is claimed, others are only mentioned; ⏎: line break
 CLAIMS, NO_CLAIMS = (
     [
         line.replace("⏎", "\n")
@@ -49,7 +50,7 @@ MARKS = ["**{}**", "*{}*", "__{}__", "_{}_", "`{}`", "<b>{}</b>"]
 LETTERS = st.permutations(list(TEN))
 
 
-def test_the_labelled_set_is_large_varied_and_well_formed():
+def test_labelled_set_is_large_varied_and_well_formed():
     assert len(LABELLED) >= 300
     assert sum(row["letter"] is None for row in LABELLED) >= 80
     assert all(row["letter"] is None or row["letter"] in row["options"] for row in LABELLED)
@@ -57,7 +58,7 @@ def test_the_labelled_set_is_large_varied_and_well_formed():
     assert len({(row["output"], *row["options"].values()) for row in LABELLED}) == len(LABELLED)
 
 
-def test_extraction_agrees_with_a_reader_on_99_of_100_outputs():
+def test_extraction_matches_99_percent_of_the_labels():
     missed = [
         row for row in LABELLED if extract_choice(row["output"], row["options"]) != row["letter"]
     ]
@@ -67,20 +68,19 @@ def test_extraction_agrees_with_a_reader_on_99_of_100_outputs():
 @pytest.mark.parametrize(
     "row", [row for row in LABELLED if row["letter"] is None], ids=lambda row: row["output"][-40:]
 )
-def test_an_output_without_an_answer_gives_none(row):
+def test_output_without_an_answer_gives_none(row):
     assert extract(row["output"], row["options"]).letter is None
 
 
-def test_real_items_have_the_letter_that_is_written_and_their_stems_and_lists_have_none(shared):
-    """Styles whose letter is known, and what gives none, over every option of the items at hand: texts of all shapes."""
+def test_real_items_give_the_stated_letter_and_lists_give_none(shared):
+    """Applies styles whose letter is known, and styles without one, to texts of all shapes."""
     questions, _ = load_questions(
         ",".join(str(file) for file in sorted((shared / "data").glob("*.json")))
     )
     missed, false = [], []
     for n, question in enumerate(questions[::3]):
-        options = {
-            letter: " ".join(text.split()) for letter, text in question.options.items()
-        }  # as a model writes them
+        # a model writes no repeated blanks
+        options = {letter: " ".join(text.split()) for letter, text in question.options.items()}
         letter = list(options)[n % len(options)]
         weighed = [
             f"{x}. {text}: this {'fits' if x == letter else 'does not fit'}."
@@ -92,7 +92,8 @@ def test_real_items_have_the_letter_that_is_written_and_their_stems_and_lists_ha
             f"So $\\boxed{{{letter}. {options[letter]}}}$",
             f"正确答案是{letter}。",
             f"**{letter}. {options[letter]}** is the best answer, because it fits.",
-            f"The correct option is {letter}: {options[letter]}.\n\nExplanation: the others do not fit.",
+            f"The correct option is {letter}: {options[letter]}.\n\n"
+            "Explanation: the others do not fit.",
             "Let's see.\n\n" + "\n".join(weighed) + f"\n\nTherefore, the answer is **{letter}**.",
         ):
             missed += [output] * (extract_choice(output, options) != letter)
@@ -111,7 +112,7 @@ def test_real_items_have_the_letter_that_is_written_and_their_stems_and_lists_ha
 
 
 @given(row=st.sampled_from(LABELLED), space=st.text(" \n\t\r", max_size=8))
-def test_white_space_at_the_end_changes_nothing(row, space):
+def test_trailing_white_space_changes_nothing(row, space):
     assert extract(row["output"] + space, row["options"]) == extract(row["output"], row["options"])
 
 
@@ -123,12 +124,12 @@ def test_emphasis_around_the_letter_changes_nothing(claim, letters, mark):
 
 
 @given(claim=st.sampled_from(CLAIMS), letters=LETTERS)
-def test_a_claim_is_read_whatever_its_letter(claim, letters):
+def test_claims_are_read_for_every_letter(claim, letters):
     assert extract_choice(claim.format(*letters), TEN) == letters[0]
 
 
 @given(claim=st.sampled_from(NO_CLAIMS), letters=LETTERS)
-def test_what_claims_nothing_is_no_answer_whatever_its_letter(claim, letters):
+def test_sentences_without_a_claim_give_none_for_every_letter(claim, letters):
     assert extract_choice(claim.format(*letters), TEN) is None
 
 
@@ -137,17 +138,17 @@ def test_what_claims_nothing_is_no_answer_whatever_its_letter(claim, letters):
     letters=LETTERS,
     order=LETTERS,
 )
-def test_other_letters_for_the_same_options_give_the_same_option(claims, letters, order):
-    """Letters permuted in output and options alike: the answer is permuted, and nothing else changes."""
+def test_renaming_the_letters_keeps_the_option(claims, letters, order):
+    """Permuting the letters of output and options permutes the answer, and nothing else."""
     renamed = dict(zip(TEN, order, strict=True))
     options = {renamed[letter]: text for letter, text in TEN.items()}
     before = extract("\n".join(claims).format(*letters), TEN)
     after = extract("\n".join(claims).format(*(renamed[letter] for letter in letters)), options)
-    assert after == before._replace(letter=before.letter and renamed[before.letter])
+    assert after == dataclasses.replace(before, letter=before.letter and renamed[before.letter])
 
 
 @given(output=st.text(max_size=200), num=st.integers(2, 10))
-def test_any_text_at_all_gives_an_option_or_none(output, num):
+def test_any_text_gives_an_option_or_none(output, num):
     options = dict(list(TEN.items())[:num])
     assert extract_choice(output, options) in {*options, None}
 
@@ -165,14 +166,9 @@ def test_only_the_final_response_is_read():
     assert final_response(" no heading ") == "no heading"
 
 
-def test_of_several_claims_the_last_counts_and_the_conflict_is_told():
+def test_last_claim_counts_and_conflicts_are_reported():
     found = extract("The answer is A. Wait. The answer is C.", FOUR)
-    assert (found.letter, found.rule, found.num_statements, found.conflicting) == (
-        "C",
-        "statement",
-        2,
-        True,
-    )
+    assert (found.letter, found.rule, found.conflicting) == ("C", "statement", True)
     assert not extract("The answer is C. Yes, the answer is C.", FOUR).conflicting
 
 
@@ -186,34 +182,34 @@ def test_of_several_claims_the_last_counts_and_the_conflict_is_told():
         ("None", "none"),
     ],
 )
-def test_the_rule_that_decided_is_told(output, rule):
+def test_extraction_reports_the_rule(output, rule):
     assert extract(output, FOUR).rule == rule
 
 
-def test_a_claimed_letter_goes_before_the_words_of_another_option():
+def test_claimed_letter_precedes_another_options_words():
     assert extract("Amoxicillin is the best choice. The answer is B.", FOUR).letter == "B"
 
 
-def test_words_that_two_options_share_are_no_answer():
+def test_words_shared_by_two_options_are_no_answer():
     options = {"A": "Oculomotor", "B": "Optic", "C": "Oculomotor"}
     assert extract_choice("The answer is oculomotor.", options) is None
     assert extract_choice("The answer is optic.", options) == "B"
     assert extract_choice("C. Oculomotor", options) == "C"
 
 
-def test_an_answer_like_an_option_but_not_it_is_no_answer():
+def test_similar_spelling_is_no_answer():
     assert extract_choice("Ceftriaxon", FOUR) is None
     assert extract_choice("Cefotaxime", FOUR) is None
 
 
-def test_a_repeated_list_of_the_options_is_no_answer_and_one_after_it_is():
-    listed = "The correct answer is one of:\nA. Amoxicillin\nB. Ceftriaxone\nC. Vancomycin\nD. Metronidazole"
+def test_repeated_option_list_is_ignored_but_not_what_follows():
+    listed = "The correct answer is one of:\n" + "\n".join(f"{x}. {FOUR[x]}" for x in FOUR)
     assert extract_choice(listed, FOUR) is None
     assert extract_choice(listed + "\n\nB. Ceftriaxone", FOUR) == "B"
     assert extract_choice(listed.replace("one of", "B") + "\n\nAnswer: C", FOUR) == "C"
 
 
-def test_a_letter_that_is_longer_in_lower_case_shifts_nothing():
+def test_letter_longer_in_lower_case_shifts_nothing():
     assert extract_choice("İİİİİİİİİİİİ. The answer is (B) Ceftriaxone", FOUR) == "B"
     assert extract_choice("İİİİİİİİİİİİ. The answer is ceftriaxone", FOUR) == "B"
 
@@ -226,7 +222,7 @@ def test_accuracy_counts_no_answer_as_wrong():
         accuracy([], [])
 
 
-def test_the_original_drops_empty_answers_and_lets_the_labels_choose_the_rule():
+def test_original_drops_empty_answers_and_keeps_the_better_rule():
     outputs = [
         "B is wrong, so A.",
         "",
@@ -236,10 +232,8 @@ def test_the_original_drops_empty_answers_and_lets_the_labels_choose_the_rule():
     answers = ["A", "A", "D", "B"]
     readings = [extract_original(output, FOUR) for output in outputs]
     assert readings == [("B", "A"), None, ("B", "D"), (None, None)]
-    assert accuracy_original(readings, answers) == (
-        2 / 3,
-        3,
-    )  # by the last option named; by the first it is 0 of 3
+    # by the last option named; the first gives 0 of 3
+    assert accuracy_original(readings, answers) == (2 / 3, 3)
     ours = [extract_choice(output, FOUR) for output in outputs]
     assert ours == ["A", None, "B", None]
     assert accuracy(ours, answers) == 1 / 4

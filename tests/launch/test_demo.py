@@ -11,6 +11,7 @@ import pytest
 from verippo.core.text.chat import parse_response
 from verippo.launch.ablation import VARIANTS, ablate
 from verippo.launch.demo import (
+    KINDS,
     DemoConfig,
     demo,
     half_without_reasoning,
@@ -61,7 +62,7 @@ def test_the_ablation_trains_every_variant_from_the_same_start(
 
 
 def test_half_of_the_answers_come_without_reasoning_and_in_the_format() -> None:
-    rows = half_without_reasoning(generate(10, seed=0, kinds="scores"))
+    rows = half_without_reasoning(generate(10, seed=0, split="train", kinds=KINDS, difficulty=6))
     parsed = [parse_response(conversation(row, where="")[-1]["content"]) for row in rows]
     assert [bool(part and part.thinking) for part in parsed] == [True, False] * 5
     assert all(
@@ -71,7 +72,7 @@ def test_half_of_the_answers_come_without_reasoning_and_in_the_format() -> None:
 
 
 def test_verifier_rows_are_balanced_and_their_wording_gives_nothing_away() -> None:
-    rows = verifier_rows(generate(200, seed=0, kinds="scores"), seed=0)
+    rows = verifier_rows(generate(200, seed=0, split="train", kinds=KINDS, difficulty=6), seed=0)
     bare = [row for row in rows if row["response"].isdigit()]
     for part in (rows, bare):
         right = sum(row["label"] for row in part)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from verippo.rl import ppo
+from verippo.rl.step_metrics import explained_variance
 
 
 def tensor(*values, dtype=torch.float64):
@@ -205,11 +206,11 @@ def test_explained_variance_worked_by_hand():
         ([1, 2, 4], 2 / 3),
         ([3, 2, 1], -3),
     ):
-        assert ppo.explained_variance(tensor(*values, -9.0), returns, mask).item() == pytest.approx(
+        assert explained_variance(tensor(*values, -9.0), returns, mask).item() == pytest.approx(
             expected
         )
-    assert ppo.explained_variance(tensor(1.0, 2.0), tensor(0.1, 0.1), mask_of(1, 1)).item() == 0
-    assert ppo.explained_variance(tensor(1.0, 2.0), tensor(0.1, 0.3), mask_of(1, 0)).item() == 0
+    assert explained_variance(tensor(1.0, 2.0), tensor(0.1, 0.1), mask_of(1, 1)).item() == 0
+    assert explained_variance(tensor(1.0, 2.0), tensor(0.1, 0.3), mask_of(1, 0)).item() == 0
 
 
 # The numpy twin of a whole step
@@ -423,8 +424,8 @@ def test_masked_slots_of_targets_and_metrics_do_not_matter(garbage):
     clean = tensor(1.0, 2.0, 4.0, 0.0)
     y = tensor(1.5, 1.0, 3.0, 0.0)
     assert torch.equal(ppo.whiten(x, mask), ppo.whiten(clean, mask))
-    assert ppo.explained_variance(x, y, mask) == ppo.explained_variance(clean, y, mask)
-    assert ppo.explained_variance(y, x, mask) == ppo.explained_variance(y, clean, mask)
+    assert explained_variance(x, y, mask) == explained_variance(clean, y, mask)
+    assert explained_variance(y, x, mask) == explained_variance(y, clean, mask)
     assert ppo.policy_loss(y, y, x, mask).loss_sum == ppo.policy_loss(y, y, clean, mask).loss_sum
     assert ppo.value_loss(y, y, x, mask).loss_sum == ppo.value_loss(y, y, clean, mask).loss_sum
     for a, b in zip(
@@ -665,7 +666,7 @@ X, Y, MASK = torch.zeros(3), torch.zeros(2), torch.ones(3, dtype=torch.bool)
         (lambda: ppo.gae(X, X, MASK, cu(3), gamma=1.0, lam=math.nan), "lam=nan"),
         (lambda: ppo.gae(X, X, MASK, cu(2, 1), gamma=1.0, lam=X), r"of shape \[2\]"),
         (lambda: ppo.whiten(X, MASK, mean=0.0), "give both or neither"),
-        (lambda: ppo.whiten(X, X), "was another tensor put in its place"),
+        (lambda: ppo.whiten(X, X), "was another tensor passed in its place"),
         (lambda: ppo.policy_loss(X, Y, X, MASK), "old_logprobs has shape"),
         (lambda: ppo.policy_loss(X, X, Y, MASK), "advantages has shape"),
         (lambda: ppo.policy_loss(X, X, X, X), "the mask is"),
@@ -696,7 +697,7 @@ X, Y, MASK = torch.zeros(3), torch.zeros(2), torch.ones(3, dtype=torch.bool)
             lambda: ppo.group_advantages(X, torch.tensor([4, 4, 9]), kind="reinforce++"),
             "group 9 has 1 score",
         ),
-        (lambda: ppo.explained_variance(X, Y, MASK), "returns has shape"),
+        (lambda: explained_variance(X, Y, MASK), "returns has shape"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(call, message):

@@ -83,7 +83,7 @@ def test_each_prompt_gets_its_own_completion_field_by_field(tokenizer):
 
 def test_a_completion_too_few_is_refused(tokenizer):
     prompts = rollout_prompts(PROBLEMS[:2], IDS[:2], seed=1, step=2, samples=1)
-    with pytest.raises(ValueError, match="the sampler gave 0 completions for 2 prompts"):
+    with pytest.raises(ValueError, match="the sampler returned 0 completions for 2 prompts"):
         rollout(Scripted([]), prompts, SamplingParams(), tokenizer=tokenizer)
 
 

@@ -145,6 +145,7 @@ def test_an_updates_means_are_over_the_tokens_of_all_its_micro_batches():
     expected = {
         "policy_loss": 3 / 8,
         "clip_fraction": 3 / 8,
+        "dual_clip_fraction": 0.0,
         "approx_kl": 0.75 / 8,
         "value_loss": 9 / 8,
         "ratio_first_minibatch_max": 1e-7,  # later mini-batches have moved on

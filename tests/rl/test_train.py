@@ -67,7 +67,7 @@ def test_rollouts_of_another_weight_version_are_refused():
         return [*drawn(prompts[:2]), *drawn(prompts[2:], version=3)]
 
     with pytest.raises(
-        RuntimeError, match="rollout 2 was drawn with weight version 3, the trainer's is 4"
+        RuntimeError, match="rollout 2 was sampled with weight version 3, the trainer's is 4"
     ):
         roll_out(a_run(stale), PROMPTS, SamplingParams(), version=4)
 

@@ -18,7 +18,6 @@ from verippo.core.report.run_report import (
     compare_stages,
     points,
     read_steps,
-    wilson_interval,
     write_report,
 )
 
@@ -374,27 +373,6 @@ def test_samples_come_from_the_first_and_last_step_of_each_split():
     assert chosen == [
         (split, s, i) for split in ("eval", "train") for s in (1, 3) for i in range(3)
     ]
-
-
-@pytest.mark.parametrize(
-    ("successes", "num", "low", "high"),
-    [
-        # R. G. Newcombe, Statistics in Medicine 17 (1998), p. 857-872, Table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0),
-    ],
-)
-def test_wilson_interval_matches_published_values(successes, num, low, high):
-    assert wilson_interval(successes, num) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(("successes", "num"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_interval_refuses_what_is_no_share(successes, num):
-    with pytest.raises(ValueError, match=f"got {successes} of {num}"):
-        wilson_interval(successes, num)
 
 
 def test_numbers_read_as_written():

@@ -1,0 +1,265 @@
+"""Finds the places of a response that name an option, by its letter or by its own words."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+from . import wording as w
+
+OptionTexts = tuple[tuple[str, str | None], ...]
+Span = tuple[int, int, str | None]
+"""Start, end and letter of an occurrence of an option's words."""
+
+CONTEXT_CHARACTERS = 160
+"""Characters read on either side of a mention."""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A place that names an option, with the rest of its sentence in lower case."""
+
+    start: int
+    """Position of the first character in the response."""
+    end: int
+    """Position after the last character."""
+    text: str
+    """The characters from `start` to `end`."""
+    letter: str | None
+    """The option's letter; None for a list of letters, or for words that two options share."""
+    left: str
+    """The sentence before the mention."""
+    right: str
+    """The sentence after the mention."""
+    mark: str
+    """Punctuation mark that ends the sentence."""
+    own_words: bool = False
+    """Whether the option's words follow its letter: "B. Aspirin", but not "A stroke"."""
+    listed: bool = False
+    """Whether the mention belongs to a list of options, none of which is singled out."""
+
+    @cached_property
+    def denied(self) -> bool:
+        """Whether the sentence denies the option or is hypothetical."""
+        clause = w.TURN.split(self.left)[-1]
+        return bool(
+            w.DENIED_LEFT.search(clause)
+            or w.DENIED_RIGHT.match(self.right)
+            or w.SUPPOSED.search(f"{clause} _ {self.right}")
+        )
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the sentence states that the option is the answer."""
+        if self.mark == "?" or self.denied:
+            return False
+        if w.CLAIM_LEFT.search(self.left):
+            return True
+        claim = w.CLAIM_RIGHT.match(self.right)
+        return claim is not None and not w.DENIED_GAP.search(claim["gap"] or claim["cngap"] or "")
+
+    @property
+    def concluded(self) -> bool:
+        """Whether the sentence arrives at the option, which is weaker than a claim."""
+        return bool(w.WEAK_LEFT.search(self.left)) and not self.denied
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the sentence is a question or expresses doubt."""
+        return self.mark == "?" or bool(w.UNSURE.search(self.left + self.right))
+
+    @property
+    def singled_out(self) -> bool:
+        """Whether the option stands alone, or its sentence recommends it."""
+        endorsed = w.ENDORSEMENT.search(self.left + self.right)
+        return bool(w.SETS_OFF.match(self.right) or endorsed)
+
+    @property
+    def common(self) -> bool:
+        """Whether the words are so short or common that they occur in any text."""
+        least = 2 if self.text > "一" else 4
+        short = len(self.text) < least and not re.search(".[A-Z]", self.text)
+        return short or bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
+
+
+def line_start(text: str, position: int) -> int:
+    """Position where the line that holds `position` begins."""
+    return text.rfind("\n", 0, position) + 1
+
+
+def line_end(text: str, position: int) -> int:
+    """Position where the line that holds `position` ends."""
+    return (text + "\n").index("\n", position)
+
+
+def normalise(text: str) -> str:
+    """Folds width forms (Ｂ becomes B) and removes emphasis and LaTeX's text commands."""
+    if not text.isascii():
+        # İ is the one letter that is longer in lower case, which would shift positions
+        text = unicodedata.normalize("NFKC", text).replace("İ", "I")
+    while "\\" in text and (shorter := w.LATEX.sub(r"\1", text)) != text:
+        text = shorter
+    return w.MARKUP.sub("", text).strip()
+
+
+@lru_cache(maxsize=4096)
+def option_texts(options: tuple[tuple[str, str], ...]) -> OptionTexts:
+    """Normalises the options' texts.
+
+    Args:
+        options: (letter, text) of each option.
+
+    Returns:
+        (lower-case text, letter) of each distinct text, the longest first. The letter is None when
+        several options have the text.
+    """
+    texts: dict[str, str | None] = {}
+    for letter, text in options:
+        words = " ".join(normalise(text).lower().split()).strip(" .。;,\"'“”")
+        key = w.ARTICLE.sub("", words)
+        texts[key] = None if key in texts else letter
+    texts.pop("", None)
+    return tuple(sorted(texts.items(), key=lambda pair: -len(pair[0])))
+
+
+def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[Mention]:
+    """Finds every letter that may stand for an option.
+
+    Args:
+        text: The normalised response.
+        texts: The options' words, as `option_texts` returns them.
+        options: Letter -> text of each option.
+
+    Returns:
+        Mentions in the order of the response. Their letters need not be among the options.
+    """
+    lower = text.lower()
+    # a letter inside an option's own words, such as the B of "hepatitis B", is no label
+    with_letters = (pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0]))
+    names = find_texts(lower, tuple(with_letters))
+    words_of = {letter: words for words, letter in texts if letter}
+    mentions: list[Mention] = []
+    end = 0
+    for match in w.LABEL.finditer(text):
+        at = match.start("letter")
+        if at < end or any(start <= at < stop for start, stop, _ in names):
+            continue
+        mention = _read_label(text, lower, match, words_of.get(match["letter"].upper()))
+        if mention is not None:
+            mentions.append(mention)
+            end = mention.end
+    return _mark_lists(text, mentions, options)
+
+
+def _read_label(text: str, lower: str, match: re.Match[str], words: str | None) -> Mention | None:
+    """The mention at a match of `wording.LABEL`; None when its letter stands for no option."""
+    letter = match["letter"]
+    start, end = match.span()
+    enclosed = match["prefix"] or (match["open"] and match["close"])
+    if not enclosed and (
+        (letter.islower() and not w.LOWER_CASE.match(text, match.start("letter")))
+        or w.NAME_PREFIX.search(text, max(0, start - 20), start)
+    ):
+        return None
+    if letter.isupper() and (more := w.MORE_LETTERS.match(text, end)):
+        return _mention(text, start, more.end(), None)
+    gap = w.LABEL_GAP.match(lower, end)
+    assert gap is not None, "the pattern matches the empty string"
+    words_at = [at for at in (gap.end(1), gap.end()) if words and lower.startswith(words, at)]
+    if words and words_at:
+        if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
+            return None  # an article: the option's words are a mention of their own
+        end = words_at[0] + len(words)
+        return _mention(text, start, end, letter.upper(), own_words=True)
+    pronoun = letter == "I" and w.PRONOUN.match(text, end)
+    if enclosed or (w.FOLLOWS.match(text, end) and not pronoun):
+        return _mention(text, start, end, letter.upper())
+    return None
+
+
+def _mark_lists(text: str, labels: list[Mention], options: dict[str, str]) -> list[Mention]:
+    """Marks successive labels that list the options, one a line or with their words alone."""
+    successive = set(pairwise(options))
+    runs = [labels[:1]]
+    for label, following in pairwise(labels):
+        between = text[label.end : following.start]
+        before = text[line_start(text, label.start) : label.start]
+        one_a_line = not before.strip(" -•>#") and w.NEXT_LINE.fullmatch(between)
+        words_alone = label.own_words and following.own_words
+        bare = words_alone and not between.strip(" \n\t.;,:•->|\"'[]{}(")
+        if (label.letter, following.letter) in successive and (bare or one_a_line):
+            runs[-1].append(following)
+        else:
+            runs.append([following])
+    least = min(3, len(options))
+    return [
+        # the text before a listed label is the previous entry, and says nothing of this one
+        replace(label, left="", listed=True) if len(run) >= least else label
+        for run in runs
+        for label in run
+    ]
+
+
+def find_words(text: str, texts: OptionTexts, labels: list[Mention]) -> list[Mention]:
+    """Finds the options' own words, except those that follow a label.
+
+    Words directly beside another option's ("aspirin or heparin") are marked as listed.
+    """
+    labelled = [range(label.start, label.end) for label in labels if label.own_words]
+    words = [
+        _mention(text, *span)
+        for span in find_texts(text.lower(), texts)
+        if not any(span[0] in places for places in labelled)
+    ]
+    beside: set[int] = set()
+    for word, following in pairwise(words):
+        between = w.BETWEEN.fullmatch(text, word.end, following.start)
+        if between and word.letter != following.letter:
+            beside |= {word.start, following.start}
+    return [replace(word, listed=word.start in beside) for word in words]
+
+
+def find_texts(lower: str, texts: OptionTexts) -> list[Span]:
+    """Finds the options' words as whole words; a longer option's words hide a shorter one's.
+
+    Args:
+        lower: The response in lower case.
+        texts: The options' words, as `option_texts` returns them.
+    """
+    spans: list[Span] = []
+    taken = bytearray(len(lower))
+    for words, letter in texts:
+        at = lower.find(words)
+        while at >= 0:
+            end = at + len(words)
+            after = lower[end : end + 2].removeprefix("-")[:1]
+            joined = _joined(lower[at - 1 : at], lower[at]) or _joined(lower[end - 1], after)
+            if not joined and not any(taken[at:end]):
+                taken[at:end] = b"\1" * len(words)
+                spans.append((at, end, letter))
+            at = lower.find(words, end)
+    return sorted(spans)
+
+
+def _joined(left: str, right: str) -> bool:
+    """Whether two neighbouring characters belong to one word; Chinese has no word boundaries."""
+    return left.isalnum() and left < "一" and right.isalnum() and right < "一"
+
+
+def _mention(
+    text: str, start: int, end: int, letter: str | None, own_words: bool = False
+) -> Mention:
+    # a line break directly before the mention does not end the sentence on its left
+    before = text[max(0, start - CONTEXT_CHARACTERS) : start].rstrip()
+    left = w.SENTENCE_END.split(before)[-1]
+    # otherwise an option A would read as an article
+    left = re.sub(r"(?<![A-Za-z])A(?![A-Za-z])", "_", left).lower()
+    right = text[end : end + CONTEXT_CHARACTERS]
+    stop = w.SENTENCE_END.search(right)
+    if stop:
+        right = right[: stop.start()]
+    mark = stop[0] if stop else ""
+    return Mention(start, end, text[start:end], letter, left, right.lower(), mark, own_words)
