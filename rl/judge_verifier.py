@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.llm.client import LLMConfig
-from ..core.llm.judge import Case, Judge
+from ..core.llm.config import LLMConfig
+from ..core.llm.judge import Judge, JudgedAnswer
 from ..core.text.verifier_text import Tiers
 from .rollout import Rollout
 
 
 class JudgeVerifier:
-    """Right when an LLM says that the final response agrees with the reference answer to the question.
+    """Counts a response as right when an LLM says that it agrees with the reference answer.
 
-    Broken format earns tiers.unparsable and a blank final response tiers.wrong, both without asking.
-    A response on which no verdict is to be had earns tiers.wrong too and is counted; see Judge.verdicts for how many may.
+    The LLM is not asked about a broken format, which is unparsable, or an empty final response,
+    which is wrong. A response without a verdict is wrong too; see Judge.verdicts.
     """
 
-    num_cut = num_unjudged = 0
+    num_cut = 0
+    num_unjudged = 0
 
     def __init__(
         self,
@@ -28,47 +29,52 @@ class JudgeVerifier:
         journal: Path | None = None,
         tiers: Tiers = Tiers(),  # noqa: B008 an immutable tuple
     ) -> None:
-        """journal: see Judge."""
-        self.judge, self.tiers = Judge(config, journal=journal), tiers
+        """Args:
+        config: the model that judges.
+        journal: file that keeps its replies for a resumed run; each rank needs its own.
+        tiers: scores of right, wrong and unparsable responses.
+        """
+        self.judge = Judge(config, journal=journal)
+        self.tiers = tiers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One score a rollout, in order. Raises as Judge.verdicts, naming the problem."""
-        finals = [rollout.final for rollout in rollouts]
-        asked = [number for number, final in enumerate(finals) if final]
-        problems = [rollouts[number].problem for number in asked]
-        cases = [
-            Case(
-                f"a response to problem {problem.index}",
-                problem.question,
-                problem.answer,
-                finals[number] or "",
+        """One tier per rollout, in order.
+
+        Raises:
+            RuntimeError, ValueError: as Judge.verdicts; the message names the problem.
+        """
+        answers = {
+            number: JudgedAnswer(
+                name=f"a response to problem {rollout.problem.index}",
+                question=rollout.problem.question,
+                reference=rollout.problem.answer,
+                response=rollout.final,
             )
-            for number, problem in zip(asked, problems, strict=True)
-        ]
-        right = {
-            number
-            for number, verdict in zip(asked, self.judge.verdicts(cases), strict=True)
-            if verdict
+            for number, rollout in enumerate(rollouts)
+            if rollout.final
         }
+        verdicts = dict(zip(answers, self.judge.verdicts([*answers.values()]), strict=True))
         self.num_unjudged = self.judge.num_unjudged
         return [
-            self.tiers.score(number in right, parsable=final is not None)
-            for number, final in enumerate(finals)
+            self.tiers.score(bool(verdicts.get(number)), parsable=rollout.final is not None)
+            for number, rollout in enumerate(rollouts)
         ]
 
 
 def share_of_limits(config: LLMConfig, num_ranks: int) -> LLMConfig:
-    """The settings of one of several ranks that ask at once: the limits, which hold for all together, divided."""
+    """Divides the limits, which hold for all ranks together, among ranks that ask at once.
 
-    requests, tokens, budget = (
-        config.requests_per_minute,
-        config.tokens_per_minute,
-        config.budget_usd,
-    )
-    return replace(
-        config,
-        concurrency=max(1, config.concurrency // num_ranks),
-        requests_per_minute=requests and max(1, requests // num_ranks),
-        tokens_per_minute=tokens and max(1, tokens // num_ranks),
-        budget_usd=budget and budget / num_ranks,
-    )
+    Args:
+        config: settings with the limits of all ranks.
+        num_ranks: number of ranks that ask.
+
+    Returns:
+        The settings of one rank.
+    """
+    limits = {
+        name: max(1, limit // num_ranks)
+        for name in ("concurrency", "requests_per_minute", "tokens_per_minute")
+        if (limit := getattr(config, name)) is not None
+    }
+    budget = config.budget_usd and config.budget_usd / num_ranks
+    return replace(config, **limits, budget_usd=budget)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..core.llm.judge import Case, Judge
+from ..core.llm.judge import Judge, JudgedAnswer
 from ..core.report.run_report import try_report
 from ..core.report.statistics import wilson_interval
 from ..core.text.verifier_text import load_template
@@ -90,7 +90,9 @@ def _load(
     return rows
 
 
-def _judge(config: VerifierTrainingConfig, folder: Path, cases: list[Case]) -> list[bool | None]:
+def _judge(
+    config: VerifierTrainingConfig, folder: Path, cases: list[JudgedAnswer]
+) -> list[bool | None]:
     """The LLM judge's verdicts, asked for by the main rank and the same on every rank."""
     verdicts: list[bool | None] = []
     if dist.is_main():

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..core.llm.judge import Case
+from ..core.llm.judge import JudgedAnswer
 from ..core.text.chat import parse_response
 from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
 from ..core.text.verifier_text import verifier_ids
@@ -47,7 +47,7 @@ class LabelledIds:
     row: int
 
 
-JudgeFunction = Callable[[list[Case]], list[bool | None]]
+JudgeFunction = Callable[[list[JudgedAnswer]], list[bool | None]]
 """Answers to judge -> whether each is right; None without a verdict."""
 
 
@@ -83,7 +83,7 @@ def load_answers(
     Raises:
         ValueError: a row is of none of these kinds, or broken; the message names it.
     """
-    unlabelled: dict[int, Case] = {}
+    unlabelled: dict[int, JudgedAnswer] = {}
     answers: list[LabelledAnswer] = []
     kinds: Counter[str] = Counter()
     for number, row in enumerate(load_rows(sources, limit=limit)):
@@ -210,7 +210,7 @@ def from_judged_rollout(row: dict[str, Any], *, where: str) -> list[LabelledAnsw
     return [LabelledAnswer(response=parsed.final, reference=reference, label=label)]
 
 
-def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[Case]:
+def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[JudgedAnswer]:
     """A response and its reference, or a rollout's final response, for an LLM to judge."""
     keys = (QUESTION_KEY, "question", "prompt")
     question = next((str(row[key]) for key in keys if key in row), "(not given)")
@@ -218,9 +218,9 @@ def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[Case]
         response, reference = (
             text_field(row, key, where=where) for key in ("response", "reference")
         )
-        return [Case(name, question, reference, response)]
+        return [JudgedAnswer(name, question, reference, response)]
     rollout = from_judged_rollout(row | {"judge": False}, where=where)
-    return [Case(name, question, answer.reference, answer.response) for answer in rollout]
+    return [JudgedAnswer(name, question, answer.reference, answer.response) for answer in rollout]
 
 
 def _label(value: Any, where: str) -> bool:

@@ -1,4 +1,4 @@
-"""An append-only record of finished items, safe against a kill at any moment: what resume reads."""
+"""An append-only record of finished items that survives a kill at any moment."""
 
 from __future__ import annotations
 
@@ -13,148 +13,148 @@ from typing import Any, NamedTuple
 
 
 def content_key(*parts: Any) -> str:
-    """32 hex digits of the SHA-256 of the parts' canonical JSON: the same content, the same key, on any machine."""
+    """Hashes JSON values: equal content has an equal key, on any machine.
+
+    Args:
+        parts: anything that JSON can hold.
+
+    Returns:
+        The first 32 hexadecimal digits of the SHA-256 of the parts' canonical JSON.
+    """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
+    """Where a line stands in the file, in bytes."""
+
     offset: int
     length: int
-    failed: bool
-
-
-class _Waiting(NamedTuple):
-    key: str
-    line: bytes
-    failed: bool
-    written: asyncio.Future[None]
 
 
 class Journal:
-    """A JSONL file with one object a line, {"key", "value"} or {"key", "error"}; the last entry of a key counts.
+    """A JSONL file of entries {"key", "value"} or {"key", "error"}.
 
-    Entries stay on disk and are read when asked for; memory holds only where they stand. One process at a time has it open.
+    The last entry of a key counts. Entries are read from disk on demand; memory holds only their
+    positions. The file is locked against other processes.
     """
 
     def __init__(self, path: Path) -> None:
-        """Makes the file and its folder, or reads what is there; what a kill left half-written at the end is cut off.
+        """Opens or creates the file and its folder, and removes an incomplete entry at its end.
 
-        Raises ValueError when another process has it open, and when a line before others is no entry.
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: another process has it open, or a line before the last one is damaged.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._guard = threading.Lock()  # a write in a thread may outlive an interrupted event loop
-        self._places: dict[str, _Place] = {}
-        self._waiting: list[_Waiting] = []
-        self._writer: asyncio.Task[None] | None = None
+        # A thread that writes may outlive an interrupted event loop.
+        self._lock = threading.Lock()
+        self._spans: dict[str, _Span] = {}
+        self._batch: list[tuple[str, bytes]] = []
+        self._commit: asyncio.Task[None] | None = None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._end = self._read()
-        except BlockingIOError:
+            os.ftruncate(self._file, self._end)
+        except BaseException as error:
             self.close()
-            raise ValueError(
-                f"journal {path}: another process is writing it: wait for that run, or end it"
-            ) from None
-        except BaseException:
-            self.close()
+            if isinstance(error, BlockingIOError):
+                raise ValueError(
+                    f"journal {path}: another process is writing it: wait for that run, or end it"
+                ) from None
             raise
 
     def _read(self) -> int:
-        """Fills in the places; the length of the whole entries, to which the file is cut."""
-        offset, torn_at, torn_line = 0, -1, 0
+        """Finds the entries; returns the length of the file up to the last complete one."""
+        end = 0
+        offset = 0
+        damaged_line = 0
         with open(self._file, "rb", closefd=False) as lines:
             for number, line in enumerate(lines, start=1):
-                try:
-                    entry: Any = json.loads(line) if line.endswith(b"\n") else None
-                    key, failed = entry["key"], "error" in entry
-                except (ValueError, KeyError, TypeError):
-                    if torn_at < 0:
-                        torn_at, torn_line = offset, number
-                else:
-                    if torn_at >= 0:
-                        raise ValueError(
-                            f"journal {self.path}: line {torn_line} is no entry: delete it, its item is done again"
-                        )
-                    self._places[key] = _Place(offset, len(line), failed)
+                span = _Span(offset, len(line))
                 offset += len(line)
-        if torn_at >= 0:
-            os.ftruncate(self._file, torn_at)
-            return torn_at
-        return offset
-
-    def _entry(self, key: str, *, failed: bool) -> dict[str, Any]:
-        place = self._places.get(key)
-        if place is None or place.failed != failed:
-            return {}
-        return json.loads(os.pread(self._file, place.length, place.offset))
+                try:
+                    key = json.loads(line)["key"] if line.endswith(b"\n") else None
+                except (ValueError, KeyError, TypeError):
+                    key = None
+                if key is None:
+                    damaged_line = damaged_line or number
+                    continue
+                if damaged_line:
+                    raise ValueError(
+                        f"journal {self.path}: line {damaged_line} is no entry: "
+                        "delete it, and its item is done again"
+                    )
+                self._spans[key] = span
+                end = offset
+        return end
 
     def get(self, key: str) -> Any | None:
-        """The recorded value; None when there is none or the newest entry is a failure."""
-        return self._entry(key, failed=False).get("value")
+        """The recorded value; None if there is none or the last entry is a failure."""
+        return self._entry(key).get("value")
 
     def error(self, key: str) -> str | None:
-        """Why the item failed, when its newest entry is a failure."""
-        return self._entry(key, failed=True).get("error")
+        """The reason of the failure, if that is the last entry."""
+        return self._entry(key).get("error")
+
+    def _entry(self, key: str) -> dict[str, Any]:
+        span = self._spans.get(key)
+        return json.loads(os.pread(self._file, span.length, span.offset)) if span else {}
 
     async def record(self, key: str, value: Any) -> None:
-        """Returns when the entry is on disk; entries that come meanwhile share the next fsync.
+        """Writes an entry and returns when it is on disk; concurrent entries share an fsync.
 
-        value: anything that JSON can hold. Raises OSError, and holds nothing of the entry, when the disk refuses it.
+        Args:
+            key: what `get` finds it by.
+            value: anything that JSON can hold.
+
+        Raises:
+            OSError: the disk refused the entry, of which nothing is kept.
         """
-        await self._append(key, {"key": key, "value": value}, failed=False)
+        await self._append({"key": key, "value": value})
 
     async def record_error(self, key: str, reason: str) -> None:
         """As `record`, for an item that failed."""
-        await self._append(key, {"key": key, "error": reason}, failed=True)
+        await self._append({"key": key, "error": reason})
 
-    async def _append(self, key: str, entry: dict[str, Any], *, failed: bool) -> None:
-        line = (
-            json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
-            + b"\n"
-        )
-        loop = asyncio.get_running_loop()
-        written = loop.create_future()
-        self._waiting.append(_Waiting(key, line, failed, written))
-        if self._writer is None or self._writer.done():
-            self._writer = loop.create_task(self._write_all())
-        await written
+    async def _append(self, entry: dict[str, Any]) -> None:
+        text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        self._batch.append((entry["key"], text.encode(errors="backslashreplace") + b"\n"))
+        # the first entry of a batch, or the first after an event loop that was interrupted
+        if len(self._batch) == 1 or self._commit is None or self._commit.done():
+            self._commit = asyncio.create_task(self._commit_after(self._commit))
+        await asyncio.shield(self._commit)
 
-    async def _write_all(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
+    async def _commit_after(self, previous: asyncio.Task[None] | None) -> None:
+        """Writes what has gathered until the previous commit is done."""
+        if previous is not None and not previous.done():
+            await asyncio.wait([previous])
+        batch = self._batch
+        self._batch = []
+        await asyncio.to_thread(self._write, batch)
+
+    def _write(self, batch: list[tuple[str, bytes]]) -> None:
+        with self._lock:
+            data = memoryview(b"".join(line for _, line in batch))
+            written = 0
             try:
-                await asyncio.to_thread(self._commit, batch)
-            except OSError as error:
-                for item in batch:
-                    if not item.written.done():
-                        item.written.set_exception(
-                            OSError(error.errno, error.strerror, str(self.path))
-                        )
-            else:
-                for item in batch:
-                    if not item.written.done():
-                        item.written.set_result(None)
-
-    def _commit(self, batch: list[_Waiting]) -> None:
-        with self._guard:
-            try:
-                data = memoryview(b"".join(item.line for item in batch))
-                done = 0
-                while done < len(data):
-                    done += os.pwrite(self._file, data[done:], self._end + done)
+                while written < len(data):
+                    written += os.pwrite(self._file, data[written:], self._end + written)
                 os.fsync(self._file)
-            except OSError:
+            except OSError as error:
                 os.ftruncate(self._file, self._end)
-                raise
-            for item in batch:
-                self._places[item.key] = _Place(self._end, len(item.line), item.failed)
-                self._end += len(item.line)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            for key, line in batch:
+                self._spans[key] = _Span(self._end, len(line))
+                self._end += len(line)
 
     def close(self) -> None:
-        """Gives up the file and its lock."""
-        with self._guard:
+        """Closes the file, which releases its lock."""
+        with self._lock:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1

@@ -1,4 +1,4 @@
-"""Chat templates, and the text of an answer that thinks first. Pure."""
+"""Chat templates, and the format of an answer with a thinking part. Pure."""
 
 from __future__ import annotations
 
@@ -15,40 +15,57 @@ FINAL = "## Final Response"
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] }}{{ eos_token }}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-"""The shape of Llama-3's template, for tokenizers that bring none; a turn ends with the tokenizer's own end token."""
+"""Template for tokenizers without one: Llama-3's, with the tokenizer's own end token."""
+
+END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
+"""Tokens by which Llama-3 and Qwen end a turn."""
 
 
 class ParsedResponse(NamedTuple):
+    """The two parts of an answer."""
+
     thinking: str
     final: str
 
 
 def render_response(thinking: str, final: str) -> str:
-    """The published target text: thinking, then the final response."""
+    """Writes an answer in the published format: the thinking, then the final response."""
     return f"{THINKING}\n\n{thinking}\n\n{FINAL}\n\n{final}"
 
 
 def parse_response(text: str) -> ParsedResponse | None:
-    """Splits an answer into its two parts, outer white space removed; None when the format is broken.
+    """Splits an answer into its two parts.
 
-    The format holds exactly one `## Thinking` and, after it, exactly one `## Final Response` followed by a blank line.
+    The format has `## Thinking` exactly once and, after it, `## Final Response` with a blank line
+    exactly once.
+
+    Returns:
+        The parts without outer white space, or None if the format is broken.
     """
-    if text.count(THINKING) != 1 or text.count(f"{FINAL}\n\n") != 1:
+    before, *final = text.split(f"{FINAL}\n\n")
+    if text.count(THINKING) != 1 or len(final) != 1 or THINKING not in before:
         return None
-    before, final = text.split(f"{FINAL}\n\n")
-    if THINKING not in before:
-        return None
-    return ParsedResponse(before.split(THINKING)[1].strip(), final.strip())
+    return ParsedResponse(before.split(THINKING)[1].strip(), final[0].strip())
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, question: str, *, system: str | None = None
 ) -> list[int]:
-    """Token ids of a conversation that ends where the assistant begins to speak."""
+    """Token ids of a conversation up to the beginning of the assistant's answer.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        question: the user's message.
+        system: the system message, if there is one.
+
+    Raises:
+        ValueError: the chat template refuses the conversation.
+    """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     return render_messages(tokenizer, messages, add_generation_prompt=True)
@@ -60,9 +77,16 @@ def render_text(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation under the tokenizer's chat template, or DEFAULT_TEMPLATE when it has none.
+    """Writes a conversation by the tokenizer's chat template, or by DEFAULT_TEMPLATE.
 
-    Raises ValueError when the template does."""
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: the conversation, each with role and content.
+        add_generation_prompt: whether the text ends with the beginning of an assistant's turn.
+
+    Raises:
+        ValueError: the chat template refuses the conversation.
+    """
     template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
     try:
         text: Any = tokenizer.apply_chat_template(
@@ -71,7 +95,7 @@ def render_text(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except TemplateError as error:  # some templates refuse a system turn in this way
+    except TemplateError as error:  # such as a template without a system turn
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     return text
 
@@ -82,7 +106,7 @@ def render_messages(
     *,
     add_generation_prompt: bool = False,
 ) -> list[int]:
-    """Token ids of the same."""
+    """Token ids of the text that `render_text` writes."""
     text = render_text(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     return tokenizer.encode(text, add_special_tokens=False)
 
@@ -90,23 +114,32 @@ def render_messages(
 def render_example(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a training conversation: what stands before the last, assistant's turn, and that turn.
+    """Token ids of a training conversation.
 
-    The two parts are encoded apart, as they are when the model answers. The turn ends with its end token and nothing
-    after it; one is added when the template writes none. Raises ValueError when the last turn is not the assistant's or is
-    blank, and when the template renders the earlier turns otherwise once an answer follows.
+    The two parts are encoded separately, as they are when the model answers.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: the conversation; the last message is the assistant's.
+
+    Returns:
+        The ids before the last turn, and those of the last turn. These end with an end token, which
+        is added if the template writes none.
+
+    Raises:
+        ValueError: the last turn is not the assistant's or is blank, or the template renders the
+            earlier turns differently when an answer follows.
     """
     if not messages or messages[-1].get("role") != "assistant":
         raise ValueError("the last turn is not the assistant's")
     if not messages[-1]["content"].strip():
         raise ValueError("the assistant's turn is empty")
-    prompt, whole = (
-        render_text(tokenizer, messages[:-1], add_generation_prompt=True),
-        render_text(tokenizer, messages),
-    )
+    prompt = render_text(tokenizer, messages[:-1], add_generation_prompt=True)
+    whole = render_text(tokenizer, messages)
     if not whole.startswith(prompt):
         raise ValueError(
-            "the chat template rewrites the prompt when an answer follows: the prompt is no prefix of the whole"
+            "the chat template rewrites the prompt when an answer follows: "
+            "the prompt is no prefix of the whole"
         )
     response = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
     end_ids = _end_ids(tokenizer)
@@ -116,15 +149,10 @@ def render_example(
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    known = (
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-    )  # Llama-3 and Qwen end turns by these
-    ends = {tokenizer.eos_token_id}
-    for token in known:  # not get_vocab: this runs for every row
-        number = tokenizer.convert_tokens_to_ids(token)
+    """Ids of the tokenizer's end token and of those END_TOKENS that it knows."""
+    end_ids = {tokenizer.eos_token_id}
+    for token in END_TOKENS:
+        number = tokenizer.convert_tokens_to_ids(token)  # an unknown token gets another's id
         if isinstance(number, int) and tokenizer.convert_ids_to_tokens(number) == token:
-            ends.add(number)
-    return ends
+            end_ids.add(number)
+    return end_ids

@@ -1,8 +1,9 @@
-"""Rows from JSON, JSONL, Parquet, `datasets` folders and hub data sets; checked, split and ordered by seed."""
+"""Reads rows from files and data sets; checks, splits and orders them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,96 +13,103 @@ import numpy as np
 QUESTION_KEY = "Open-ended Verifiable Question"
 ANSWER_KEY = "Ground-True Answer"
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A question whose answer can be checked."""
+    """A question whose answer can be verified."""
 
     question: str
     answer: str
     index: int
-    """its row's number in the data, from 0: part of the seed of every draw made for it"""
+    """Row number in the data, from 0; part of the seed of every sample drawn for the problem."""
 
 
-def load_rows(sources: str, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """All rows of the comma-separated sources, in order; the first `limit` of each when given.
+def load_rows(sources: str, *, limit: int | None = None) -> list[Row]:
+    """Reads the rows of one or more data sources.
 
-    A source is a .json (a list of objects, or an object of such lists), .jsonl or .parquet file, a folder saved by
-    `datasets`, or a hub id.
-    Raises ValueError naming the file, and the row or line, for anything that cannot be read.
+    Args:
+        sources: comma-separated; each is a .json file (a list of objects, or an object of such
+            lists), a .jsonl or .parquet file, a folder saved by `datasets`, or a hub id.
+        limit: maximum number of rows of each source; None for all.
+
+    Returns:
+        The rows, in the order of the sources.
+
+    Raises:
+        ValueError: a source cannot be read; the message names the file, and the row or line.
     """
-    rows: list[dict[str, Any]] = []
-    for source in (part.strip() for part in sources.split(",")):
-        if not source:
+    rows: list[Row] = []
+    for source in sources.split(","):
+        if not source.strip():
             raise ValueError(f"data {sources!r} has an empty entry: remove the stray comma")
-        found = _load_source(source)
-        rows += found[:limit]
+        rows += _load_source(source.strip())[:limit]
     if not rows:
         raise ValueError(f"data {sources!r} holds no rows")
     return rows
 
 
-def _load_source(source: str) -> list[dict[str, Any]]:
+def _load_source(source: str) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load_folder(path)
+        return _without_nulls(_load_folder(path))
     if not path.exists():
         if path.suffix or source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise ValueError(f"data {source}: no such file")
-        return _load_hub(source)
-    if path.suffix == ".json":
-        return _load_json(path)
-    if path.suffix == ".jsonl":
-        return _load_jsonl(path)
+        return _without_nulls(_load_hub(source))
     if path.suffix == ".parquet":
-        return _load_parquet(path)
-    raise ValueError(
-        f"data {source}: cannot read {path.suffix or 'a file without suffix'}: give .json, .jsonl, .parquet, "
-        "a folder saved by datasets, or a hub id"
-    )
+        return _without_nulls(_load_parquet(path))
+    if path.suffix == ".json":
+        rows = _load_json(path)
+    elif path.suffix == ".jsonl":
+        lines = path.read_bytes().split(b"\n")
+        rows = [
+            _parse(line, where=f"data {path}: line {number}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+    else:
+        raise ValueError(
+            f"data {source}: cannot read {path.suffix or 'a file without suffix'}: give .json, "
+            ".jsonl, .parquet, a folder saved by datasets, or a hub id"
+        )
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise ValueError(f"data {path}: row {number} is {kind}, expected an object")
+    return rows
 
 
-def _load_json(path: Path) -> list[dict[str, Any]]:
+def _parse(data: bytes, *, where: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"data {path}: not valid JSON: {error}") from None
-    if (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(part, list) for part in content.values())
-    ):
-        content = [row for part in content.values() for row in part]
-    if not isinstance(content, list):
-        raise ValueError(f"data {path}: expected a list of objects, got {type(content).__name__}")
-    return _checked_objects(content, path)
+        return json.loads(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
 
 
-def _load_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line.decode("utf-8-sig")))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise ValueError(
-                        f"data {path}: line {number} is not valid JSON: {error}"
-                    ) from None
-    return _checked_objects(rows, path)
+def _load_json(path: Path) -> list[Any]:
+    content = _parse(path.read_bytes(), where=f"data {path}")
+    if isinstance(content, list):
+        return content
+    parts = content.values() if isinstance(content, dict) else []
+    if not parts or not all(isinstance(part, list) for part in parts):
+        kind = type(content).__name__
+        raise ValueError(f"data {path}: expected a list of objects, got {kind}")
+    return [row for part in parts for row in part]
 
 
-def _load_parquet(path: Path) -> list[dict[str, Any]]:
+def _load_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return [_present(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+        return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"data {path}: not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _load_folder(path: Path) -> list[dict[str, Any]]:
+def _load_folder(path: Path) -> Iterable[Row]:
     import datasets
 
     try:
@@ -109,55 +117,57 @@ def _load_folder(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise ValueError(f"data {path}: a folder, but not one saved by datasets") from None
     parts = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
-    return [_present(row) for part in parts for row in part]
+    return [row for part in parts for row in part]
 
 
-def _load_hub(name: str) -> list[dict[str, Any]]:
+def _load_hub(name: str) -> Iterable[Row]:
     import datasets
 
     try:
-        return [_present(row) for row in datasets.load_dataset(name, split="train")]
-    except (
-        Exception
-    ) as error:  # the hub client raises a dozen kinds; each means: this name cannot be had
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:  # a dozen kinds, each of which means that the name cannot be loaded
         reason = str(error).splitlines()[0][:200]
         raise ValueError(
             f"data {name}: neither a file nor a hub data set that can be loaded: {reason}"
         ) from None
 
 
-def _present(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the nulls by which a table says that the object in a cell lacks a key, such as a fifth option."""
-    return {
-        key: {name: part for name, part in cell.items() if part is not None}
-        if isinstance(cell, dict)
-        else cell
-        for key, cell in row.items()
-    }
+def _without_nulls(rows: Iterable[Row]) -> list[Row]:
+    """Removes the nulls by which a table fills up objects that lack a key, such as an option."""
+    return [
+        {
+            key: {name: part for name, part in cell.items() if part is not None}
+            if isinstance(cell, dict)
+            else cell
+            for key, cell in row.items()
+        }
+        for row in rows
+    ]
 
 
-def _checked_objects(content: list[Any], path: Path) -> list[dict[str, Any]]:
-    for number, row in enumerate(content):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"data {path}: row {number} is {type(row).__name__}, expected an object"
-            )
-    return content
+def text_field(row: Row, key: str, *, where: str) -> str:
+    """Reads a text of a row.
 
+    Args:
+        row: the row.
+        key: key of the text.
+        where: what error messages call the row.
 
-def text_field(row: dict[str, Any], key: str, *, where: str) -> str:
-    """A row's text under `key`. Raises ValueError when it is missing, not text, or blank, naming the place and the key."""
+    Raises:
+        ValueError: the text is missing, blank, no text, or cannot be encoded as UTF-8.
+    """
     if key not in row:
-        raise ValueError(
-            f"{where}: no key {key!r}; it has {', '.join(sorted(map(str, row)))[:200]}"
-        )
+        keys = ", ".join(sorted(map(str, row)))
+        raise ValueError(f"{where}: no key {key!r}; it has {keys[:200]}")
     value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key!r} is {type(value).__name__}, expected text")
     if not value.strip():
         raise ValueError(f"{where}: {key!r} is empty")
-    if not value.isascii() and value != value.encode(errors="ignore").decode():
-        raise ValueError(f"{where}: {key!r} holds half of a character (a lone surrogate)")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {key!r} holds an unpaired surrogate") from None
     return value
 
 
@@ -168,43 +178,68 @@ def load_problems(
     question_key: str = QUESTION_KEY,
     answer_key: str = ANSWER_KEY,
 ) -> list[Problem]:
-    """Verifiable problems in the published format. Raises ValueError naming the row and the key that is missing or empty."""
-    return [
-        Problem(
-            question=text_field(row, question_key, where=f"data {sources}: row {index}"),
-            answer=text_field(row, answer_key, where=f"data {sources}: row {index}"),
-            index=index,
-        )
-        for index, row in enumerate(load_rows(sources, limit=limit))
-    ]
+    """Reads verifiable problems.
+
+    Args:
+        sources: as for `load_rows`.
+        limit: as for `load_rows`.
+        question_key: key of the question in each row.
+        answer_key: key of the reference answer in each row.
+
+    Raises:
+        ValueError: a source cannot be read, or a text is missing; the message names row and key.
+    """
+    problems = []
+    for index, row in enumerate(load_rows(sources, limit=limit)):
+        where = f"data {sources}: row {index}"
+        question = text_field(row, question_key, where=where)
+        answer = text_field(row, answer_key, where=where)
+        problems.append(Problem(question=question, answer=answer, index=index))
+    return problems
 
 
 def split(num: int, *, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Row numbers for training and for evaluation: a seeded draw without replacement, the same on every rank.
+    """Splits rows into training and evaluation rows, by a seeded draw without replacement.
 
-    Raises ValueError when either part would be empty though a fraction was asked for.
+    Args:
+        num: number of rows.
+        fraction: share of the rows to evaluate on.
+        seed: seed of the draw; equal seeds give equal splits.
+
+    Returns:
+        The row numbers for training and those for evaluation, each in ascending order.
+
+    Raises:
+        ValueError: either part would be empty, although the fraction is not 0.
     """
-    if fraction == 0.0:
-        return list(range(num)), []
     num_eval = round(num * fraction)
-    if not 0 < num_eval < num:
+    if fraction != 0.0 and not 0 < num_eval < num:
         raise ValueError(
-            f"eval_fraction={fraction} of {num} rows leaves {num - num_eval} to train on and {num_eval} to "
-            "evaluate: change it or give eval_data"
+            f"eval_fraction={fraction} of {num} rows leaves {num - num_eval} to train on and "
+            f"{num_eval} to evaluate: change it or give eval_data"
         )
     order = np.random.default_rng((seed, 0x5EED)).permutation(num)
     return sorted(order[num_eval:].tolist()), sorted(order[:num_eval].tolist())
 
 
 class Order:
-    """An endless order over `num` items: a fresh seeded permutation every epoch. Its whole state is `position`, so a
-    resumed run goes on with the very next item."""
+    """An endless order of items, with a new seeded permutation in every epoch.
+
+    `position`, the number of items taken so far, is its whole state.
+    """
 
     def __init__(self, num: int, *, seed: int, position: int = 0) -> None:
-        self.num, self.seed, self.position = num, seed, position
+        """Args:
+        num: number of items.
+        seed: seed of the permutations.
+        position: where to continue.
+        """
+        self.num = num
+        self.seed = seed
+        self.position = position
 
     def take(self, count: int) -> list[int]:
-        """The next `count` item numbers; moves on."""
+        """Returns the numbers of the next `count` items and advances."""
         taken: list[int] = []
         while len(taken) < count:
             epoch, offset = divmod(self.position, self.num)

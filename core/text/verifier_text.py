@@ -1,5 +1,4 @@
-"""The text a verifier reads, cut to its length, how its answer is read, and how answers are compared. Pure but for loading a
-template."""
+"""The text that a verifier reads, the verdicts of an LLM, and the comparison of answers."""
 
 from __future__ import annotations
 
@@ -15,15 +14,15 @@ TEMPLATE = (
     "Reference answer:\n{reference}\n\n"
     "The answer of the model is"
 )
-"""Ours; the classifier's two classes complete it. A verifier trained on another text brings its own template."""
+"""Default template, which the classifier's two classes complete."""
 
 VERDICTS = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
-"""The whole words that an LLM may judge by."""
+"""Words that count as a verdict of an LLM, in lower case."""
 FENCE = re.compile(r"\s*```(?:json|text|plaintext|markdown)?\s")
 
 
 class Tiers(NamedTuple):
-    """The scores that an answer can earn."""
+    """Scores of an answer."""
 
     right: float = 1.0
     wrong: float = 0.1
@@ -37,18 +36,21 @@ class Tiers(NamedTuple):
 
 
 def check_template(template: str) -> None:
-    """Raises ValueError unless the template holds {response} and {reference} once each, in this order."""
-    response, reference = template.find("{response}"), template.find("{reference}")
-    if (
-        template.count("{response}") != 1
-        or template.count("{reference}") != 1
-        or response > reference
-    ):
+    """Checks the template of a verifier.
+
+    Raises:
+        ValueError: it does not hold {response} and, after it, {reference} once each.
+    """
+    if re.findall("{response}|{reference}", template) != ["{response}", "{reference}"]:
         raise ValueError("verifier template: needs {response} once and, after it, {reference} once")
 
 
 def load_template(path: str | None) -> str:
-    """The template of a text file, or ours. Raises ValueError when it cannot be read or used."""
+    """Reads a verifier's template from a text file; TEMPLATE without a path.
+
+    Raises:
+        ValueError: the file cannot be read, or its content is no template.
+    """
     if path is None:
         return TEMPLATE
     try:
@@ -67,51 +69,66 @@ def verifier_ids(
     template: str,
     max_tokens: int,
 ) -> tuple[list[int], int]:
-    """Token ids of the filled-in template, and how many of the response's tokens were cut to fit `max_tokens`.
+    """Token ids of the filled-in template.
 
-    The cut is in the middle of the response, never in the reference or the instruction.
-    Raises ValueError when these alone leave no room for the response.
+    A response that is too long is cut in the middle; the reference and the template never are.
+
+    Args:
+        encode: text -> token ids, without special tokens.
+        response: the response to verify.
+        reference: the reference answer.
+        template: see check_template.
+        max_tokens: maximum number of token ids.
+
+    Returns:
+        The ids, and the number of the response's tokens that were cut.
+
+    Raises:
+        ValueError: template and reference leave no room for the response.
     """
     before, after = template.split("{response}")
-    head, tail = encode(before), encode(after.replace("{reference}", reference))
+    head = encode(before)
+    tail = encode(after.replace("{reference}", reference))
     body = encode(response)
     room = max_tokens - len(head) - len(tail)
-    if len(body) <= room:
-        return head + body + tail, 0
-    if room < 2:
+    num_cut = max(0, len(body) - room)
+    if num_cut and room < 2:
         raise ValueError(
-            f"verifier input: instruction and reference take {len(head) + len(tail)} of max_tokens={max_tokens}, which leaves "
-            f"no room for the response; raise it (reference: {reference[:60]!r})"
+            f"verifier input: instruction and reference take {len(head) + len(tail)} of "
+            f"max_tokens={max_tokens}, which leaves no room for the response; raise it "
+            f"(reference: {reference[:60]!r})"
         )
-    kept_front = (room + 1) // 2
-    return head + body[:kept_front] + body[len(body) - (room - kept_front) :] + tail, len(
-        body
-    ) - room
+    if num_cut:
+        num_front = (room + 1) // 2
+        body = body[:num_front] + body[num_front + num_cut :]
+    return head + body + tail, num_cut
 
 
 def normalise_answer(text: str) -> str:
-    """An answer for comparison: case folded, white space collapsed, outer punctuation removed."""
+    """Folds case, collapses white space and removes outer punctuation, for comparisons."""
     return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]*")
 
 
 def after_thought(text: str) -> str:
-    """An answer without the thought that reasoning models write before it, up to </think>; <think> may stand in the prompt."""
+    """Removes the thinking of a reasoning model, up to </think>; <think> may be in the prompt."""
     return text.rpartition("</think>")[2]
 
 
 def parse_verdict(text: str) -> bool | None:
-    """An LLM's verdict: its whole answer is one of the words in VERDICTS, or {"verdict": one of them or a boolean}. White
-    space, quotes, asterisks, a code fence and a full stop around it do not matter, nor does case. None for anything else:
-    "untrue", "True and false", a sentence that holds the word."""
-    text = FENCE.sub("", after_thought(text), count=1).strip(" \t\r\n`*_\"'“”‘’「」.。!！,，;；")
+    """Reads the verdict of an LLM.
+
+    A verdict is one of VERDICTS, or {"verdict": one of them or a boolean}, and nothing else but
+    white space, quotes, asterisks, a code fence or a full stop around it.
+
+    Returns:
+        The verdict, or None for any other text, such as "untrue" or "True and false".
+    """
+    text = FENCE.sub("", after_thought(text), count=1)
+    text = text.strip(" \t\r\n`*_\"'“”‘’「」.。!！,，;；")
     if not text.startswith("{"):
         return VERDICTS.get(text.casefold())
     try:
         verdict = json.loads(text)["verdict"]
-    except (
-        ValueError,
-        KeyError,
-        RecursionError,
-    ):  # the last for what repeats a bracket until it is cut off
+    except (ValueError, KeyError, RecursionError):  # RecursionError: an endless row of brackets
         return None
     return verdict if isinstance(verdict, bool) else VERDICTS.get(str(verdict).strip().casefold())

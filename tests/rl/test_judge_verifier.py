@@ -37,7 +37,7 @@ def first(body):
     return body["messages"][0]["content"]
 
 
-def test_verdicts_become_scores_and_broken_or_blank_responses_are_not_asked_about(llm_server):
+def test_verdicts_become_tiers_and_blank_responses_are_not_judged(llm_server):
     server = llm_server(lambda body: "**True**" if "lung infection" in first(body) else "False.")
     infection = "A lung infection"
     rollouts = [
@@ -56,7 +56,7 @@ def test_verdicts_become_scores_and_broken_or_blank_responses_are_not_asked_abou
     ]
 
 
-def test_the_judge_reads_the_question_and_the_final_response_without_the_reasoning(llm_server):
+def test_judge_reads_the_final_response_without_the_thinking(llm_server):
     server = llm_server(lambda body: "True")
     judge(server).score([final("Asthma")])
     assert all(
@@ -65,7 +65,7 @@ def test_the_judge_reads_the_question_and_the_final_response_without_the_reasoni
     assert "Because." not in first(server.bodies[0])
 
 
-def test_without_a_verdict_nothing_is_scored_and_the_problem_is_named(llm_server):
+def test_missing_verdict_raises_and_names_the_problem(llm_server):
     server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
     with pytest.raises(
         RuntimeError,
@@ -74,7 +74,7 @@ def test_without_a_verdict_nothing_is_scored_and_the_problem_is_named(llm_server
         judge(server).score([final("Pneumonia"), final("Asthma", index=7)])
 
 
-def test_a_response_without_a_verdict_among_many_is_wrong_and_counted(llm_server):
+def test_single_unjudged_response_is_wrong_and_counted(llm_server):
     server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
     verifier = judge(server)
     assert (
@@ -84,7 +84,7 @@ def test_a_response_without_a_verdict_among_many_is_wrong_and_counted(llm_server
     assert verifier.num_unjudged == 1
 
 
-def test_limits_are_shared_among_ranks():
+def test_limits_are_divided_among_ranks():
     given = LLMConfig(
         concurrency=9, requests_per_minute=100, tokens_per_minute=3, budget_usd=1.0, price_in=1.0
     )
@@ -99,7 +99,7 @@ def test_limits_are_shared_among_ranks():
     assert share_of_limits(given, 1) == given
 
 
-def test_two_ranks_ask_for_their_own_rollouts_only(llm_server, two_ranks, tmp_path):
+def test_each_of_two_ranks_judges_its_own_rollouts(llm_server, two_ranks, tmp_path):
     server = llm_server(
         lambda body: "True" if any(f"It is {n}." in first(body) for n in (0, 2, 4)) else "False"
     )
@@ -115,13 +115,14 @@ def test_two_ranks_ask_for_their_own_rollouts_only(llm_server, two_ranks, tmp_pa
 
         dist.init(timeout_seconds=60)
         asked = config.PPOConfig(
-            policy="p", data="d", output={str(tmp_path)!r}, steps=1, verifier=config.VerifierConfig(kind="judge"),
+            policy="p", data="d", output={str(tmp_path)!r}, steps=1,
+            verifier=config.VerifierConfig(kind="judge"),
             llm=LLMConfig(base_url={server.url!r}, model="m"),
         )
         text = "## Thinking\\n\\nx\\n\\n## Final Response\\n\\nIt is "
         rollouts = [
-            Rollout(problem=Problem(question="Which?", answer="one", index=n), prompt_ids=[5], response_ids=[6],
-                    sampler_logprobs=[-1.0], text=f"{{text}}{{n}}.")
+            Rollout(problem=Problem(question="Which?", answer="one", index=n), prompt_ids=[5],
+                    response_ids=[6], sampler_logprobs=[-1.0], text=f"{{text}}{{n}}.")
             for n in range(6)
         ]
         run = SimpleNamespace(verifier=setup._verifier(asked))
@@ -139,9 +140,7 @@ def test_two_ranks_ask_for_their_own_rollouts_only(llm_server, two_ranks, tmp_pa
     assert ["True" in text for text in journals] == [True, False]  # rank 0 has the even ones
 
 
-def test_ppo_learns_from_a_judge_and_a_second_run_over_its_verdicts_asks_nothing(
-    llm_server, make_model, tmp_path, monkeypatch
-):
+def test_ppo_with_a_judge_reuses_journaled_verdicts(llm_server, make_model, tmp_path, monkeypatch):
     (tmp_path / "answering.py").write_text(
         textwrap.dedent("""
         from dataclasses import replace
@@ -150,7 +149,9 @@ def test_ppo_learns_from_a_judge_and_a_second_run_over_its_verdicts_asks_nothing
 
         def draw(sampler, prompts, sampling, *, tokenizer):
             drawn = rollout(sampler, prompts, sampling, tokenizer=tokenizer)
-            return [replace(r, text=render_response("x", f"It is {r.problem.index}.")) for r in drawn]
+            return [
+                replace(r, text=render_response("x", f"It is {r.problem.index}.")) for r in drawn
+            ]
         """)
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -199,7 +199,7 @@ def test_an_answer_cut_at_its_limit_is_a_fault_even_when_it_reads_well(
 def test_transport_faults_of_every_kind_lose_nothing(
     model, llm_server, command, scripted, monkeypatch
 ):
-    monkeypatch.setattr("verippo.core.llm.client.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     Answer, error = llm_server.module.Answer, llm_server.module.error
     rows = [scripted.problem(n) for n in range(3)]
     good = scripted.load(command("search", rows, llm_server(model), output="good"), "search.json")
@@ -326,7 +326,7 @@ def test_a_spent_budget_writes_what_is_done_and_ends_with_status_1(
 def test_a_server_that_never_answers_is_named_in_one_line(
     llm_server, command, scripted, capsys, monkeypatch
 ):
-    monkeypatch.setattr("verippo.core.llm.client.FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     server = llm_server(lambda body: "")
     server.close()
     for num, failed in (40, 16), (3, 3):
@@ -430,7 +430,7 @@ def test_half_a_character_is_refused_in_a_question_and_kept_elsewhere(
     )
     with pytest.raises(SystemExit):
         command("search", [], server, data=tmp_path / "half.json")
-    assert re.search(r"half.json: row 1: .* half of a character", capsys.readouterr().err)
+    assert re.search(r"half.json: row 1: .* unpaired surrogate", capsys.readouterr().err)
     (tmp_path / "half.json").write_text(json.dumps(rows))
     (record,) = scripted.load(
         command("search", [], server, data=tmp_path / "half.json"), "search.json"

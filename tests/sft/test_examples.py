@@ -90,7 +90,7 @@ def test_both_conversation_forms_give_the_same_turns() -> None:
             {"messages": [{"role": ["user"], "content": "q"}]},
             "row 1, turn 0: needs a role of assistant, system, user",
         ),
-        ({"Question": "q\ud800", "Response": "a"}, "row 1: 'Question' holds half of a character"),
+        ({"Question": "q\ud800", "Response": "a"}, "row 1: 'Question' holds an unpaired surrogate"),
         ({"messages": "text"}, "row 1: its turns are not a list"),
     ],
 )

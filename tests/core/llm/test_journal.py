@@ -32,14 +32,14 @@ def path(tmp_path):
     return tmp_path / "run" / "journal.jsonl"
 
 
-def test_a_key_is_the_hash_of_the_content_in_canonical_form():
+def test_content_key_is_the_hash_of_canonical_json():
     by_hand = hashlib.sha256(b'[{"a":[true,null,"\\u00e9"],"b":1},"x"]').hexdigest()[:32]
     assert content_key({"b": 1, "a": [True, None, "é"]}, "x") == by_hand
     assert content_key(["a"], "b") != content_key(["a", "b"])
     assert content_key(1) != content_key("1")
 
 
-def test_what_was_recorded_is_there_when_opened_again(path):
+def test_entries_survive_reopening(path):
     with Journal(path) as journal:
         record(
             journal, ("a", {"text": "né\u2028\n", "n": [1, 2.5, None]}), ("b", "正确"), ("c", False)
@@ -53,7 +53,7 @@ def test_what_was_recorded_is_there_when_opened_again(path):
     assert keys(path) == ["a", "b", "c"]  # in the order of writing
 
 
-def test_the_last_entry_of_a_key_counts_be_it_a_value_or_a_failure(path):
+def test_last_entry_of_a_key_counts(path):
     with Journal(path) as journal:
         record(journal, ("a", 1), ("b", 1))
         asyncio.run(journal.record_error("a", "no answer"))
@@ -65,7 +65,7 @@ def test_the_last_entry_of_a_key_counts_be_it_a_value_or_a_failure(path):
         assert [(journal.get(key), journal.error(key)) for key in "ab"] == states
 
 
-def test_a_line_torn_at_any_byte_is_cut_off_and_writing_goes_on(path):
+def test_incomplete_last_line_is_removed(path):
     with Journal(path) as journal:
         record(journal, ("whole", "é"))
     whole = path.read_bytes()
@@ -81,7 +81,7 @@ def test_a_line_torn_at_any_byte_is_cut_off_and_writing_goes_on(path):
         assert keys(path) == ["whole", "next"]
 
 
-def test_zeros_that_a_power_cut_leaves_at_the_end_are_cut_off(path):
+def test_zeros_at_the_end_are_removed(path):
     with Journal(path) as journal:
         record(journal, ("a", 1))
     whole = path.read_bytes()
@@ -92,7 +92,7 @@ def test_zeros_that_a_power_cut_leaves_at_the_end_are_cut_off(path):
 
 
 @pytest.mark.parametrize("damage", [b"{half\n", b'{"value": 1}\n', b"[1]\n", b"\xff\n"])
-def test_a_damaged_line_before_others_is_refused_by_its_number(path, damage):
+def test_damaged_line_before_others_is_refused(path, damage):
     with Journal(path) as journal:
         record(journal, ("a", 1), ("b", 2))
     first, second = path.read_bytes().splitlines(keepends=True)
@@ -103,7 +103,7 @@ def test_a_damaged_line_before_others_is_refused_by_its_number(path, damage):
     Journal(path).close()  # the refusal gave up the lock
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(path):
+def test_second_process_is_refused(path):
     code = (
         "import sys; from pathlib import Path; from verippo.core.llm.journal import Journal;"
         f"j = Journal(Path({str(path)!r})); print('open', flush=True); sys.stdin.read()"
@@ -123,7 +123,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(path):
     Journal(path).close()
 
 
-def test_every_entry_that_was_acknowledged_before_a_kill_is_there(path):
+def test_acknowledged_entries_survive_a_kill(path):
     code = f"""
 import asyncio
 from pathlib import Path
@@ -152,7 +152,7 @@ asyncio.run(main())
     assert keys(path)[-1] == "after"
 
 
-def test_entries_recorded_at_once_share_their_fsyncs(path, monkeypatch):
+def test_concurrent_entries_share_an_fsync(path, monkeypatch):
     synced, real = [], os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda file: (synced.append(threading.get_ident()), real(file))[1]
@@ -164,7 +164,7 @@ def test_entries_recorded_at_once_share_their_fsyncs(path, monkeypatch):
     assert len(keys(path)) == 1000
 
 
-def test_an_entry_counts_only_when_it_is_on_disk(path, monkeypatch):
+def test_entry_counts_only_when_on_disk(path, monkeypatch):
     allowed = threading.Event()
     monkeypatch.setattr(os, "fsync", lambda file: allowed.wait(timeout=20))
 
@@ -182,9 +182,7 @@ def test_an_entry_counts_only_when_it_is_on_disk(path, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", ["pwrite", "fsync"])
-def test_a_full_disk_reaches_everyone_who_waits_and_leaves_nothing_half_written(
-    path, monkeypatch, failing
-):
+def test_full_disk_fails_all_waiting_entries_and_keeps_none(path, monkeypatch, failing):
     real = os.pwrite
 
     def full(file, data=b"", offset=0):
@@ -211,7 +209,7 @@ def test_a_full_disk_reaches_everyone_who_waits_and_leaves_nothing_half_written(
     assert keys(path) == ["a", "b"]
 
 
-def test_what_json_cannot_hold_is_refused_at_once(path):
+def test_value_that_json_cannot_hold_is_refused(path):
     with Journal(path) as journal:
         with pytest.raises(ValueError, match="Out of range float"):
             record(journal, ("a", float("nan")))
@@ -219,7 +217,7 @@ def test_what_json_cannot_hold_is_refused_at_once(path):
     assert path.read_bytes() == b""
 
 
-def test_half_characters_are_kept(path):
+def test_unpaired_surrogates_are_kept(path):
     with Journal(path) as journal:
         record(journal, ("a", "热\ud800"))
     with Journal(path) as journal:

@@ -2,29 +2,21 @@ from __future__ import annotations
 
 import pytest
 
-from verippo.core.llm import client as llm
 from verippo.core.llm.client import LLMConfig
-from verippo.core.llm.judge import Case, Judge
+from verippo.core.llm.judge import Judge, JudgedAnswer
 
-CASE = Case("row 7", "Fever {and} cough?", "Pneumonia", "{reference} Asthma")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(llm, "FIRST_WAIT_SECONDS", 0.01)
+CASE = JudgedAnswer("row 7", "Fever {and} cough?", "Pneumonia", "{reference} Asthma")
 
 
-def judge(server, *, journal=None, max_asks=3, **settings):
-    return Judge(
-        LLMConfig(base_url=server.url, model="m", **settings), journal=journal, max_asks=max_asks
-    )
+def judge(server, *, journal=None, **settings):
+    return Judge(LLMConfig(base_url=server.url, model="m", **settings), journal=journal)
 
 
 def first(body):
     return body["messages"][0]["content"]
 
 
-def test_verdicts_come_in_the_cases_order(llm_server):
+def test_verdicts_keep_the_order_of_the_answers(llm_server):
     server = llm_server(
         lambda body: llm_server.module.Answer(
             "True" if "yes" in first(body) else "False", delay_seconds=0.1 * ("slow" in first(body))
@@ -35,7 +27,7 @@ def test_verdicts_come_in_the_cases_order(llm_server):
     assert judge(server).verdicts([]) == []
 
 
-def test_the_prompt_holds_every_part_as_it_stands_and_is_asked_at_temperature_zero(llm_server):
+def test_prompt_quotes_every_part_verbatim_at_temperature_zero(llm_server):
     server = llm_server(lambda body: "True")
     judge(server).verdicts([CASE])
     (body,) = server.bodies
@@ -51,7 +43,7 @@ def test_the_prompt_holds_every_part_as_it_stands_and_is_asked_at_temperature_ze
 @pytest.mark.parametrize(
     "babble", ["untrue", "True or False?", "The answer agrees: True", "Falsehood"]
 )
-def test_what_is_no_verdict_is_asked_again_with_the_fault_named(llm_server, babble):
+def test_reply_without_verdict_is_asked_about_again(llm_server, babble):
     server = llm_server(lambda body: babble if len(body["messages"]) < 5 else "true")
     assert judge(server).verdicts([CASE]) == [True]
     assert [len(body["messages"]) for body in server.bodies] == [1, 3, 5]
@@ -60,13 +52,13 @@ def test_what_is_no_verdict_is_asked_again_with_the_fault_named(llm_server, babb
     assert f"{babble!r} is not the one word True or False" in asked["content"]
 
 
-def test_without_a_verdict_the_case_and_the_fault_are_named(llm_server):
+def test_error_names_answer_and_problem_without_a_verdict(llm_server):
     server = llm_server(lambda body: "untrue")
     with pytest.raises(
         RuntimeError,
-        match="judge: no verdict of m on row 7 in 2 asks: 'untrue' is not the one word True or F",
+        match="judge: no verdict of m on row 7 in 3 asks: 'untrue' is not the one word True or F",
     ):
-        judge(server, max_asks=2).verdicts([CASE])
+        judge(server).verdicts([CASE])
     cut = llm_server(
         lambda body: llm_server.module.Answer("Let me think", "length", completion_tokens=9)
     )
@@ -77,7 +69,7 @@ def test_without_a_verdict_the_case_and_the_fault_are_named(llm_server):
         judge(cut).verdicts([CASE])
 
 
-def test_a_tenth_of_the_cases_may_stay_without_a_verdict_each_said_and_counted(llm_server, capsys):
+def test_a_tenth_of_the_answers_may_stay_unjudged(llm_server, capsys):
     def answer(body):
         if "Gout" in first(body):
             return llm_server.module.error(400, "content policy")
@@ -99,7 +91,7 @@ def test_a_tenth_of_the_cases_may_stay_without_a_verdict_each_said_and_counted(l
     assert one.verdicts(cases[2:]) == [True] * 18
 
 
-def test_a_call_that_fails_for_good_names_the_case_and_the_reason_and_a_spent_budget_is_the_callers(
+def test_failed_call_and_spent_budget_are_reported(
     llm_server,
 ):
     server = llm_server(lambda body: llm_server.module.error(500, "out of order"))
@@ -112,7 +104,7 @@ def test_a_call_that_fails_for_good_names_the_case_and_the_reason_and_a_spent_bu
         judge(server, budget_usd=0.001, price_out=1e3).verdicts([CASE])
 
 
-def test_a_run_that_goes_on_asks_for_no_verdict_again_but_for_failures(llm_server, tmp_path):
+def test_resumed_run_repeats_only_failed_calls(llm_server, tmp_path):
     server = llm_server(
         lambda body: "True" if len(server.bodies) < 3 else llm_server.module.error(400, "enough")
     )

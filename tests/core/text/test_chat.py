@@ -33,7 +33,7 @@ def templated(tokenizer_folder):
     return tokenizer
 
 
-def test_the_target_text_is_the_published_one():
+def test_render_response_writes_the_published_format():
     assert (
         render_response("Think.", "Answer.")
         == "## Thinking\n\nThink.\n\n## Final Response\n\nAnswer."
@@ -41,7 +41,7 @@ def test_the_target_text_is_the_published_one():
 
 
 @given(st.text(), st.text())
-def test_parse_reads_what_render_wrote(thinking, final):
+def test_parse_response_inverts_render_response(thinking, final):
     assume("##" not in thinking + final)
     assert parse_response(render_response(thinking, final)) == (thinking.strip(), final.strip())
 
@@ -51,7 +51,7 @@ def test_parse_reads_what_render_wrote(thinking, final):
         st.sampled_from(["## Thinking", "## Final Response", "\n\n", "\n", "text", " "]), max_size=9
     )
 )
-def test_a_text_parses_only_with_each_heading_exactly_once_and_in_order(pieces):
+def test_parse_needs_each_heading_once_and_in_order(pieces):
     text = "".join(pieces)
     parsed = parse_response(text)
     finals = [n for n in range(len(text)) if text.startswith("## Final Response\n\n", n)]
@@ -77,15 +77,15 @@ def test_a_text_parses_only_with_each_heading_exactly_once_and_in_order(pieces):
         "## Thinking\n\na\n\n## final response\n\nb",
     ],
 )
-def test_a_broken_format_parses_to_none(broken):
+def test_broken_format_parses_to_none(broken):
     assert parse_response(broken) is None
 
 
-def test_text_before_the_thinking_is_allowed_and_dropped():
+def test_text_before_the_thinking_is_dropped():
     assert parse_response("So.\n## Thinking\n\na\n\n## Final Response\n\n b \n") == ("a", "b")
 
 
-def test_the_default_template_stands_in_when_the_tokenizer_has_none(tokenizer):
+def test_default_template_is_used_if_the_tokenizer_has_none(tokenizer):
     assert tokenizer.decode(render_prompt(tokenizer, "Which drug?", system="Be brief.")) == (
         "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.</s>"
         "<|start_header_id|>user<|end_header_id|>\n\nWhich drug?</s>"
@@ -93,7 +93,7 @@ def test_the_default_template_stands_in_when_the_tokenizer_has_none(tokenizer):
     )
 
 
-def test_the_tokenizers_own_template_comes_first(templated):
+def test_own_template_of_the_tokenizer_is_preferred(templated):
     assert (
         templated.decode(render_prompt(templated, "Which drug?"))
         == "[user] Which drug?\n[assistant] "
@@ -108,7 +108,7 @@ def test_special_tokens_come_from_the_template_alone(tokenizer):
 
 
 @given(question=st.text(min_size=1), answer=st.text(min_size=1))
-def test_prompt_and_response_together_read_as_the_whole_conversation(tokenizer, question, answer):
+def test_prompt_and_response_make_up_the_conversation(tokenizer, question, answer):
     assume(answer.strip() and "</s>" not in question + answer)
     prompt, response = render_example(
         tokenizer, [{"role": "user", "content": question}, ANSWER | {"content": answer}]
@@ -124,18 +124,18 @@ def test_prompt_and_response_together_read_as_the_whole_conversation(tokenizer, 
 DEFAULT_HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n{}</s>"
 
 
-def test_the_default_template_names_no_end_token_of_its_own():
+def test_default_template_names_no_end_token_of_its_own():
     assert "eos_token" in DEFAULT_TEMPLATE
     assert "eot" not in DEFAULT_TEMPLATE
 
 
-def test_an_end_token_is_added_when_the_template_writes_none(templated):
+def test_end_token_is_added_if_the_template_writes_none(templated):
     prompt, response = render_example(templated, [QUESTION, ANSWER])
     assert templated.decode(prompt) == "[user] Which drug?\n[assistant] "
     assert templated.decode(response) == "Aspirin\n</s>"
 
 
-def test_what_the_template_writes_after_the_end_token_is_left_out(tokenizer_folder):
+def test_text_after_the_end_token_is_dropped(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = DEFAULT_TEMPLATE.replace("{{ eos_token }}", "{{ eos_token }}\n")
     assert tokenizer.decode(render_example(tokenizer, [QUESTION, ANSWER])[1]) == "Aspirin</s>"
@@ -149,14 +149,14 @@ def test_what_the_template_writes_after_the_end_token_is_left_out(tokenizer_fold
         ([QUESTION, ANSWER | {"content": " \n"}], "is empty"),
     ],
 )
-def test_an_example_without_an_answer_is_refused(tokenizer, messages, reason):
+def test_example_without_an_answer_is_refused(tokenizer, messages, reason):
     with pytest.raises(
         ValueError, match=f"the assistant's turn {reason}|the last turn is {reason}"
     ):
         render_example(tokenizer, messages)
 
 
-def test_a_conversation_that_the_template_refuses_is_a_value_error(tokenizer_folder):
+def test_refusal_by_the_template_is_a_value_error(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_a_conversation_that_the_template_refuses_is_a_value_error(tokenizer_fol
         render_prompt(tokenizer, "q", system="s")
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer_folder):
+def test_template_that_rewrites_the_prompt_is_refused(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = (
         "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_rows(write, tmp_path):
         assert load_rows(source) == ROWS, source
 
 
-def test_a_table_of_objects_with_different_keys_gives_each_its_own(tmp_path):
+def test_nulls_for_missing_keys_are_removed_from_objects(tmp_path):
     rows = [
         {"options": {"A": "a", "B": "b"}, "note": None},
         {"options": {"A": "a", "B": "b", "C": "c"}, "note": "n"},
@@ -67,11 +67,11 @@ def test_a_table_of_objects_with_different_keys_gives_each_its_own(tmp_path):
     assert load_rows(str(tmp_path / "rows.parquet")) == load_rows(str(tmp_path / "saved")) == rows
 
 
-def test_a_folder_of_several_parts_gives_all_of_them(tmp_path):
+def test_all_parts_of_a_folder_are_read(tmp_path):
     assert load_rows(saved_folder(tmp_path, parts=True)) == ROWS
 
 
-def test_sources_are_joined_in_order_and_each_is_limited(write):
+def test_sources_are_joined_and_limited_one_by_one(write):
     both = f"{write('a.json', ROWS)}, {write('b.jsonl', jsonl(ROWS[::-1]))}"
     assert [row["a"] for row in load_rows(both)] == ["1", "2", "3", "3", "2", "1"]
     assert [row["a"] for row in load_rows(both, limit=2)] == ["1", "2", "3", "2"]
@@ -80,8 +80,8 @@ def test_sources_are_joined_in_order_and_each_is_limited(write):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("bad.json", "[{", "bad.json: not valid JSON: .*line 1 column 3"),
-        ("latin.json", '[{"q": "ä"}]'.encode("latin-1"), "latin.json: not valid JSON"),
+        ("bad.json", "[{", "bad.json is not valid JSON: .*line 1 column 3"),
+        ("latin.json", '[{"q": "ä"}]'.encode("latin-1"), "latin.json is not valid JSON"),
         ("text.json", '"text"', "text.json: expected a list of objects, got str"),
         ("object.json", {"q": "one"}, "object.json: expected a list of objects, got dict"),
         ("mixed.json", [{"q": 1}, "two"], "mixed.json: row 1 is str, expected an object"),
@@ -94,7 +94,7 @@ def test_sources_are_joined_in_order_and_each_is_limited(write):
         ("rows", "q,a\n", "cannot read a file without suffix"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_its_file_and_place(write, name, content, reason):
+def test_unreadable_data_is_refused_with_file_and_place(write, name, content, reason):
     with pytest.raises(ValueError, match=reason):
         load_rows(write(name, content))
 
@@ -102,13 +102,13 @@ def test_what_cannot_be_read_is_refused_with_its_file_and_place(write, name, con
 @pytest.mark.parametrize(
     "source", ["absent.json", "./absent", "/no/such/folder", "~/absent", "a/b/c", "absent"]
 )
-def test_a_missing_file_is_refused_without_asking_the_hub(source, monkeypatch):
+def test_missing_file_is_refused_without_asking_the_hub(source, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ValueError, match=f"data {source}: no such file"):
         load_rows(source)
 
 
-def test_a_hub_name_that_cannot_be_had_is_refused_in_one_line(monkeypatch):
+def test_hub_error_is_reported_in_one_line(monkeypatch):
     def fail(name, split):
         raise ConnectionError(f"no way to {name} {split}\nand a long tail")
 
@@ -120,17 +120,17 @@ def test_a_hub_name_that_cannot_be_had_is_refused_in_one_line(monkeypatch):
         load_rows("owner/name")
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a folder, but not one saved by datasets"):
         load_rows(str(tmp_path))
 
 
-def test_a_stray_comma_is_refused(write):
+def test_stray_comma_is_refused(write):
     with pytest.raises(ValueError, match="empty entry: remove the stray comma"):
         load_rows(write("a.json", ROWS) + ",")
 
 
-def test_problems_carry_their_row_number_over_all_sources(problems_file):
+def test_problem_index_counts_over_all_sources(problems_file):
     problems = load_problems(f"{problems_file},{problems_file}", limit=2)
     assert problems == [
         Problem(question=f"What is {n} plus one?", answer=str(n + 1), index=index)
@@ -153,17 +153,17 @@ def test_problems_under_other_keys_are_read(write):
         ({"q": "x", "a": None}, "row 3: 'a' is NoneType, expected text"),
     ],
 )
-def test_a_bad_problem_is_named_by_row_and_key(write, bad, reason):
+def test_bad_problem_is_named_by_row_and_key(write, bad, reason):
     with pytest.raises(ValueError, match=f"a.json: {reason}"):
         load_problems(write("a.json", [*ROWS, bad]), question_key="q", answer_key="a")
 
 
-def test_text_is_given_back_as_it_stands():
+def test_text_field_returns_the_text_unchanged():
     assert text_field({"a": "  x\n"}, "a", where="here") == "  x\n"
 
 
 @given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 2**32))
-def test_a_split_is_disjoint_complete_and_seeded(num, fraction, seed):
+def test_split_is_disjoint_complete_and_seeded(num, fraction, seed):
     if not 0 < round(num * fraction) < num:
         with pytest.raises(ValueError, match=f"of {num} rows leaves"):
             split(num, fraction=fraction, seed=seed)
@@ -174,13 +174,13 @@ def test_a_split_is_disjoint_complete_and_seeded(num, fraction, seed):
     assert split(num, fraction=fraction, seed=seed) == (train, held_out)
 
 
-def test_another_seed_holds_out_other_rows_and_no_fraction_none():
+def test_split_depends_on_seed_and_is_empty_at_fraction_zero():
     held_out = {tuple(split(1000, fraction=0.1, seed=seed)[1]) for seed in range(20)}
     assert len(held_out) == 20
     assert split(3, fraction=0.0, seed=0) == ([0, 1, 2], [])
 
 
-def test_every_row_is_held_out_about_equally_often():
+def test_split_holds_out_every_row_equally_often():
     # 300 draws of 5 out of 10: a count has mean 150 and standard deviation 8.7
     counts = [0] * 10
     for seed in range(300):
@@ -197,7 +197,7 @@ def test_every_epoch_is_a_permutation(num, seed, epochs):
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 30), min_size=1, max_size=8), st.data())
-def test_an_order_resumed_at_its_position_goes_on_exactly(num, counts, data):
+def test_resumed_order_continues_at_its_position(num, counts, data):
     unbroken = Order(num, seed=3).take(sum(counts))
     order, taken, stop = Order(num, seed=3), [], data.draw(st.integers(0, len(counts)))
     for number, count in enumerate(counts):
@@ -208,7 +208,7 @@ def test_an_order_resumed_at_its_position_goes_on_exactly(num, counts, data):
     assert order.position == sum(counts)
 
 
-def test_epochs_and_seeds_differ():
+def test_orders_differ_between_epochs_and_seeds():
     first = Order(50, seed=0).take(100)
     assert first[:50] != first[50:]
     assert first[:50] != Order(50, seed=1).take(50)

@@ -28,23 +28,23 @@ def cut(response, reference="ref", *, template="<{response}|{reference}>", max_t
     return decode(ids), num_cut
 
 
-def test_a_text_that_fits_is_filled_in_whole():
+def test_text_that_fits_is_not_cut():
     assert cut("abcdef", max_tokens=12) == ("<abcdef|ref>", 0)
 
 
-def test_the_middle_of_the_response_is_cut_worked_by_hand():
+def test_cut_in_the_middle_worked_by_hand():
     # 11 tokens less the 6 of `<`, `|ref>` leave 5: three from the front, two from the back
     assert cut("abcdefgh", max_tokens=11) == ("<abcgh|ref>", 3)
     assert cut("abcdefgh", max_tokens=10) == ("<abgh|ref>", 4)
 
 
-def test_a_response_that_names_a_placeholder_is_text_like_any_other():
+def test_placeholder_in_a_response_is_plain_text():
     assert cut("{reference}", max_tokens=99) == ("<{reference}|ref>", 0)
     assert cut("a", "{response}", max_tokens=99) == ("<a|{response}>", 0)
 
 
 @given(st.text(max_size=60), st.text(max_size=10), st.integers(20, 60))
-def test_the_cut_keeps_both_ends_the_reference_and_the_limit(response, reference, max_tokens):
+def test_cut_keeps_both_ends_the_reference_and_the_limit(response, reference, max_tokens):
     text, num_cut = cut(response, reference, max_tokens=max_tokens)
     whole = f"<{response}|{reference}>"
     assert len(text) == min(len(whole), max_tokens)
@@ -54,18 +54,18 @@ def test_the_cut_keeps_both_ends_the_reference_and_the_limit(response, reference
     assert text == f"<{response[:front]}{response[len(response) - (kept - front) :]}|{reference}>"
 
 
-def test_a_reference_that_leaves_no_room_is_refused_never_cut():
+def test_reference_that_leaves_no_room_is_refused():
     with pytest.raises(
         ValueError, match=r"take 43 of max_tokens=43.*no room for the response.*reference: 'rrrr"
     ):
         cut("abc", "r" * 40, max_tokens=43)
 
 
-def test_an_empty_response_needs_no_room():
+def test_empty_response_needs_no_room():
     assert cut("", max_tokens=6) == ("<|ref>", 0)
 
 
-def test_our_own_template_passes_its_check():
+def test_default_template_passes_the_check():
     check_template(TEMPLATE)
 
 
@@ -80,12 +80,12 @@ def test_our_own_template_passes_its_check():
         "{response}{reference}{reference}",
     ],
 )
-def test_a_template_without_each_placeholder_once_and_in_order_is_refused(template):
+def test_template_needs_each_placeholder_once_and_in_order(template):
     with pytest.raises(ValueError, match="needs {response} once and, after it, {reference} once"):
         check_template(template)
 
 
-def test_the_tiers_are_the_published_ones():
+def test_tiers_are_the_published_ones():
     assert Tiers() == (1.0, 0.1, 0.0)
 
 
@@ -101,7 +101,7 @@ def test_the_tiers_are_the_published_ones():
         ("...", ""),
     ],
 )
-def test_answers_are_compared_without_case_spacing_and_outer_punctuation(text, expected):
+def test_normalise_answer_ignores_case_spacing_punctuation(text, expected):
     assert normalise_answer(text) == expected
 
 
@@ -140,7 +140,7 @@ def test_answers_are_compared_without_case_spacing_and_outer_punctuation(text, e
         ("假", False),
     ],
 )
-def test_a_verdict_is_one_whole_word_in_any_wrapping(form, word, verdict):
+def test_verdict_is_one_whole_word_in_any_wrapping(form, word, verdict):
     assert parse_verdict(form.format(word)) is verdict
 
 
@@ -186,22 +186,22 @@ def test_a_verdict_is_one_whole_word_in_any_wrapping(form, word, verdict):
         '{"verdict": ' + "[" * 3000,
     ],
 )
-def test_anything_else_is_no_verdict(text):
+def test_any_other_text_is_no_verdict(text):
     assert parse_verdict(text) is None
 
 
-def test_a_thought_may_have_begun_in_the_prompt():
+def test_thinking_may_begin_in_the_prompt():
     assert parse_verdict("Is it true? It is not.</think>\n\nFalse") is False
     assert parse_verdict("True</think>") is None
 
 
-def test_a_verdict_may_be_a_json_boolean():
+def test_verdict_may_be_a_json_boolean():
     assert parse_verdict('{"verdict": true}') is True
     assert parse_verdict('```json\n{"verdict": false, "why": "other drug"}\n```') is False
 
 
 @given(st.text(alphabet='untrefalsTF 不正确错误真假.*"`\n', max_size=12))
-def test_a_verdict_holds_no_other_letters_than_the_word(text):
+def test_verdict_has_no_letters_besides_the_word(text):
     words = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
     expected = words.get("".join(c for c in text if c.isalpha() or c == " ").strip().lower())
     verdict = parse_verdict(text)
