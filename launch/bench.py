@@ -24,25 +24,26 @@ from ..core.training.model import context_length, load_causal_lm, load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Draws responses to the same random prompts in this process and, where there are servers, from them."""
+    """Measures how fast responses are sampled, in this process and from servers."""
 
     model: str
-    """Hugging Face folder or hub id; its weights are sent to the servers first"""
+    """Hugging Face folder or hub id; its weights are sent to the servers first."""
     sampler: SglangConfig = field(default_factory=SglangConfig)
     """the servers, and how the weights travel there"""
     prompts: int = 64
-    """responses a run"""
+    """Responses per run."""
     prompt_tokens: int = 64
-    """tokens of each prompt"""
+    """Tokens of each prompt."""
     max_new_tokens: int = 64
-    """tokens at which a response ends that has not stopped"""
+    """Tokens after which a response without stop token ends."""
     max_batch: int = 64
-    """rows decoded at once in this process"""
+    """Responses decoded at once in this process."""
     repeats: int = 3
-    """runs of each engine after one that does not count; the middle one's speed is the figure"""
+    """Runs of each engine after a warm-up run; the median speed is reported."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """of the model in this process; servers keep their own"""
+    """Data type of the model in this process; servers keep their own."""
     seed: int = 0
+    """Seed of the prompts."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "prompt_tokens", "max_new_tokens", "max_batch", "repeats"):

@@ -28,10 +28,9 @@ NUM_LOGGED_SAMPLES = 4
 
 
 @dataclass(kw_only=True)
-class PPORun(TrainingRun):
+class PPORun(TrainingRun[PPOConfig]):
     """Everything of a PPO run that a reader of the algorithm does not need to see."""
 
-    config: PPOConfig
     parts: Components
     evaluation: Callable[[], Metrics] | None = None
     """Scores the held-out problems; None where there are none."""

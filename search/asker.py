@@ -72,6 +72,7 @@ class Asker:
         call = Call(name, llm.config.model, content_key(prompt))
         self._calls.append(call)
         text = prompt
+        fault = ""
         for number in range(self.max_asks):
             # always a single user turn: some chat templates refuse two in a row
             message = {"role": "user", "content": text}

@@ -100,7 +100,7 @@ def fit(
     return state
 
 
-def _speed(run: TrainingRun, num_tokens: int) -> Metrics:
+def _speed(run: TrainingRun[TrainingConfig], num_tokens: int) -> Metrics:
     """Counts and times of the step that just ended."""
     seconds = run.watch.take()
     return {

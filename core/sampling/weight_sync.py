@@ -230,7 +230,8 @@ def pickle_tensors(bucket: Bucket) -> bytes:
 
 
 def _handle(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    rebuild, arguments = reductions.reduce_tensor(tensor)
+    reduced: Any = reductions.reduce_tensor(tensor)
+    rebuild, arguments = reduced
     device = 6  # which argument of rebuild_cuda_tensor numbers the GPU
     assert arguments[device] == tensor.device.index
     uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)

@@ -186,7 +186,8 @@ class OuterGroup:
         """Broadcasts tensors one after another and waits until they are sent."""
         options: dict[str, Any] = {"src": 0, "group": self.group, "async_op": True}
         for work in [td.broadcast(tensor, **options) for tensor in tensors]:
-            work.wait()
+            if work is not None:
+                work.wait()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -343,7 +343,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that end a response: those of the tokenizer and of generation_config.json."""
-    stops = {tokenizer.eos_token_id}
+    end: Any = tokenizer.eos_token_id
+    stops = {end}
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
