@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, [n] each, through dense [n, v] tensors."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32

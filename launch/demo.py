@@ -295,7 +295,12 @@ def verifier_config(config: DemoConfig, folder: Path, base: Path) -> VerifierTra
     )
 
 
-def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -> PPOConfig:
+def ppo_config(
+    config: DemoConfig,
+    paths: Paths,
+    output: Path,
+    **changes: Any,
+) -> PPOConfig:
     """What the PPO stage is told; `changes` for its variants."""
     return replace(
         PPOConfig(

@@ -103,7 +103,12 @@ def sampler_correction(
     return Correction(weights, touched.sum(), weights.sum().square() / square_sum)
 
 
-def _check(level: str, mode: str, low: float, high: float) -> None:
+def _check(
+    level: str,
+    mode: str,
+    low: float,
+    high: float,
+) -> None:
     if level not in ("token", "sequence", "geometric"):
         raise ValueError(f"level={level!r}: must be token, sequence or geometric")
     if mode not in ("truncate", "clip", "mask"):

@@ -39,7 +39,12 @@ class PPORun(TrainingRun[PPOConfig]):
 
     @classmethod
     def open(
-        cls, config: PPOConfig, folder: Path, parts: Components, *, resolved: dict[str, Any]
+        cls,
+        config: PPOConfig,
+        folder: Path,
+        parts: Components,
+        *,
+        resolved: dict[str, Any],
     ) -> PPORun:
         """Resumes from the newest checkpoint, if there is one, and opens the log."""
         run = cls(
@@ -85,7 +90,12 @@ class PPORun(TrainingRun[PPOConfig]):
         """The verifier's scores: [rollouts] float64, the same on every rank."""
         return score(self.parts, rollouts)
 
-    def step_optimizers(self, number: int, meter: UpdateMeter, rollouts: list[Rollout]) -> None:
+    def step_optimizers(
+        self,
+        number: int,
+        meter: UpdateMeter,
+        rollouts: list[Rollout],
+    ) -> None:
         """Steps both optimizers; `number` counts this step's mini-batches from 0."""
         per_step = self.config.epochs * self.config.minibatches
         meter.rates = self.parts.rates(self.state.step * per_step + number)
@@ -105,7 +115,11 @@ class PPORun(TrainingRun[PPOConfig]):
         self.push_metrics = push_weights(self.config, self.parts, self.state.step)
 
     def record(
-        self, row: Metrics, meter: UpdateMeter, rollouts: Sequence[Rollout], scores: Tensor
+        self,
+        row: Metrics,
+        meter: UpdateMeter,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
     ) -> None:
         """Writes the metrics of a finished step, and now and then sampled texts with scores."""
         config, state, verifier = self.config, self.state, self.parts.verifier
@@ -141,7 +155,13 @@ class PPORun(TrainingRun[PPOConfig]):
         self._log_samples(rollouts, scores, split="eval")
         return evaluation_metrics(rollouts, scores, config.verifier.right)
 
-    def _log_samples(self, rollouts: Sequence[Rollout], scores: Tensor, *, split: str) -> None:
+    def _log_samples(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
+        *,
+        split: str,
+    ) -> None:
         if self.log is None:
             return
         first = list(zip(rollouts, scores.tolist(), strict=True))[:NUM_LOGGED_SAMPLES]
@@ -153,7 +173,11 @@ class PPORun(TrainingRun[PPOConfig]):
 
 
 def roll_out(
-    parts: Components, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, version: int
+    parts: Components,
+    prompts: Sequence[RolloutPrompt],
+    sampling: SamplingParams,
+    *,
+    version: int,
 ) -> list[Rollout]:
     """Samples one response per prompt, each rank its share.
 

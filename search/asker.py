@@ -23,7 +23,12 @@ class Asker:
     """Asks on behalf of one item, whose trajectory it records in `steps`."""
 
     def __init__(
-        self, llm: LLM, prompts: Prompts, *, max_asks: int, judge_temperature: float
+        self,
+        llm: LLM,
+        prompts: Prompts,
+        *,
+        max_asks: int,
+        judge_temperature: float,
     ) -> None:
         self.llm = llm
         self.prompts = prompts

@@ -154,7 +154,11 @@ def _tokenise(
 
 
 def _encode_row(
-    row: dict[str, str], index: int, *, tokenizer: PreTrainedTokenizerBase, sources: str
+    row: dict[str, str],
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: str,
 ) -> dict[str, list[int]]:
     try:
         prompt, response = render_example(tokenizer, json.loads(row["turns"]))

@@ -129,7 +129,11 @@ def _is_unlabelled(row: dict[str, Any]) -> bool:
 
 
 def _from_row(
-    row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int
+    row: dict[str, Any],
+    *,
+    where: str,
+    rng: random.Random,
+    num_wrong: int,
 ) -> tuple[str, list[LabelledAnswer]]:
     """The kind of a row that has labels, and its answers."""
     if "label" in row:
@@ -152,7 +156,11 @@ def _from_row(
 
 
 def from_question(
-    row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int
+    row: dict[str, Any],
+    *,
+    where: str,
+    rng: random.Random,
+    num_wrong: int,
 ) -> list[LabelledAnswer]:
     """Right and wrong answers from an exam question, equally many and phrased alike.
 

@@ -45,7 +45,12 @@ def format_duration(seconds: float) -> str:
 
 
 def write_page(
-    output: Path, template: Path, *, folder: Path, script: str = "", **values: Any
+    output: Path,
+    template: Path,
+    *,
+    folder: Path,
+    script: str = "",
+    **values: Any,
 ) -> Path:
     """Renders the template with the values to `output`, at once or not at all; its path.
 

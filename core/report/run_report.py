@@ -278,7 +278,13 @@ def stack(ax: Any, curves: list[tuple[str, list[float], list[float]]]) -> list[f
     return base
 
 
-def draw_panel(ax: Any, panel: Panel, data: dict[str, list[Row]], *, stacked: bool) -> None:
+def draw_panel(
+    ax: Any,
+    panel: Panel,
+    data: dict[str, list[Row]],
+    *,
+    stacked: bool,
+) -> None:
     """Draws the lines that have values, or stacks them, and sets limits that no outlier or constant spoils."""
     found = [(line, *points(line, data)) for line in panel.lines if points(line, data)[0]]
     curves = [(COLOURS[f"var(--c{line.colour})"], xs, ys) for line, xs, ys in found]

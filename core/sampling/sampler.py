@@ -86,7 +86,11 @@ class ServedSampler(Sampler, Protocol):
 
 
 def check_prompts(
-    prompts: Sequence[Prompt], params: SamplingParams, *, vocabulary: int, context: int | None
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    vocabulary: int,
+    context: int | None,
 ) -> None:
     """Refuses prompts that cannot be sampled from, by number.
 

@@ -176,7 +176,10 @@ class SglangSampler:
                 bar.update()
 
     def _complete(
-        self, prompt: Prompt, params: SamplingParams, stop: threading.Event
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: threading.Event,
     ) -> Completion:
         """Asks one server after another until one answers well."""
         tokens, pause, failures = len(prompt.token_ids) + params.max_new_tokens, 0.0, 0
@@ -234,7 +237,10 @@ class SglangSampler:
         self.version, self._started_with = version, None
 
     def _send(
-        self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]
+        self,
+        tensors: Iterator[tuple[str, Tensor]],
+        version: int,
+        failed: set[str],
     ) -> dict[str, str]:
         """Returns the servers that failed, each with the reason."""
         self.fleet.start_again({})

@@ -229,7 +229,13 @@ class Order:
     `position`, the number of items taken so far, is its whole state.
     """
 
-    def __init__(self, num: int, *, seed: int, position: int = 0) -> None:
+    def __init__(
+        self,
+        num: int,
+        *,
+        seed: int,
+        position: int = 0,
+    ) -> None:
         """Args:
         num: number of items.
         seed: seed of the permutations.

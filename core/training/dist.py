@@ -150,7 +150,13 @@ class OuterGroup:
     """
 
     def __init__(
-        self, *, address: str, port: int, world_size: int, name: str, timeout_seconds: float
+        self,
+        *,
+        address: str,
+        port: int,
+        world_size: int,
+        name: str,
+        timeout_seconds: float,
     ) -> None:
         """Opens the store that the others connect to; port 0 takes a free one."""
         self.timeout = datetime.timedelta(seconds=timeout_seconds)
