@@ -14,12 +14,18 @@ from typing import Any, Literal
 
 import torch
 
+from ..core.bounds import CountingInt, check_bounds
 from ..core.sampling.local_sampler import LocalSampler
 from ..core.sampling.sampler import Prompt, Sampler, SamplingParams
 from ..core.sampling.sglang_sampler import SglangConfig, SglangSampler
 from ..core.training import dist
 from ..core.training.metrics import environment
-from ..core.training.model import context_length, load_causal_lm, load_tokenizer, stop_token_ids
+from ..core.training.pretrained import (
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +36,15 @@ class BenchConfig:
     """Hugging Face folder or hub id; its weights are sent to the servers first."""
     sampler: SglangConfig = field(default_factory=SglangConfig)
     """the servers, and how the weights travel there"""
-    prompts: int = 64
+    prompts: CountingInt = 64
     """Responses per run."""
-    prompt_tokens: int = 64
+    prompt_tokens: CountingInt = 64
     """Tokens of each prompt."""
-    max_new_tokens: int = 64
+    max_new_tokens: CountingInt = 64
     """Tokens after which a response without stop token ends."""
-    max_batch: int = 64
+    max_batch: CountingInt = 64
     """Responses decoded at once in this process."""
-    repeats: int = 3
+    repeats: CountingInt = 3
     """Runs of each engine after a warm-up run; the median speed is reported."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Data type of the model in this process; servers keep their own."""
@@ -46,76 +52,74 @@ class BenchConfig:
     """Seed of the prompts."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "prompt_tokens", "max_new_tokens", "max_batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_bounds(self)
 
 
 def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
-    """The command `bench`. Raises ValueError for a model or servers that are not there."""
+    """The command `bench`.
+
+    Raises:
+        ValueError: the model cannot be loaded, or a server does not answer.
+    """
     model: Any = load_causal_lm(config.model, dtype=config.dtype)
     stops = stop_token_ids(config.model, load_tokenizer(config.model))
-    facts = environment(1) | {
-        "model": config.model,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    facts["load"] = os.getloadavg()[
-        0
-    ]  # of other programs too: a busy machine's figure is worth little
-    words = random.Random(config.seed)
-    rounds = [  # other prompts in each: servers keep what they computed for those they have seen
-        [
-            Prompt(
-                token_ids=[
-                    words.randrange(model.config.vocab_size) for _ in range(config.prompt_tokens)
-                ],
-                seed=number,
-            )
-            for number in range(config.prompts)
-        ]
-        for _ in range(config.repeats + 1)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        if config.sampler.urls:
-            servers = SglangSampler(
-                config.sampler,
-                stop_token_ids=stops,
-                vocabulary=model.config.vocab_size,
-                context=context_length(model.config),
-                folder=Path(folder),
-            )
-            try:
-                info = servers.fleet.servers[0].info()
-                start = time.perf_counter()
-                servers.update_weights(model.named_parameters(), 1)
-                seconds = time.perf_counter() - start
-                _print(
-                    figure="weights",
-                    engine="sglang",
-                    sync=config.sampler.sync,
-                    seconds=seconds,
-                    **facts,
-                )
-                theirs = {
-                    "sglang": info.get("version"),
-                    "device": info.get("device"),
-                    "servers": len(servers.fleet.servers),
-                }
-                _drawing("sglang", servers, rounds, config, facts | theirs)
-            finally:
-                servers.close()
-    on_device = model.to(dist.device(), torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-    local = LocalSampler(on_device, stop_token_ids=stops, max_batch=config.max_batch)
-    _drawing(
-        "local",
-        local,
-        rounds,
-        config,
-        facts | {"dtype": config.dtype, "threads": torch.get_num_threads()},
+    facts = environment(1)
+    facts["model"] = config.model
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    facts["load"] = os.getloadavg()[0]  # figures from a busy machine are worth little
+    rounds = _rounds(config, model.config.vocab_size)
+    if config.sampler.urls:
+        _bench_servers(config, model, stops, rounds, facts)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    local = LocalSampler(
+        model.to(dist.device(), dtype), stop_token_ids=stops, max_batch=config.max_batch
     )
+    facts |= {"dtype": config.dtype, "threads": torch.get_num_threads()}
+    _bench_sampler("local", local, rounds, config, facts)
 
 
-def _drawing(
+def _rounds(config: BenchConfig, vocabulary: int) -> list[list[Prompt]]:
+    """Random prompts of each run; all differ, since servers cache the prompts they have seen."""
+    words = random.Random(config.seed)
+
+    def prompt(number: int) -> Prompt:
+        ids = [words.randrange(vocabulary) for _ in range(config.prompt_tokens)]
+        return Prompt(token_ids=ids, seed=number)
+
+    return [[prompt(n) for n in range(config.prompts)] for _ in range(config.repeats + 1)]
+
+
+def _bench_servers(
+    config: BenchConfig,
+    model: Any,
+    stops: tuple[int, ...],
+    rounds: list[list[Prompt]],
+    facts: dict[str, Any],
+) -> None:
+    """Sends the weights to the servers and samples from them."""
+    with tempfile.TemporaryDirectory() as folder:
+        servers = SglangSampler(
+            config.sampler,
+            stop_token_ids=stops,
+            vocabulary=model.config.vocab_size,
+            context=context_length(model.config),
+            folder=Path(folder),
+        )
+        try:
+            info = servers.fleet.servers[0].info()
+            start = time.perf_counter()
+            servers.update_weights(model.named_parameters(), 1)
+            seconds = time.perf_counter() - start
+            sync = config.sampler.sync
+            _print(figure="weights", engine="sglang", sync=sync, seconds=seconds, **facts)
+            facts = facts | {"sglang": info.get("version"), "device": info.get("device")}
+            facts["servers"] = len(servers.fleet.servers)
+            _bench_sampler("sglang", servers, rounds, config, facts)
+        finally:
+            servers.close()
+
+
+def _bench_sampler(
     engine: str,
     sampler: Sampler,
     rounds: list[list[Prompt]],

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ...kernels.attention import varlen_attention
-from ..training.model import context_length, decoder_pass
+from ..training.model import decoder_pass
 from ..training.packing import PackedBatch
+from ..training.pretrained import context_length
 from .sampler import Completion, Prompt, SamplingParams, check_prompts
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from verippo.core.report.charts import Line, points
 from verippo.core.report.html_page import format_duration, format_number, number
 from verippo.core.report.run_report import (
-    Line,
     average_blocks,
     by_step,
     choose_samples,
     compare_stages,
-    points,
     read_steps,
     write_report,
 )
