@@ -74,6 +74,13 @@ class ServerConfig:
 
 
 def launch_command(config: ServerConfig, model: str, port: int) -> list[str]:
+    """The command that starts the server.
+
+    Args:
+        config: the server's configuration.
+        model: the model as `check_model` returned it.
+        port: the port to listen on.
+    """
     options = ["--model-path", model, "--host", config.host, "--port", str(port)]
     on_cpu = config.device == "cpu"
     if config.device == "auto":
@@ -95,6 +102,7 @@ def launch_command(config: ServerConfig, model: str, port: int) -> list[str]:
 
 
 def launch_environment(config: ServerConfig) -> dict[str, str]:
+    """The environment of the server's process, without a launcher's variables and the API key."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -104,6 +112,11 @@ def launch_environment(config: ServerConfig) -> dict[str, str]:
 
 
 def check_model(model: str) -> str:
+    """The model's folder as an absolute path, or its hub id.
+
+    Raises:
+        ValueError: there is no model in the folder.
+    """
     path = Path(model).expanduser()
     if (path / "config.json").exists():
         return str(path.resolve())
@@ -115,20 +128,20 @@ def check_model(model: str) -> str:
 
 
 def read_api_key(config: ServerConfig) -> str | None:
+    """The API key of the server, or None.
+
+    Raises:
+        ValueError: it cannot be read, or is empty.
+    """
     if not (config.api_key_env or config.api_key_file):
         return None
-    place = (
-        f"api_key_file={config.api_key_file}"
-        if config.api_key_file
-        else f"api_key_env={config.api_key_env}"
-    )
     try:
-        path = Path(config.api_key_file or "").expanduser()
-        key = (
-            path.read_text().strip()
-            if config.api_key_file
-            else os.environ.get(config.api_key_env or "", "").strip()
-        )
+        if config.api_key_file:
+            place = f"api_key_file={config.api_key_file}"
+            key = Path(config.api_key_file).expanduser().read_text().strip()
+        else:
+            place = f"api_key_env={config.api_key_env}"
+            key = os.environ.get(config.api_key_env or "", "").strip()
     except OSError as error:
         raise ValueError(f"{place}: cannot be read: {error.strerror}") from None
     if not key:
