@@ -1,0 +1,284 @@
+"""Charts of a run's report, drawn by matplotlib as inline SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .html_page import format_number, number
+from .statistics import wilson_interval
+
+Row = dict[str, Any]
+
+NAMES = ("muted", "grid", "c1", "c2", "c3", "c4", "c5")
+VARIABLES = {f"#01020{i}": name for i, name in enumerate(NAMES)}
+"""Colour that matplotlib draws -> CSS variable that replaces it in the SVG, which then suits light
+and dark pages."""
+MUTED, GRID, *LINE_COLOURS = VARIABLES
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": MUTED,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titlecolor": MUTED,
+    "axes.labelsize": 10.5,
+    "axes.labelcolor": MUTED,
+    "lines.linewidth": 1.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "verippo",
+}
+
+
+class Line(NamedTuple):
+    """Definition of a curve; charts.yaml explains the fields."""
+
+    key: str
+    label: str = "train"
+    colour: int = 1
+    source: str = "train"
+
+
+class Panel(NamedTuple):
+    """Definition of one pair of axes; charts.yaml explains the fields."""
+
+    unit: str
+    lines: list[Line]
+    zero: bool = True
+    bottom: float = -math.inf
+    log: bool = False
+
+    @property
+    def percent(self) -> bool:
+        """Whether the values are shares, shown in percent."""
+        return "%" in self.unit
+
+
+class Curve(NamedTuple):
+    """The values of a line, at the steps that have one."""
+
+    line: Line
+    steps: list[float]
+    values: list[float]
+
+
+class Mark(NamedTuple):
+    """An entry of a legend."""
+
+    colour: int
+    style: str
+    """CSS class: line, dots or fill."""
+
+
+class Chart(NamedTuple):
+    """A finished chart of the page."""
+
+    title: str
+    note: str
+    svg: str
+    legend: dict[str, Mark]
+    """Marks by label; empty when there is nothing to tell apart."""
+
+
+def draw_charts(section: str, data: dict[str, list[Row]]) -> Iterator[Chart]:
+    """Draws the charts of a section of charts.yaml, without panels and lines that lack values.
+
+    Args:
+        section: Key in charts.yaml.
+        data: Rows of each source, in the order of their steps.
+
+    Yields:
+        The charts that have values, in the order of charts.yaml.
+    """
+    definitions = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text("utf-8"))
+    for index, chart in enumerate(definitions[section]):
+        panels = [
+            Panel(**panel | {"lines": [Line(**line) for line in panel["lines"]]})
+            for panel in chart.pop("panels")
+        ]
+        drawn = [(panel, curves) for panel in panels if (curves := find_curves(panel, data))]
+        if drawn:
+            yield draw_chart(drawn, name=f"{section}{index}", **chart)
+
+
+def find_curves(panel: Panel, data: dict[str, list[Row]]) -> list[Curve]:
+    """The curves of a panel that have at least one finite value."""
+    curves = []
+    for line in panel.lines:
+        values = [(row["step"], number(row.get(line.key))) for row in data[line.source]]
+        points = [(step, value) for step, value in values if value is not None]
+        if points:
+            curves.append(Curve(line, *map(list, zip(*points, strict=True))))
+    return curves
+
+
+@matplotlib.rc_context(STYLE)
+def draw_chart(
+    panels: list[tuple[Panel, list[Curve]]],
+    *,
+    name: str,
+    title: str,
+    note: str,
+    stacked: bool = False,
+) -> Chart:
+    """Draws panels one above the other, with a shared step axis."""
+    fig, axes = new_axes(len(panels))
+    legend = {}
+    ranges = []
+    for ax, (panel, curves) in zip(axes, panels, strict=True):
+        draw_panel(ax, panel, curves, stacked=stacked)
+        for line, _, values in curves:
+            style = "dots" if line.source == "eval" else "fill" if stacked else "line"
+            legend[line.label] = Mark(line.colour, style)
+            first, last = (format_number(values[i], panel.percent) for i in (0, -1))
+            ranges.append(f"{panel.unit}, {line.label}: {first} to {last}")
+    low, high = axes[-1].get_xlim()
+    if high - low < 1:  # a single step
+        axes[-1].set_xlim((low + high) / 2 - 0.8, (low + high) / 2 + 0.8)
+    axes[-1].set_xlabel("step")
+    svg = to_svg(fig, name=name, label=f"{title} by step, first to last. " + "; ".join(ranges))
+    return Chart(title, note, svg, legend if len(legend) > 1 else {})
+
+
+def draw_panel(ax: Any, panel: Panel, curves: list[Curve], *, stacked: bool) -> None:
+    """Draws or stacks the curves and sets the y axis."""
+    ax.set_title(panel.unit)
+    values = [value for curve in curves for value in curve.values]
+    if stacked:
+        values = draw_stack(ax, curves)
+    else:
+        clip = panel.bottom > -math.inf
+        for line, steps, heights in curves:
+            marker = "o" if line.source == "eval" or len(steps) == 1 else ""
+            colour = LINE_COLOURS[line.colour - 1]
+            ax.plot(steps, heights, color=colour, marker=marker, markersize=3.6, clip_on=clip)
+    if panel.log and min(values) > 0 and max(values) > 30 * min(values):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(*y_limits(panel, values))
+    ax.yaxis.set_major_formatter(lambda x, _: tick_text(x, panel.percent))
+    ax.yaxis.set_minor_formatter("")
+
+
+def draw_stack(ax: Any, curves: list[Curve]) -> list[float]:
+    """Stacks curves as bars without gaps, a missing value as 0, and returns the stacks' heights."""
+    steps = sorted({step for curve in curves for step in curve.steps})
+    half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+    edges = [steps[0] - half, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1] + half]
+    heights = dict.fromkeys(steps, 0.0)
+    for curve in curves:
+        base = list(heights.values())
+        for step, value in zip(curve.steps, curve.values, strict=True):
+            heights[step] += value
+        colour = LINE_COLOURS[curve.line.colour - 1]
+        top = list(heights.values())
+        ax.stairs(top, edges, baseline=base, fill=True, color=colour, linewidth=0)
+    ax.set_xlim(edges[0], edges[-1])
+    return list(heights.values())
+
+
+def y_limits(panel: Panel, values: list[float]) -> tuple[float, float]:
+    """Limits of the y axis, with a margin that is positive for constant values too."""
+    bottom = panel.bottom if max(values) > panel.bottom else -math.inf
+    shown = [*values, 0.0] if panel.zero else values
+    low = max(bottom, min(shown))
+    high = max(shown)
+    margin = 0.07 * (high - low) or (0.02 if panel.percent else 0.1 * abs(high) or 1.0)
+    top = min(high + margin, 1.03) if panel.percent else high + margin
+    return low if low in (0.0, bottom) else low - margin, top
+
+
+@matplotlib.rc_context(STYLE)
+def draw_reliability(bins: list[Row], *, name: str) -> Chart | None:
+    """Draws the share of right answers against the verifier's probability, with Wilson intervals.
+
+    Args:
+        bins: Rows with mean_predicted, share_right and num, as in calibration.json.
+        name: Prefix of the SVG's ids.
+
+    Returns:
+        The chart, or None without a filled bin.
+    """
+    filled = []
+    for row in bins:
+        cells = [number(row.get(key)) for key in ("mean_predicted", "share_right", "num")]
+        values = [cell for cell in cells if cell is not None]
+        if len(values) == 3 and row["num"]:
+            filled.append(values)
+    if not filled:
+        return None
+    fig, (ax,) = new_axes(1)
+    ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    predicted, right, _ = zip(*filled, strict=True)
+    lows, highs = zip(*(wilson_interval(y * n, int(n)) for _, y, n in filled), strict=True)
+    blue = LINE_COLOURS[0]
+    ax.vlines(predicted, lows, highs, color=blue, linewidth=1.5, alpha=0.45)
+    ax.plot(predicted, right, color=blue, marker="o", markersize=4)
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+        axis.set_major_formatter(lambda x, _: tick_text(x, percent=True))
+    ax.set_title("actually right, % of responses")
+    ax.set_xlabel("probability of being right, by the verifier")
+    label = f"Verifier's calibration, {len(filled)} bins: share right against predicted probability"
+    note = (
+        "Held-out answers in bins of the verifier's probability, with 95% intervals. "
+        "Dashed: perfect calibration."
+    )
+    return Chart("Verifier's calibration", note, to_svg(fig, name=name, label=label), {})
+
+
+def new_axes(num_panels: int) -> tuple[Figure, list[Any]]:
+    """An empty figure and its axes, from top to bottom."""
+    fig = Figure(figsize=(4.4, 3.1), layout="constrained")
+    axes = list(fig.subplots(num_panels, sharex=True, squeeze=False)[:, 0])
+    for ax in axes:
+        ax.tick_params(colors=MUTED, labelsize=10.5, length=0, pad=5, which="both")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        ax.yaxis.set_major_locator(MaxNLocator(6 - num_panels, steps=[1, 2, 2.5, 5, 10]))
+    return fig, axes
+
+
+def tick_text(x: float, percent: bool = False) -> str:
+    """A short axis label: 12k, 0.25, 2e-06 or 60%."""
+    if percent:
+        text = f"{100 * x:g}%"
+    else:
+        text = f"{x / 1000:g}k" if abs(x) >= 10000 else f"{x:.4g}"
+    return text.replace("-", "−")
+
+
+def to_svg(fig: Figure, *, name: str, label: str) -> str:
+    """The figure as an inline SVG that fills the width of its box.
+
+    Args:
+        fig: The figure.
+        name: Prefix that keeps the ids of several SVGs on a page apart.
+        label: Text for screen readers.
+    """
+    buffer = io.StringIO()
+    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    fig.savefig(buffer, format="svg", transparent=True, metadata=none)
+    _, tag, svg = buffer.getvalue().partition("<svg ")
+    svg = re.sub("<!--.*?-->", "", tag + svg, flags=re.DOTALL)
+    head = rf'<svg \1 role="img" aria-label="{label}">'
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, svg, count=1)
+    svg = re.sub(r'\bid="|url\(#|href="#', rf"\g<0>{name}-", svg).replace("xlink:href", "href")
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
