@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-sglang lint clean
+.PHONY: demo test test-sglang lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
@@ -17,6 +17,11 @@ lint: $(VENV)/.installed links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=links $(BIN)/mypy --explicit-package-bases -p verippo
+	$(BIN)/basedpyright --level error
+	$(BIN)/python -m verippo.launch.document --check
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m verippo.launch.document
 
 # torch goes first, by itself: asked for by another package, pip takes the newest build with gigabytes of CUDA.
 # Without a GPU, PyTorch's own CPU index (PIP_EXTRA_INDEX_URL) gives the small build; TORCH picks another version.

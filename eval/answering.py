@@ -69,7 +69,11 @@ OnAnswer = Callable[[AskedQuestion, Answer], None]
 
 
 def list_questions_to_ask(
-    questions: Sequence[Question], *, runs: int, permutations: int, seed: int
+    questions: Sequence[Question],
+    *,
+    runs: int,
+    permutations: int,
+    seed: int,
 ) -> list[AskedQuestion]:
     """Lists every question in every order of its options and every run.
 
@@ -128,7 +132,10 @@ def check_weights(journal: Journal, model: str) -> None:
 
 
 def ask(
-    config: EvalConfig, asked: Sequence[AskedQuestion], journal: Journal, on_answer: OnAnswer
+    config: EvalConfig,
+    asked: Sequence[AskedQuestion],
+    journal: Journal,
+    on_answer: OnAnswer,
 ) -> list[Answer]:
     """Answers the questions with the configured engine.
 
@@ -225,7 +232,10 @@ def prompt_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 def _ask_local(
-    config: EvalConfig, asked: Sequence[AskedQuestion], journal: Journal, on_answer: OnAnswer
+    config: EvalConfig,
+    asked: Sequence[AskedQuestion],
+    journal: Journal,
+    on_answer: OnAnswer,
 ) -> list[Answer]:
     from ..core.sampling.local_sampler import LocalSampler
     from ..core.training import dist, model

@@ -154,7 +154,12 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
     return _mark_lists(text, mentions, options)
 
 
-def _read_label(text: str, lower: str, match: re.Match[str], words: str | None) -> Mention | None:
+def _read_label(
+    text: str,
+    lower: str,
+    match: re.Match[str],
+    words: str | None,
+) -> Mention | None:
     """The mention at a match of `wording.LABEL`; None when its letter stands for no option."""
     letter = match["letter"]
     start, end = match.span()
@@ -250,7 +255,11 @@ def _joined(left: str, right: str) -> bool:
 
 
 def _mention(
-    text: str, start: int, end: int, letter: str | None, own_words: bool = False
+    text: str,
+    start: int,
+    end: int,
+    letter: str | None,
+    own_words: bool = False,
 ) -> Mention:
     # a line break directly before the mention does not end the sentence on its left
     before = text[max(0, start - CONTEXT_CHARACTERS) : start].rstrip()

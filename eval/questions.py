@@ -59,11 +59,10 @@ def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Ques
     for file, source, index, number, item in _items(sources, limit):
         where = f"{file}: {source} item {index}"
         problem = _problem(item)
-        if not problem:
-            own = item.get("id")
-            own = f"{source}-{number}" if own is None else str(own)
-            if (source, own) in seen:
-                problem = f"id {own!r} is used twice"
+        given = None if problem else item.get("id")
+        own = f"{source}-{number}" if given is None else str(given)
+        if not problem and (source, own) in seen:
+            problem = f"id {own!r} is used twice"
         if problem:
             malformed.append(f"{where}: {problem}")
             continue

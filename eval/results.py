@@ -256,7 +256,11 @@ def by_source(items: Sequence[ItemRow]) -> dict[str, list[ItemRow]]:
 
 
 def summarise_evaluation(
-    config: EvalConfig, items: list[ItemRow], malformed: list[str], *, seconds: float
+    config: EvalConfig,
+    items: list[ItemRow],
+    malformed: list[str],
+    *,
+    seconds: float,
 ) -> EvaluationResults:
     """Summarises the items for each source and over all of them."""
     settings = {name: getattr(config, name) for name in REPORTED_SETTINGS}

@@ -140,7 +140,11 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
 
 
 def bootstrap_difference(
-    first: Sequence[float], second: Sequence[float], *, seed: int, num_draws: int = 10_000
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    seed: int,
+    num_draws: int = 10_000,
 ) -> Estimate:
     """Mean of first - second over the same items, with a 95 % percentile bootstrap interval.
 

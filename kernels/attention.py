@@ -93,7 +93,11 @@ def _fused_backend() -> Backend:
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int], scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    scale: float | None,
 ) -> Tensor:
     """One call per sequence: a [tokens, tokens] mask would cost several times the work."""
     sizes = [stop - start for start, stop in pairwise(boundaries) if stop > start] or [0]
@@ -116,7 +120,12 @@ def _boundaries(cu_seqlens: Tensor | Sequence[int], tokens: int) -> list[int]:
     return boundaries
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | Sequence[int]) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor | Sequence[int],
+) -> None:
     shapes = (
         f"query, key, value have shapes {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
     )

@@ -82,7 +82,11 @@ def linear_logprobs(
 
 @torch.no_grad()
 def linear_greedy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Whether each target is the most likely token under a linear head, computed in chunks.
 
@@ -143,7 +147,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, top, total, entropy = ctx.saved_tensors
@@ -188,7 +192,13 @@ class _LinearLogprobs(torch.autograd.Function):
 class _Head:
     """Logits of a chunk of rows in the accumulation dtype; one buffer serves all chunks."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float,
+        chunk: int,
+    ) -> None:
         double = torch.float64 in (hidden.dtype, weight.dtype)
         self.dtype = torch.float64 if double else torch.float32
         # only CUDA multiplies low precision into fp32; elsewhere the operands are cast
@@ -232,7 +242,11 @@ def _chunks(n: int, chunk: int) -> list[slice]:
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk_tokens: int | None,
 ) -> None:
     fits = weight.shape[1:] == hidden.shape[1:] and targets.shape == hidden.shape[:1]
     if hidden.ndim != 2 or not fits:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, [n] each, through dense [n, v] tensors."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -31,7 +35,7 @@ def varlen_attention(
     """Causal attention by sequence and head, with the softmax written out: [tokens, heads, dim]."""
     heads, dim = query.shape[1:]
     group = heads // key.shape[1]
-    scale = dim**-0.5 if scale is None else scale
+    factor = dim**-0.5 if scale is None else scale
     out = torch.zeros_like(query)
     for start, stop in pairwise(cu_seqlens):
         for head in range(heads):
@@ -40,7 +44,7 @@ def varlen_attention(
             v = value[start:stop, head // group]
             square = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device)
             future = square.triu(1)
-            scores = (scale * q @ k.T).masked_fill(future, float("-inf"))
+            scores = (factor * q @ k.T).masked_fill(future, float("-inf"))
             out[start:stop, head] = torch.softmax(scores, dim=-1) @ v
     return out
 

@@ -44,30 +44,30 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The sizes are those that fit into minutes on two cores."""
+    """Runs the whole pipeline small: data, SFT, verifier, PPO, evaluation, report."""
 
     output: str = "demo"
-    """folder for everything that the demo writes"""
+    """Folder that receives everything the demo writes."""
     seed: int = 0
-    """of data, weights and every draw"""
+    """Seed of data, weights and every draw."""
     num_train: int = 8192
-    """training problems"""
+    """Number of training problems."""
     num_eval: int = 256
-    """held-out problems: none shares its findings with a training problem"""
+    """Number of held-out problems; none shares its findings with a training problem."""
     findings: int = 8
-    """findings a problem: its difficulty, 3 to 8"""
+    """Findings in a problem, which set its difficulty: 3 to 8."""
     sft_steps: int = 400
-    """most optimizer steps of stage 1"""
+    """Optimizer steps of stage 1, at most."""
     sft_loss: float = 0.047
-    """held-out loss at which stage 1 stops, early on purpose, so that PPO has something to do (nats per token)"""
+    """Held-out loss (nats per token) at which stage 1 stops, early so that PPO can improve it."""
     verifier_steps: int = 250
-    """optimizer steps of the verifier's training"""
+    """Optimizer steps of the verifier's training."""
     ppo_steps: int = 32
-    """steps of PPO"""
+    """Steps of PPO."""
     rollouts_per_step: int = 128
-    """responses a step"""
+    """Responses per PPO step."""
     ablation_seeds: int = 0
-    """instead of the demo: train every variant of the ablation table from this many seeds, the first being `seed`"""
+    """Train every variant of the ablation from this many seeds instead of running the demo."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -295,7 +295,12 @@ def verifier_config(config: DemoConfig, folder: Path, base: Path) -> VerifierTra
     )
 
 
-def ppo_config(config: DemoConfig, paths: Paths, output: Path, **changes: Any) -> PPOConfig:
+def ppo_config(
+    config: DemoConfig,
+    paths: Paths,
+    output: Path,
+    **changes: Any,
+) -> PPOConfig:
     """What the PPO stage is told; `changes` for its variants."""
     return replace(
         PPOConfig(

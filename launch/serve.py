@@ -1,4 +1,4 @@
-"""`verippo serve start`, `status` and `stop`: sglang servers of ours on this machine."""
+"""`verippo serve start`, `status` and `stop`: sglang servers on this machine."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core.bounds import CountingInt
 from ..core.sampling.server import STATE, Server, ServerConfig, running, servers, start_all
 from ..core.sampling.server import stop as stop_server
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(ServerConfig):
-    """Starts sglang servers and returns once they answer. The last line is what `verippo ppo` is given."""
+    """Starts sglang servers; prints the --sampler.urls option for `verippo ppo` once they answer."""
 
-    num: int = 1
-    """servers, on the ports `port`, `port` + 1, ..."""
+    num: CountingInt = 1
+    """Number of servers, on the ports `port`, `port` + 1, ..."""
     gpus: str = ""
-    """numbers of the GPUs to use, 4,5,6,7: tp x dp of them for each server; default: the first ones that are visible"""
+    """Numbers of the GPUs to use, such as 4,5,6,7: tp x dp for each server; default: all visible.
+    """
     foreground: bool = False
-    """stays until it is interrupted or terminated, then stops them: for Slurm, containers and systemd, which end what a
-    command leaves behind"""
+    """Stay until interrupted, then stop the servers: for Slurm, containers and systemd."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num < 1:
-            raise ValueError(f"num={self.num}: must be at least 1")
         if not self.model:
             raise ValueError("give --model: a folder with the weights, or a hub id")
 
     def each(self) -> list[ServerConfig]:
-        """One configuration a server. Raises ValueError when there are too few GPUs."""
+        """One configuration for each server.
+
+        Raises:
+            ValueError: there are too few GPUs.
+        """
         if self.num == 1 and not self.gpus:
             return [self]
         share = self.tp * self.dp
@@ -58,17 +61,21 @@ class ServeConfig(ServerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedConfig:
-    """The servers that `verippo serve start` started."""
+    """Lists or stops the servers that `verippo serve start` started."""
 
     port: int | None = None
-    """the one on that port alone"""
+    """Port of the one server meant; default: all."""
     state: str = STATE
-    """folder of records and logs, as given to start"""
+    """Folder of the servers' records and logs, as given to start."""
     stop_timeout_seconds: float = 60.0
-    """for finishing what runs, after which the processes are killed"""
+    """Seconds to let running requests finish before the processes are killed."""
 
     def chosen(self) -> list[tuple[Server, str]]:
-        """The servers with their states. Raises ValueError when there is none on `port`."""
+        """The servers with their states.
+
+        Raises:
+            ValueError: there is none on `port`.
+        """
         known = servers(self.state)
         found = [(server, state) for server, state in known if self.port in (None, server.port)]
         if self.port is not None and not found:
@@ -93,9 +100,7 @@ def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
         for server in started:
             print(f"{server.url}  ready  pid {server.pid}  {server.model}  {server.log}")
         print(f"--sampler.urls {','.join(server.url for server in started)}", flush=True)
-        while (
-            config.foreground
-        ):  # until a signal, or until a server ends by itself, which is a failure
+        while config.foreground:  # until a signal, or until a server ends by itself
             for server in started:
                 if server.pid not in [process.pid for process in running(server)]:
                     sys.exit(f"verippo: {server.url} ended by itself: {server.log}")
@@ -107,13 +112,13 @@ def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
 
 
 def status(config: ServedConfig, *, resolved: dict[str, Any]) -> None:
-    """The command `serve status`: a line a server."""
+    """The command `serve status`: a line for each server."""
     for server, state in config.chosen():
         print(f"{server.url}  {state}  pid {server.pid}  {server.model}  {server.log}")
 
 
 def stop(config: ServedConfig, *, resolved: dict[str, Any]) -> None:
-    """The command `serve stop`: stops all, or the one on `port`; those of other nodes are left alone."""
+    """The command `serve stop`; servers of other nodes are left alone."""
     for server, state in config.chosen():
         if state == "elsewhere":
             print(f"{server.url}  runs on {server.node}: stop it there")
@@ -121,7 +126,5 @@ def stop(config: ServedConfig, *, resolved: dict[str, Any]) -> None:
             ran = stop_server(
                 server, state=config.state, timeout_seconds=config.stop_timeout_seconds
             )
-            print(
-                f"{server.url}  {'stopped' if ran else 'had ended by itself: ' + server.log}",
-                flush=True,
-            )
+            outcome = "stopped" if ran else f"had ended by itself: {server.log}"
+            print(f"{server.url}  {outcome}", flush=True)

@@ -46,7 +46,10 @@ def policy_loss_function(config: PPOConfig) -> PolicyLossFunction:
 
 
 def importance_weights(
-    config: PPOConfig, logprobs: Tensor, batch: PackedBatch, rollouts: Sequence[Rollout]
+    config: PPOConfig,
+    logprobs: Tensor,
+    batch: PackedBatch,
+    rollouts: Sequence[Rollout],
 ) -> Tensor | None:
     """[tokens] weights for the difference between sampler and trainer; None without correction."""
     if config.importance_cap is None:
@@ -148,7 +151,13 @@ class NoCritic:
     def __call__(self, batch: PackedBatch) -> Tensor:
         return torch.zeros_like(batch.tokens, dtype=torch.float32)
 
-    def backward(self, loss_sum: Tensor, num_tokens: int, *, last: bool) -> None:
+    def backward(
+        self,
+        loss_sum: Tensor,
+        num_tokens: int,
+        *,
+        last: bool,
+    ) -> None:
         """Does nothing."""
 
     def step(self, learning_rate: float) -> StepResult:

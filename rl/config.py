@@ -80,7 +80,6 @@ class SamplerConfig(SglangConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self, prefix="sampler.")
         if self.kind == "factory" and not self.factory:
             raise ValueError("sampler.kind=factory needs sampler.factory=module:name")
         if self.kind == "sglang" and not self.urls:

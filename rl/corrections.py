@@ -79,12 +79,7 @@ def sampler_correction(
     Raises:
         ValueError: an unknown level or mode, or bounds that are not 0 <= low <= high, high > 0.
     """
-    if level not in ("token", "sequence", "geometric"):
-        raise ValueError(f"level={level!r}: must be token, sequence or geometric")
-    if mode not in ("truncate", "clip", "mask"):
-        raise ValueError(f"mode={mode!r}: must be truncate, clip or mask")
-    if not (0 <= low <= high and high > 0):
-        raise ValueError(f"low={low}, high={high}: must be 0 <= low <= high, with high above 0")
+    _check(level, mode, low, high)
     log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
     if level != "token":
         num_seqs = len(cu_seqlens) - 1
@@ -106,3 +101,17 @@ def sampler_correction(
     touched = mask & (bounded != ratio)
     square_sum = (mask.sum() * weights.square().sum()).clamp(min=torch.finfo(weights.dtype).tiny)
     return Correction(weights, touched.sum(), weights.sum().square() / square_sum)
+
+
+def _check(
+    level: str,
+    mode: str,
+    low: float,
+    high: float,
+) -> None:
+    if level not in ("token", "sequence", "geometric"):
+        raise ValueError(f"level={level!r}: must be token, sequence or geometric")
+    if mode not in ("truncate", "clip", "mask"):
+        raise ValueError(f"mode={mode!r}: must be truncate, clip or mask")
+    if not (0 <= low <= high and high > 0):
+        raise ValueError(f"low={low}, high={high}: must be 0 <= low <= high, with high above 0")

@@ -268,15 +268,12 @@ def policy_loss(
     Raises:
         ValueError: shapes disagree, or a bound is out of range.
 
-    Source: arXiv 1707.06347, eq. 7; two bounds: arXiv 2503.14476, section 3.1; dual clip:
-    arXiv 1912.09729, eq. 5.
+    Source: arXiv 1707.06347, eq. 7; arXiv 2503.14476, section 3.1; arXiv 1912.09729, eq. 5.
     """
     mask = check_mask(logprobs, mask)
     check_shapes(logprobs, old_logprobs=old_logprobs, advantages=advantages)
     if not (0 < clip_low <= 1 and clip_high > 0):
-        raise ValueError(
-            f"clip_low={clip_low} must lie in (0, 1] and clip_high={clip_high} be over 0"
-        )
+        raise ValueError(f"clip_low={clip_low} must lie in (0, 1], clip_high={clip_high} be over 0")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip is {dual_clip}, must be over 1: None turns it off")
     advantage = select(advantages.detach(), mask)
@@ -301,7 +298,12 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = 0.2,
 ) -> ValueLoss:
     """Half the squared error of the critic, with clipped movement from the old values.
 

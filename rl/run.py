@@ -28,10 +28,9 @@ NUM_LOGGED_SAMPLES = 4
 
 
 @dataclass(kw_only=True)
-class PPORun(TrainingRun):
+class PPORun(TrainingRun[PPOConfig]):
     """Everything of a PPO run that a reader of the algorithm does not need to see."""
 
-    config: PPOConfig
     parts: Components
     evaluation: Callable[[], Metrics] | None = None
     """Scores the held-out problems; None where there are none."""
@@ -40,7 +39,12 @@ class PPORun(TrainingRun):
 
     @classmethod
     def open(
-        cls, config: PPOConfig, folder: Path, parts: Components, *, resolved: dict[str, Any]
+        cls,
+        config: PPOConfig,
+        folder: Path,
+        parts: Components,
+        *,
+        resolved: dict[str, Any],
     ) -> PPORun:
         """Resumes from the newest checkpoint, if there is one, and opens the log."""
         run = cls(
@@ -86,7 +90,12 @@ class PPORun(TrainingRun):
         """The verifier's scores: [rollouts] float64, the same on every rank."""
         return score(self.parts, rollouts)
 
-    def step_optimizers(self, number: int, meter: UpdateMeter, rollouts: list[Rollout]) -> None:
+    def step_optimizers(
+        self,
+        number: int,
+        meter: UpdateMeter,
+        rollouts: list[Rollout],
+    ) -> None:
         """Steps both optimizers; `number` counts this step's mini-batches from 0."""
         per_step = self.config.epochs * self.config.minibatches
         meter.rates = self.parts.rates(self.state.step * per_step + number)
@@ -106,7 +115,11 @@ class PPORun(TrainingRun):
         self.push_metrics = push_weights(self.config, self.parts, self.state.step)
 
     def record(
-        self, row: Metrics, meter: UpdateMeter, rollouts: Sequence[Rollout], scores: Tensor
+        self,
+        row: Metrics,
+        meter: UpdateMeter,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
     ) -> None:
         """Writes the metrics of a finished step, and now and then sampled texts with scores."""
         config, state, verifier = self.config, self.state, self.parts.verifier
@@ -142,7 +155,13 @@ class PPORun(TrainingRun):
         self._log_samples(rollouts, scores, split="eval")
         return evaluation_metrics(rollouts, scores, config.verifier.right)
 
-    def _log_samples(self, rollouts: Sequence[Rollout], scores: Tensor, *, split: str) -> None:
+    def _log_samples(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
+        *,
+        split: str,
+    ) -> None:
         if self.log is None:
             return
         first = list(zip(rollouts, scores.tolist(), strict=True))[:NUM_LOGGED_SAMPLES]
@@ -154,7 +173,11 @@ class PPORun(TrainingRun):
 
 
 def roll_out(
-    parts: Components, prompts: Sequence[RolloutPrompt], sampling: SamplingParams, *, version: int
+    parts: Components,
+    prompts: Sequence[RolloutPrompt],
+    sampling: SamplingParams,
+    *,
+    version: int,
 ) -> list[Rollout]:
     """Samples one response per prompt, each rank its share.
 

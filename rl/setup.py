@@ -64,7 +64,12 @@ class ProblemSet:
     """Row numbers of the problems whose prompt is too long."""
 
     def prompts(
-        self, numbers: list[int], *, seed: int, step: int, samples: int = 1
+        self,
+        numbers: list[int],
+        *,
+        seed: int,
+        step: int,
+        samples: int = 1,
     ) -> list[RolloutPrompt]:
         """The prompts of some problems, `samples` for each, with the seeds of their draws."""
         problems = [self.problems[n] for n in numbers]

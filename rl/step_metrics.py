@@ -117,7 +117,11 @@ def evaluation_metrics(
 
 
 def _of_rollouts(
-    rollouts: Sequence[Rollout], scores: Tensor, right_score: float, *, prefix: str
+    rollouts: Sequence[Rollout],
+    scores: Tensor,
+    right_score: float,
+    *,
+    prefix: str,
 ) -> dict[str, Any]:
     num = len(rollouts)
     return {
@@ -132,7 +136,12 @@ def _of_rollouts(
 
 
 def sample_row(
-    rollout: Rollout, score: float, verifier: VerifierConfig, *, step: int, split: str
+    rollout: Rollout,
+    score: float,
+    verifier: VerifierConfig,
+    *,
+    step: int,
+    split: str,
 ) -> dict[str, Any]:
     """A row of samples.jsonl: a sampled text with its score and verdict."""
     verdict = "right" if score >= verifier.right else "wrong"
@@ -159,7 +168,13 @@ class UpdateMeter:
         self.rates = (0.0, 0.0)
         """Learning rates of policy and critic at the last optimizer step."""
 
-    def add(self, pg: ppo.PolicyLoss, vf: ppo.ValueLoss, *, first_minibatch: bool) -> None:
+    def add(
+        self,
+        pg: ppo.PolicyLoss,
+        vf: ppo.ValueLoss,
+        *,
+        first_minibatch: bool,
+    ) -> None:
         """Adds a micro-batch's losses; `first_minibatch`: the policy has not moved yet."""
         parts = (
             pg.loss_sum,

@@ -98,7 +98,10 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
 
 
 def _targets(
-    config: PPOConfig, run: PPORun, rollouts: Sequence[Rollout], scores: Tensor
+    config: PPOConfig,
+    run: PPORun,
+    rollouts: Sequence[Rollout],
+    scores: Tensor,
 ) -> tuple[Experience, Metrics]:
     """Fixes the targets of a step before any weight moves; returns them with their metrics."""
     parts = run.parts

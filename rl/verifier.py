@@ -136,7 +136,12 @@ class ClassifierVerifier:
         self.num_unjudged = 0
 
     @classmethod
-    def load(cls, path: str, config: EngineConfig, **options: object) -> ClassifierVerifier:
+    def load(
+        cls,
+        path: str,
+        config: EngineConfig,
+        **options: object,
+    ) -> ClassifierVerifier:
         """Loads the model and its tokenizer; `options` as for the constructor."""
         engine = FrozenEngine(load_classifier(path, dtype=config.dtype), config)
         return cls(engine, load_tokenizer(path), **options)  # type: ignore[arg-type]

@@ -71,7 +71,12 @@ def gate_batch(token_ids: Sequence[Sequence[int]]) -> PackedBatch:
 
 
 def parity_gap(
-    ours: Tensor, batch: PackedBatch, theirs: list[list[float]], *, name: str, limit: float
+    ours: Tensor,
+    batch: PackedBatch,
+    theirs: list[list[float]],
+    *,
+    name: str,
+    limit: float,
 ) -> float:
     """Largest difference between the trainer's and a copy's log-probs.
 

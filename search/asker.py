@@ -23,7 +23,12 @@ class Asker:
     """Asks on behalf of one item, whose trajectory it records in `steps`."""
 
     def __init__(
-        self, llm: LLM, prompts: Prompts, *, max_asks: int, judge_temperature: float
+        self,
+        llm: LLM,
+        prompts: Prompts,
+        *,
+        max_asks: int,
+        judge_temperature: float,
     ) -> None:
         self.llm = llm
         self.prompts = prompts
@@ -72,6 +77,7 @@ class Asker:
         call = Call(name, llm.config.model, content_key(prompt))
         self._calls.append(call)
         text = prompt
+        fault = ""
         for number in range(self.max_asks):
             # always a single user turn: some chat templates refuse two in a row
             message = {"role": "user", "content": text}

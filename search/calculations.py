@@ -30,13 +30,24 @@ ANSWER_PHRASES = ("{}", "total {}", "total of {}", "the score is {}")
 
 
 def generate(
-    num: int, *, seed: int, split: Split, kinds: Sequence[str], difficulty: int
+    num: int,
+    *,
+    seed: int,
+    split: Split,
+    kinds: Sequence[str],
+    difficulty: int,
 ) -> list[Record]:
     """The first `num` records of `stream`."""
     return list(islice(stream(seed=seed, split=split, kinds=kinds, difficulty=difficulty), num))
 
 
-def stream(*, seed: int, split: Split, kinds: Sequence[str], difficulty: int) -> Iterator[Record]:
+def stream(
+    *,
+    seed: int,
+    split: Split,
+    kinds: Sequence[str],
+    difficulty: int,
+) -> Iterator[Record]:
     """Records without end; record i depends on the arguments and i alone.
 
     Problems repeat in the long run: a small score has a few hundred sets of findings.
@@ -97,7 +108,12 @@ def wrong_answers(record: Record, num: int, seed: int) -> list[str]:
     return [rng.choice(ANSWER_PHRASES).format(answer) for answer in answers[:num]]
 
 
-def _record(rng: random.Random, split: Split, kinds: Sequence[str], difficulty: int) -> Record:
+def _record(
+    rng: random.Random,
+    split: Split,
+    kinds: Sequence[str],
+    difficulty: int,
+) -> Record:
     kind = rng.choice(kinds)
     score = SCORES[kind]
     findings = _draw_problem(score, split, difficulty, rng)
@@ -124,7 +140,12 @@ def _record(rng: random.Random, split: Split, kinds: Sequence[str], difficulty: 
     }
 
 
-def _draw_problem(score: Score, split: Split, difficulty: int, rng: random.Random) -> list[Finding]:
+def _draw_problem(
+    score: Score,
+    split: Split,
+    difficulty: int,
+    rng: random.Random,
+) -> list[Finding]:
     """Findings of one patient, of the wanted split."""
     for _ in range(MAX_DRAWS):
         findings = _draw_findings(score, difficulty, rng)

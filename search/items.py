@@ -39,7 +39,11 @@ class Work(Generic[Item]):
 
 
 def finish_items(
-    config: AskingConfig, items: Sequence[Item], work: Work[Item], *, resolved: dict[str, Any]
+    config: AskingConfig,
+    items: Sequence[Item],
+    work: Work[Item],
+    *,
+    resolved: dict[str, Any],
 ) -> list[ItemResult]:
     """Works on all items, except those that the journal holds.
 
@@ -97,7 +101,10 @@ def open_journal(config: AskingConfig) -> Journal:
 
 
 async def _finish_all(
-    config: AskingConfig, by_key: dict[str, Item], work: Work[Item], journal: Journal
+    config: AskingConfig,
+    by_key: dict[str, Item],
+    work: Work[Item],
+    journal: Journal,
 ) -> dict[str, ItemResult]:
     llms = [
         LLM(each, journal=journal, retry_failed=config.retry_failed)
@@ -164,7 +171,10 @@ async def _finish_one(
 
 
 def _check_any_answer(
-    config: AskingConfig, llms: list[LLM], num_items: int, error: LLMError
+    config: AskingConfig,
+    llms: list[LLM],
+    num_items: int,
+    error: LLMError,
 ) -> None:
     """Raises ValueError when the first calls of a model all failed."""
     enough = min(config.llm.concurrency, num_items)

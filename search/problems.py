@@ -230,7 +230,10 @@ def first_filters(
 
 
 async def convert(
-    config: ProblemsConfig, question: ExamQuestion, asker: Asker, small: Sequence[LLM]
+    config: ProblemsConfig,
+    question: ExamQuestion,
+    asker: Asker,
+    small: Sequence[LLM],
 ) -> ItemResult:
     """Difficulty, judgement and rewriting, until the question is dropped or its problem written."""
     if small:
@@ -253,7 +256,11 @@ async def convert(
 
 
 async def all_answer(
-    question: ExamQuestion, asker: Asker, small: Sequence[LLM], *, seed: int
+    question: ExamQuestion,
+    asker: Asker,
+    small: Sequence[LLM],
+    *,
+    seed: int,
 ) -> bool:
     """Whether every small model picks the right option.
 

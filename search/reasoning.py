@@ -105,7 +105,10 @@ def _write_rows(
 
 
 async def _search_item(
-    config: SearchConfig, problem: Problem, asker: Asker, _: Sequence[LLM]
+    config: SearchConfig,
+    problem: Problem,
+    asker: Asker,
+    _: Sequence[LLM],
 ) -> ItemResult:
     return await search_one(problem, asker, config)
 
@@ -145,7 +148,13 @@ async def search_one(problem: Problem, asker: Asker, config: SearchConfig) -> It
 
 
 async def _extend(
-    problem: Problem, asker: Asker, prompt: str, chain: list[ChainStep], *, attempt: int, depth: int
+    problem: Problem,
+    asker: Asker,
+    prompt: str,
+    chain: list[ChainStep],
+    *,
+    attempt: int,
+    depth: int,
 ) -> tuple[list[ChainStep], bool]:
     """The chain with what a prompt adds to it, and the verdict on its conclusion."""
     values = {"question": problem.question}

@@ -65,6 +65,7 @@ class Prompts:
         self.strategies = sorted(name.removeprefix(STRATEGY) for name in strategies)
         sources = [(name, loader.get_source(environment, name)[0]) for name in files]
         self.digest = content_key(sources)
+        name = ""
         try:
             self._templates = {name: environment.get_template(f"{name}.jinja") for name in named}
             for name in named:

@@ -54,7 +54,13 @@ class TrainingConfig(RunConfig):
                 "eval_fraction"
             )
 
-    def total_steps(self, num_rows: int, *, step: int = 0, position: int = 0) -> int:
+    def total_steps(
+        self,
+        num_rows: int,
+        *,
+        step: int = 0,
+        position: int = 0,
+    ) -> int:
         """Number of optimizer steps of the whole run.
 
         The last batch may be smaller, so that every row is seen `epochs` times.

@@ -154,7 +154,11 @@ def _tokenise(
 
 
 def _encode_row(
-    row: dict[str, str], index: int, *, tokenizer: PreTrainedTokenizerBase, sources: str
+    row: dict[str, str],
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: str,
 ) -> dict[str, list[int]]:
     try:
         prompt, response = render_example(tokenizer, json.loads(row["turns"]))
@@ -167,12 +171,13 @@ def _cache_folder(
     conversations: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
 ) -> Path:
     """Where the tokenised conversations are cached."""
-    import datasets
+    from datasets import config
 
+    backend: Any = tokenizer.backend_tokenizer
     digest = hashlib.blake2b(digest_size=16)
     template = tokenizer.chat_template or DEFAULT_TEMPLATE
     for part in (
-        tokenizer.backend_tokenizer.to_str(),
+        backend.to_str(),
         json.dumps(template),
         str(tokenizer.eos_token),
         "1",
@@ -180,6 +185,6 @@ def _cache_folder(
         digest.update(part.encode())
     for turns in conversations:
         digest.update(json.dumps(turns).encode())
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "verippo"
+    folder = Path(config.HF_DATASETS_CACHE) / "verippo"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"sft-{digest.hexdigest()}"

@@ -100,7 +100,11 @@ def train_and_eval_rows(
 
 
 def _within_length(
-    config: TrainingConfig, rows: list[RowT], length: Callable[[RowT], int], *, name: str
+    config: TrainingConfig,
+    rows: list[RowT],
+    length: Callable[[RowT], int],
+    *,
+    name: str,
 ) -> list[RowT]:
     """Drops over-long rows with a message, or refuses them."""
     too_long = [n for n, row in enumerate(rows) if length(row) > config.max_seq_len]

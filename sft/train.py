@@ -100,7 +100,7 @@ def fit(
     return state
 
 
-def _speed(run: TrainingRun, num_tokens: int) -> Metrics:
+def _speed(run: TrainingRun[TrainingConfig], num_tokens: int) -> Metrics:
     """Counts and times of the step that just ended."""
     seconds = run.watch.take()
     return {
@@ -123,7 +123,10 @@ def _learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float
 
 
 def _accumulate(
-    task: Task[RowT], engine: TrainEngine, batch: Sequence[RowT], max_tokens: int
+    task: Task[RowT],
+    engine: TrainEngine,
+    batch: Sequence[RowT],
+    max_tokens: int,
 ) -> tuple[float, int]:
     """Runs forward and backward over this rank's share of a batch.
 

@@ -70,7 +70,10 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
 
 
 def _load(
-    config: VerifierTrainingConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, sources: str
+    config: VerifierTrainingConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: str,
 ) -> list[LabelledIds]:
     """Loads, labels and tokenises the rows of some sources, and prints how many of each kind."""
     template = load_template(config.template)
@@ -178,7 +181,12 @@ def calibration(p: Tensor, labels: Tensor, threshold: float) -> dict[str, Any]:
     return report
 
 
-def _curve_point(p: Tensor, labels: Tensor, bins: Tensor, number: int) -> dict[str, Any]:
+def _curve_point(
+    p: Tensor,
+    labels: Tensor,
+    bins: Tensor,
+    number: int,
+) -> dict[str, Any]:
     own = bins == number
     return {
         "bin_low": number / NUM_BINS,

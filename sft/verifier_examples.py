@@ -102,17 +102,24 @@ def load_answers(
             kinds[kind] += 1
         answers += [replace(answer, row=number) for answer in found]
     if judge is not None:
-        verdicts = dict(zip(unlabelled, judge(list(unlabelled.values())), strict=True))
-        labels = [verdicts.get(place, answer.label) for place, answer in enumerate(answers)]
-        judged = [
-            replace(answer, label=label)
-            for answer, label in zip(answers, labels, strict=True)
-            if label is not None
-        ]
+        judged = _with_verdicts(answers, unlabelled, judge)
         if len(judged) < len(answers):
             kinds["unjudged (left out)"] = len(answers) - len(judged)
         answers = judged
     return answers, dict(kinds)
+
+
+def _with_verdicts(
+    answers: list[LabelledAnswer], unlabelled: dict[int, JudgedAnswer], judge: JudgeFunction
+) -> list[LabelledAnswer]:
+    """The answers with the judge's verdicts on the unlabelled ones, without those it left open."""
+    verdicts = dict(zip(unlabelled, judge(list(unlabelled.values())), strict=True))
+    labels = [verdicts.get(place, answer.label) for place, answer in enumerate(answers)]
+    return [
+        replace(answer, label=label)
+        for answer, label in zip(answers, labels, strict=True)
+        if label is not None
+    ]
 
 
 def _is_unlabelled(row: dict[str, Any]) -> bool:
@@ -122,7 +129,11 @@ def _is_unlabelled(row: dict[str, Any]) -> bool:
 
 
 def _from_row(
-    row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int
+    row: dict[str, Any],
+    *,
+    where: str,
+    rng: random.Random,
+    num_wrong: int,
 ) -> tuple[str, list[LabelledAnswer]]:
     """The kind of a row that has labels, and its answers."""
     if "label" in row:
@@ -145,7 +156,11 @@ def _from_row(
 
 
 def from_question(
-    row: dict[str, Any], *, where: str, rng: random.Random, num_wrong: int
+    row: dict[str, Any],
+    *,
+    where: str,
+    rng: random.Random,
+    num_wrong: int,
 ) -> list[LabelledAnswer]:
     """Right and wrong answers from an exam question, equally many and phrased alike.
 

@@ -41,7 +41,13 @@ Result = TypeVar("Result")
 class LLMError(RuntimeError):
     """A call failed permanently; the message names the model and the reason."""
 
-    def __init__(self, reason: str, *, refused: bool = False, recorded: bool = True) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        refused: bool = False,
+        recorded: bool = True,
+    ) -> None:
         """Args:
         reason: the message.
         refused: whether the server rejected this very call, so that others may still succeed.
@@ -124,7 +130,12 @@ class LLM:
         return await self._shared_call(content_key("chat", body, schema, draw), body, schema)
 
     async def complete(
-        self, prompt: str, *, draw: int = 0, top_p: float | None = None, seed: int | None = None
+        self,
+        prompt: str,
+        *,
+        draw: int = 0,
+        top_p: float | None = None,
+        seed: int | None = None,
     ) -> Reply:
         """Requests the continuation of a text, which may be empty. Otherwise as `ask`."""
         body = self._body(top_p=top_p, seed=seed) | {"prompt": prompt}
@@ -146,7 +157,10 @@ class LLM:
         } | {name: value for name, value in sampling.items() if value is not None}
 
     async def _shared_call(
-        self, key: str, body: dict[str, Any], schema: dict[str, Any] | None
+        self,
+        key: str,
+        body: dict[str, Any],
+        schema: dict[str, Any] | None,
     ) -> Reply:
         """The reply from the journal, from an equal call in flight, or from the server."""
         if self.journal is not None:
@@ -164,7 +178,12 @@ class LLM:
         # shielded: a caller that is cancelled must not cancel the call for the others
         return await asyncio.shield(self._in_flight[key])
 
-    async def _call(self, key: str, body: dict[str, Any], schema: dict[str, Any] | None) -> Reply:
+    async def _call(
+        self,
+        key: str,
+        body: dict[str, Any],
+        schema: dict[str, Any] | None,
+    ) -> Reply:
         """Calls the server and journals what came of it."""
         async with self._slots:
             self.usage.calls += 1
@@ -223,7 +242,12 @@ class LLM:
             adapted["response_format"] = {"type": "json_object"}
         return adapted
 
-    def _adapt(self, error: openai.APIStatusError, sent: dict[str, Any], level: int) -> bool:
+    def _adapt(
+        self,
+        error: openai.APIStatusError,
+        sent: dict[str, Any],
+        level: int,
+    ) -> bool:
         """Changes the form of requests if the server refused it; returns whether it did."""
         if is_transient(error.status_code):
             return False

@@ -51,7 +51,13 @@ class MeteredHTTP(openai.DefaultAsyncHttpxClient):
     tokens of a failed attempt, and it takes an unreadable answer for a good one; both happen here.
     """
 
-    def __init__(self, config: LLMConfig, usage: Usage, *, may_be_empty: bool) -> None:
+    def __init__(
+        self,
+        config: LLMConfig,
+        usage: Usage,
+        *,
+        may_be_empty: bool,
+    ) -> None:
         limits = httpx.Limits(
             max_connections=config.concurrency, max_keepalive_connections=config.concurrency
         )

@@ -43,7 +43,12 @@ def format_duration(seconds: float) -> str:
 
 
 def write_page(
-    output: Path, template: Path, *, folder: Path, script: str = "", **values: Any
+    output: Path,
+    template: Path,
+    *,
+    folder: Path,
+    script: str = "",
+    **values: Any,
 ) -> Path:
     """Renders a template to a file, which appears whole or not at all.
 

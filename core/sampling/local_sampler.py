@@ -102,7 +102,11 @@ class _Rows:
     """The rows being decoded, always in slots 0..n-1: their tokens so far, and their keys and values."""
 
     def __init__(
-        self, model: PreTrainedModel, slots: int, longest_prompt: int, params: SamplingParams
+        self,
+        model: PreTrainedModel,
+        slots: int,
+        longest_prompt: int,
+        params: SamplingParams,
     ) -> None:
         config, parameter = model.config, next(model.parameters())
         head_dim = (
@@ -199,10 +203,22 @@ class _Rows:
 class _Prefill:
     """Stores the keys and values of packed prompts in slots from `first` on, and attends within each prompt."""
 
-    def __init__(self, rows: _Rows, batch: PackedBatch, first: int) -> None:
+    def __init__(
+        self,
+        rows: _Rows,
+        batch: PackedBatch,
+        first: int,
+    ) -> None:
         self.rows, self.batch, self.slots = rows, batch, batch.seq_ids + first
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> Tensor:
         self.rows.keys[layer][self.slots, :, self.batch.position_ids] = key
         self.rows.values[layer][self.slots, :, self.batch.position_ids] = value
         cu_seqlens = self.batch.boundaries if query.device.type == "cpu" else self.batch.cu_seqlens
@@ -224,7 +240,14 @@ class _Step:
             :, None, None
         ]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> Tensor:
         keys, values = self.rows.keys[layer], self.rows.values[layer]
         keys[self.slots, :, self.at] = key
         values[self.slots, :, self.at] = value
@@ -237,7 +260,10 @@ class _Step:
 
 
 def draw(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """One token a row, and its log-prob at the temperature.
 

@@ -1,9 +1,8 @@
-"""What a rollout engine is: token ids in, token ids with log-probs out, and weights that follow the trainer's."""
+"""The protocol of a sampling engine: token ids in, token ids with log-probs out."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,95 +10,118 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..bounds import CountingInt, NonNegativeFloat, check_bounds
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn. There is no top-p and no top-k: the sampler's distribution must be the policy."""
+    """How tokens are drawn. No top-p, no top-k: the sampler's distribution must be the policy's."""
 
-    temperature: float = 1.0
-    """logits are divided by it; 0 takes the likeliest token, and its log-probs are those at temperature 1"""
-    max_new_tokens: int = 1024
-    """tokens; a response that reaches it without a stop token counts as truncated"""
+    temperature: NonNegativeFloat = 1.0
+    """Divisor of the logits; 0 takes the most likely token, with log-probs at temperature 1."""
+    max_new_tokens: CountingInt = 1024
+    """Tokens after which a response without stop token is cut and counts as truncated."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 or more")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens}: must be at least 1")
+        check_bounds(self, prefix="sampling.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One response is drawn for it."""
+    """A request for one response."""
 
     token_ids: Sequence[int]
     seed: int = 0
-    """63 bits; with the weights and the parameters it fixes every draw of the response, whatever else is in the batch"""
+    """63 bits; with weights and parameters it fixes every draw of the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A response, the stop token included."""
+    """A response, with its stop token."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float] = field(repr=False)
-    """of each token, at the sampling temperature, as the sampler saw it (nats)"""
+    """Log-prob of each token at the sampling temperature (nats), as the sampler saw it."""
     finish_reason: Literal["stop", "length"]
     version: int = 0
-    """the weight version it was drawn with"""
+    """Version of the weights that it was drawn with."""
 
 
 class Sampler(Protocol):
-    """The protocol that a rollout engine implements."""
+    """What a sampling engine implements."""
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in the prompts' order."""
+        """One completion for each prompt, in order."""
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes the trainer's weights, Hugging Face names and full tensors, one by one; every rank iterates them all.
-        Completions drawn from then on carry `version`."""
+        """Takes the trainer's weights.
+
+        Every rank must iterate `named_tensors` to the end: Hugging Face names with full tensors.
+        Completions drawn afterwards carry `version`.
+        """
         ...
 
 
 @runtime_checkable
 class ServedSampler(Sampler, Protocol):
-    """A sampler whose weights live elsewhere. Each method is called on every rank."""
+    """A sampler whose weights live in other processes. Every rank calls each method."""
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
-        """Copy of the weights (its address) -> for each sequence, the log-probs of its tokens from the second on, at
-        temperature 1 (nats)."""
+        """Log-probs of given sequences under every copy of the weights.
+
+        Returns:
+            Address of the copy -> for each sequence, the log-probs of its tokens from the second on,
+            at temperature 1 (nats).
+        """
         ...
 
     def sleep(self) -> None:
-        """Gives its memory back until the next weight update."""
+        """Releases its memory until the next weight update."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leaves nothing of the run behind."""
+        ...
 
 
 def check_prompts(
-    prompts: Sequence[Prompt], params: SamplingParams, *, vocabulary: int, context: int | None
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    vocabulary: int,
+    context: int | None,
 ) -> None:
-    """Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with `max_new_tokens` exceeds
-    the context (tokens)."""
+    """Refuses prompts that cannot be sampled from, by number.
+
+    Raises:
+        ValueError: a prompt is empty, has an id outside the vocabulary, or together with
+            `max_new_tokens` exceeds the context.
+    """
     for number, prompt in enumerate(prompts):
         if not len(prompt.token_ids):
             raise ValueError(f"prompt {number} is empty")
-        low, high = min(prompt.token_ids), max(prompt.token_ids)
+        low = min(prompt.token_ids)
+        high = max(prompt.token_ids)
         if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"prompt {number} has token id {low if low < 0 else high}, vocabulary is {vocabulary}"
-            )
+            wrong = low if low < 0 else high
+            raise ValueError(f"prompt {number} has token id {wrong}, vocabulary is {vocabulary}")
         if context and len(prompt.token_ids) + params.max_new_tokens > context:
             raise ValueError(
-                f"prompt {number} has {len(prompt.token_ids)} tokens, with max_new_tokens={params.max_new_tokens} over "
-                f"the model's context of {context}: lower sampling.max_new_tokens or max_prompt_tokens"
+                f"prompt {number} has {len(prompt.token_ids)} tokens, with max_new_tokens="
+                f"{params.max_new_tokens} over the model's context of {context}: "
+                "lower sampling.max_new_tokens or max_prompt_tokens"
             )
 
 
 def draw_seed(*parts: int) -> int:
-    """A seed of 63 bits from integers such as (seed, step, prompt, sample): equal parts, equal seed, on any machine."""
+    """A seed of 63 bits from integers such as run seed, step, problem and sample.
+
+    Equal integers give equal seeds on any machine.
+
+    Raises:
+        ValueError: an integer does not fit 64 bits.
+    """
     try:
         digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     except struct.error:

@@ -26,6 +26,8 @@ from typing import Literal
 
 import psutil
 
+from ..bounds import CountingInt, PortInt, PositiveFloat, check_bounds
+
 STATE = "~/.cache/verippo/servers"
 CPU_ARGUMENTS = (
     "--device cpu --attention-backend torch_native --sampling-backend pytorch --dtype float32 --skip-server-warmup "
@@ -41,45 +43,42 @@ DIRECT = urllib.request.build_opener(
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """An sglang server, and how it is started."""
+    """Configuration of an sglang server."""
 
     model: str = ""
-    """a folder with the weights, or a hub id"""
+    """Folder with the weights, or a hub id."""
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 lets other nodes reach it, and then it should have a key"""
-    port: int = 30000
-    """0 takes a free one"""
-    tp: int = 1
-    """GPUs that share one copy of the weights"""
-    dp: int = 1
-    """copies of the weights behind the one port"""
+    """Address to listen on; 0.0.0.0 lets other nodes reach it, and should go with a key."""
+    port: PortInt = 30000
+    """Port to listen on; 0 takes a free one."""
+    tp: CountingInt = 1
+    """Number of GPUs that share one copy of the weights."""
+    dp: CountingInt = 1
+    """Number of copies of the weights behind the port."""
     mem_fraction: float | None = None
-    """share of a GPU's memory for weights and key-value cache; default: sglang decides"""
+    """Share of a GPU's memory for weights and key-value cache; by default sglang decides."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: cuda where torch sees a GPU; cpu adds the arguments with which sglang runs on any x86 CPU, slowly"""
+    """auto uses CUDA where torch sees a GPU; cpu runs sglang on any x86 CPU, slowly."""
     python: str | None = None
-    """the interpreter of the environment that has sglang; default: the one that runs this"""
+    """Python interpreter of the environment that has sglang; default: this one."""
     api_key_env: str | None = None
-    """environment variable with the key that requests must carry; default: no key"""
+    """Environment variable with the API key that requests must carry; default: none."""
     api_key_file: str | None = None
-    """file with that key, instead"""
+    """File with that API key, used instead of the environment variable."""
     arguments: str = ""
-    """more arguments of sglang.launch_server, as in a shell: --arguments="--enable-memory-saver --log-level warning" """
+    """Further arguments of sglang.launch_server, as in a shell: --arguments="--log-level warning".
+    """
     environment: dict[str, str] = field(default_factory=dict)
-    """variables added to the server's environment"""
+    """Variables added to the server's environment."""
     state: str = STATE
-    """folder of records and logs"""
-    start_timeout_seconds: float = 1800.0
-    """for loading the weights until the server answers"""
-    stop_timeout_seconds: float = 60.0
-    """for finishing what runs, after which the processes are killed"""
+    """Folder of the servers' records and logs."""
+    start_timeout_seconds: PositiveFloat = 1800.0
+    """Seconds to wait for the server to load the weights and answer."""
+    stop_timeout_seconds: PositiveFloat = 60.0
+    """Seconds to let running requests finish before the processes are killed."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"port={self.port}: must be 0 (any free one) to 65535")
-        for name, size in (("tp", self.tp), ("dp", self.dp)):
-            if size < 1:
-                raise ValueError(f"{name}={size}: must be at least 1")
+        check_bounds(self)
         if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
             raise ValueError(f"mem_fraction={self.mem_fraction}: must be between 0 and 1")
         if self.api_key_env and self.api_key_file:

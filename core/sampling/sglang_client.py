@@ -114,7 +114,12 @@ def disk_request(folder: str, version: str) -> Request:
 
 
 def join_request(
-    *, address: str, port: int, rank_offset: int, world_size: int, backend: str
+    *,
+    address: str,
+    port: int,
+    rank_offset: int,
+    world_size: int,
+    backend: str,
 ) -> Request:
     """Joins the process group of a weight broadcast: tensor-parallel rank r becomes rank_offset + r of world_size."""
     place = {
@@ -164,7 +169,12 @@ def tensor_request(pickled: str, version: str, *, tp: int) -> Request:
 
 
 def read_completion(
-    answer: Any, params: SamplingParams, *, url: str, stop_token_ids: Sequence[int], version: int
+    answer: Any,
+    params: SamplingParams,
+    *,
+    url: str,
+    stop_token_ids: Sequence[int],
+    version: int,
 ) -> Completion:
     """The answer to a `generate_request`. Raises ServerError when its parts do not belong together, RuntimeError when a
     token was drawn with other weights than `version`."""
@@ -202,7 +212,13 @@ def read_completion(
     )
 
 
-def read_scores(answer: Any, token_ids: Sequence[int], *, url: str, version: int) -> list[float]:
+def read_scores(
+    answer: Any,
+    token_ids: Sequence[int],
+    *,
+    url: str,
+    version: int,
+) -> list[float]:
     """Log-probs of token_ids[1:] from the answer to a `score_request`. Raises as `read_completion`."""
     try:
         meta = answer["meta_info"]
@@ -266,7 +282,13 @@ class SglangServer:
         self._num_cuts = 0
         self._lock = threading.Lock()
 
-    def ask(self, request: Request, *, timeout_seconds: float, retries: int = 0) -> Any:
+    def ask(
+        self,
+        request: Request,
+        *,
+        timeout_seconds: float,
+        retries: int = 0,
+    ) -> Any:
         """The answer's JSON value; of /flush_cache its text. Raises ServerError.
 
         retries: how often a request that may be repeated is sent again to a server that cannot be reached.
@@ -310,7 +332,12 @@ class SglangServer:
                 del self._open[connection]
             connection.close()
 
-    def _read(self, path: str, status: int, content: bytes) -> Any:
+    def _read(
+        self,
+        path: str,
+        status: int,
+        content: bytes,
+    ) -> Any:
         text = content.decode("utf-8", errors="replace")
         if status >= 400:
             kind: Literal["broken", "refused"] = (

@@ -91,7 +91,12 @@ class Fleet:
     def praise(self, server: SglangServer) -> None:
         self._strikes[server.url] = 0
 
-    def blame(self, server: SglangServer, error: ServerError, started: float) -> float:
+    def blame(
+        self,
+        server: SglangServer,
+        error: ServerError,
+        started: float,
+    ) -> float:
         """Counts a failure of a request sent at `started` (time.monotonic). A server that hangs, or fails more than `retries`
         times in a row, is left out. Returns how long to wait before the next attempt (seconds)."""
         with self._lock:

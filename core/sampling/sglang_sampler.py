@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bounds import CountingInt, NonNegativeInt, PortInt, PositiveFloat, check_bounds
 from ..training import dist
 from .sampler import Completion, Prompt, SamplingParams, check_prompts
 from .sglang_client import (
@@ -41,49 +42,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class SglangConfig:
-    """The servers, and how weights reach them."""
+    """sglang servers, and how weights reach them."""
 
     urls: str = ""
-    """sglang: comma-separated addresses, http://host:port each"""
+    """sglang: comma-separated addresses of the servers, such as http://127.0.0.1:30000."""
     api_key_env: str | None = None
-    """sglang: environment variable that holds the servers' API key"""
-    concurrency: int = 256
-    """sglang: requests in flight from each rank, over all servers"""
-    timeout_seconds: float = 900.0
-    """sglang: a response or a weight update that takes longer means a hanging server; above the longest response's time"""
-    retries: int = 2
-    """sglang: failures in a row after which a server is left out, less one"""
+    """sglang: environment variable that holds the servers' API key."""
+    concurrency: CountingInt = 256
+    """sglang: requests in flight from each rank, over all servers."""
+    timeout_seconds: PositiveFloat = 900.0
+    """sglang: seconds after which a response or weight update counts as hanging."""
+    retries: NonNegativeInt = 2
+    """sglang: failed requests in a row that a server is forgiven before it is left out."""
     sync: Literal["disk", "distributed", "tensor"] = "disk"
-    """sglang: how weights travel: a folder that the servers see too, a process group (NCCL, on CPU gloo), or handles to
-    memory of the same machine"""
+    """sglang: how weights travel: a shared folder, NCCL (gloo on CPU), or shared memory."""
     sync_folder: str | None = None
-    """disk: the shared folder; default: OUTPUT/sync"""
+    """disk: folder that trainer and servers share; default: OUTPUT/sync."""
     master_address: str | None = None
-    """distributed: where servers reach rank 0; default: the address that leads to the first server"""
-    master_port: int = 0
-    """distributed: its port; 0 takes a free one"""
-    bucket_mib: int = 512
-    """weights are gathered and sent in portions of this size (MiB), or of one tensor where that is larger"""
-    parity_tolerance: float | None = None
-    """sglang: nats that a server's log-prob of a fixed token may differ from the trainer's after a weight update; the servers
-    run in the trainer's dtype. Default: 1e-4 with fp32, 0.5 with bf16, where answers that an update left unmoved tell more"""
+    """distributed: address at which servers reach rank 0; default: found by itself."""
+    master_port: PortInt = 0
+    """distributed: port of rank 0; 0 takes a free one."""
+    bucket_mib: CountingInt = 512
+    """Size in MiB of the portions in which weights are gathered and sent."""
+    parity_tolerance: PositiveFloat | None = None
+    """sglang: gap in nats allowed after an update; default: 1e-4 with fp32, 0.5 with bf16."""
     sleep: bool = False
-    """sglang: the servers give their GPU memory back while the trainer trains (start them with --enable-memory-saver)"""
+    """sglang: servers release GPU memory during training (needs --enable-memory-saver)."""
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "bucket_mib"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampler.{name}={getattr(self, name)}: must be at least 1")
-        if self.retries < 0:
-            raise ValueError(f"sampler.retries={self.retries}: must be 0 or more")
-        if not self.timeout_seconds > 0:
-            raise ValueError(f"sampler.timeout_seconds={self.timeout_seconds}: must be above 0")
-        if self.parity_tolerance is not None and not self.parity_tolerance > 0:
-            raise ValueError(f"sampler.parity_tolerance={self.parity_tolerance}: must be above 0")
-        if not 0 <= self.master_port < 1 << 16:
-            raise ValueError(
-                f"sampler.master_port={self.master_port}: must be 0 (any free one) to 65535"
-            )
+        check_bounds(self, prefix="sampler.")
 
 
 class SglangSampler:
@@ -189,7 +176,10 @@ class SglangSampler:
                 bar.update()
 
     def _complete(
-        self, prompt: Prompt, params: SamplingParams, stop: threading.Event
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: threading.Event,
     ) -> Completion:
         """Asks one server after another until one answers well."""
         tokens, pause, failures = len(prompt.token_ids) + params.max_new_tokens, 0.0, 0
@@ -247,7 +237,10 @@ class SglangSampler:
         self.version, self._started_with = version, None
 
     def _send(
-        self, tensors: Iterator[tuple[str, Tensor]], version: int, failed: set[str]
+        self,
+        tensors: Iterator[tuple[str, Tensor]],
+        version: int,
+        failed: set[str],
     ) -> dict[str, str]:
         """Returns the servers that failed, each with the reason."""
         self.fleet.start_again({})

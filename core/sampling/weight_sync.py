@@ -46,7 +46,12 @@ Bucket = list[tuple[str, Tensor]]
 class WeightSync(Protocol):
     """One way of sending weights."""
 
-    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def push(
+        self,
+        fleet: Fleet,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: str,
+    ) -> None:
         """Every server in use holds the tensors afterwards, under this version; those that failed are left out. Raises
         ServerError when one refuses them, or when its failure leaves the others without."""
         ...
@@ -79,7 +84,12 @@ class DiskSync:
     bucket_bytes: int
     timeout_seconds: float
 
-    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def push(
+        self,
+        fleet: Fleet,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: str,
+    ) -> None:
         target = self.folder / f"weights-{version}"
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
         target.mkdir(parents=True)
@@ -113,7 +123,12 @@ class DistributedSync:
     timeout_seconds: float
     group: dist.OuterGroup | None = None
 
-    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def push(
+        self,
+        fleet: Fleet,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: str,
+    ) -> None:
         if self.group is None:
             self.close(fleet)
             self.group = self._joined(fleet)
@@ -193,7 +208,12 @@ class TensorSync:
     bucket_bytes: int
     timeout_seconds: float
 
-    def push(self, fleet: Fleet, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def push(
+        self,
+        fleet: Fleet,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: str,
+    ) -> None:
         sizes = fleet.ask(_tensor_parallel)
         fleet.ask(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
@@ -204,7 +224,12 @@ class TensorSync:
         fleet.ask(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
 
     def _hand_over(
-        self, server: SglangServer, *, pickled: str, version: str, sizes: dict[str, int]
+        self,
+        server: SglangServer,
+        *,
+        pickled: str,
+        version: str,
+        sizes: dict[str, int],
     ) -> None:
         server.ask(
             tensor_request(pickled, version, tp=sizes[server.url]),
@@ -230,7 +255,8 @@ def pickle_tensors(bucket: Bucket) -> bytes:
 
 
 def _handle(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    rebuild, arguments = reductions.reduce_tensor(tensor)
+    reduced: Any = reductions.reduce_tensor(tensor)
+    rebuild, arguments = reduced
     device = 6  # which argument of rebuild_cuda_tensor numbers the GPU
     assert arguments[device] == tensor.device.index
     uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)

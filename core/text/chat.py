@@ -150,7 +150,8 @@ def render_example(
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the tokenizer's end token and of those END_TOKENS that it knows."""
-    end_ids = {tokenizer.eos_token_id}
+    end: Any = tokenizer.eos_token_id
+    end_ids: set[int] = {end}
     for token in END_TOKENS:
         number = tokenizer.convert_tokens_to_ids(token)  # an unknown token gets another's id
         if isinstance(number, int) and tokenizer.convert_ids_to_tokens(number) == token:

@@ -116,7 +116,7 @@ def _load_folder(path: Path) -> Iterable[Row]:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise ValueError(f"data {path}: a folder, but not one saved by datasets") from None
-    parts = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
+    parts: Any = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
     return [row for part in parts for row in part]
 
 
@@ -124,7 +124,8 @@ def _load_hub(name: str) -> Iterable[Row]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split="train")
+        rows: Any = datasets.load_dataset(name, split="train")
+        return rows
     except Exception as error:  # a dozen kinds, each of which means that the name cannot be loaded
         reason = str(error).splitlines()[0][:200]
         raise ValueError(
@@ -228,7 +229,13 @@ class Order:
     `position`, the number of items taken so far, is its whole state.
     """
 
-    def __init__(self, num: int, *, seed: int, position: int = 0) -> None:
+    def __init__(
+        self,
+        num: int,
+        *,
+        seed: int,
+        position: int = 0,
+    ) -> None:
         """Args:
         num: number of items.
         seed: seed of the permutations.

@@ -150,7 +150,13 @@ class OuterGroup:
     """
 
     def __init__(
-        self, *, address: str, port: int, world_size: int, name: str, timeout_seconds: float
+        self,
+        *,
+        address: str,
+        port: int,
+        world_size: int,
+        name: str,
+        timeout_seconds: float,
     ) -> None:
         """Opens the store that the others connect to; port 0 takes a free one."""
         self.timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -186,7 +192,8 @@ class OuterGroup:
         """Broadcasts tensors one after another and waits until they are sent."""
         options: dict[str, Any] = {"src": 0, "group": self.group, "async_op": True}
         for work in [td.broadcast(tensor, **options) for tensor in tensors]:
-            work.wait()
+            if work is not None:
+                work.wait()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -143,7 +143,13 @@ class TrainEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
-    def backward(self, loss_sum: Tensor, num_tokens: int, *, last: bool) -> None:
+    def backward(
+        self,
+        loss_sum: Tensor,
+        num_tokens: int,
+        *,
+        last: bool,
+    ) -> None:
         """Adds the gradient of loss_sum / num_tokens.
 
         Every rank must make the same number of calls. DeepSpeed averages gradients over ranks, hence

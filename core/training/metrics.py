@@ -73,7 +73,13 @@ class MetricLog:
             self._wandb = wandb.init(dir=str(folder), id=run_id, resume="allow", config=config)
             self.run_id = self._wandb.id
 
-    def write(self, name: str, row: dict[str, Any], *, prefix: str = "") -> None:
+    def write(
+        self,
+        name: str,
+        row: dict[str, Any],
+        *,
+        prefix: str = "",
+    ) -> None:
         """Appends a row, which has a `step`, to NAME.jsonl; its numbers go to the other loggers."""
         self.write_text(name, row)
         numbers = {

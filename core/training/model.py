@@ -39,7 +39,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class KVCache(Protocol):
     """A sampler's store of keys and values, in place of packed attention while it decodes."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> Tensor:
         """Attention of new tokens to everything stored so far.
 
         Args:
@@ -186,7 +193,10 @@ def hidden_states(hf: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def decoder_pass(
-    hf: PreTrainedModel, tokens: Tensor, position_ids: Tensor, **attention: Any
+    hf: PreTrainedModel,
+    tokens: Tensor,
+    position_ids: Tensor,
+    **attention: Any,
 ) -> Tensor:
     """One pass of the decoder.
 
@@ -241,7 +251,11 @@ def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Class
 
 
 def _load_scored(
-    path: str, *, num_labels: int, dtype: str, need_head: bool = False
+    path: str,
+    *,
+    num_labels: int,
+    dtype: str,
+    need_head: bool = False,
 ) -> PreTrainedModel:
     hf, missing = _load(
         AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels
@@ -256,7 +270,13 @@ def _load_scored(
     return hf
 
 
-def _load(auto: Any, path: str, *, dtype: str, **options: Any) -> tuple[Any, bool]:
+def _load(
+    auto: Any,
+    path: str,
+    *,
+    dtype: str,
+    **options: Any,
+) -> tuple[Any, bool]:
     """The model in eval mode, and whether the folder lacks its classification head.
 
     Any other missing weight is an error: transformers would fill it with random numbers.
@@ -343,7 +363,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that end a response: those of the tokenizer and of generation_config.json."""
-    stops = {tokenizer.eos_token_id}
+    end: Any = tokenizer.eos_token_id
+    stops = {end}
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -402,7 +423,10 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def save_model(
-    folder: Path, hf: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    hf: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
 

@@ -204,7 +204,11 @@ def microbatches(
 
 
 def share_out(
-    lengths: Sequence[int], *, max_tokens: int, rank: int, world_size: int
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    rank: int,
+    world_size: int,
 ) -> list[list[int]]:
     """One rank's share of the sequences, in micro-batches under a cap.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from .metrics import MetricLog, Stopwatch, finite, start_log
 from .run_config import RunConfig
 
 Metrics = dict[str, Any]
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 @dataclass
@@ -46,13 +47,13 @@ class Saveable(Protocol):
 
 
 @dataclass(kw_only=True)
-class TrainingRun:
+class TrainingRun(Generic[ConfigT]):
     """A run's folder, state and log, with everything that happens around the algorithm.
 
     Every rank holds one and calls every method; only the main rank writes.
     """
 
-    config: RunConfig
+    config: ConfigT
     folder: Path
     engines: Mapping[str, Saveable]
     """Parts stored in checkpoints, by name."""

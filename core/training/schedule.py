@@ -9,7 +9,12 @@ ScheduleKind = Literal["linear", "cosine", "constant"]
 
 
 def learning_rate(
-    step: int, *, peak: float, total_steps: int, warmup_ratio: float, kind: ScheduleKind
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_ratio: float,
+    kind: ScheduleKind,
 ) -> float:
     """Learning rate of one optimizer step.
 
