@@ -1,7 +1,7 @@
-"""Writes a page that can be mailed: one self-contained HTML file, every value escaped, light and dark, readable on a phone.
+"""Writes self-contained HTML pages for sharing by mail: light and dark, readable on a phone.
 
-Templates extend page.html.jinja, which brings the style. The Content-Security-Policy forbids loading anything, and every
-script but the one that is given.
+Templates extend page.html.jinja, which holds the style. Every value is escaped, and the page's
+Content-Security-Policy forbids loading anything and running any script but its own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 
 def number(x: object) -> float | None:
-    """`x` as a float if it is a finite number, else None: a null, NaN or text in a metrics row is no value."""
+    """The value as a float if it is a finite number, else None."""
     return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
 
 
 def format_number(x: object, percent: bool = False) -> str:
-    """About four digits with thousands separated: 12,345 or 3.142 or 64.0%; a dash for what is no number."""
+    """A number in about four digits: 12,345, 3.142 or 64.0%; a dash for anything else."""
     if (value := number(x)) is None:
         return "–"
     if percent:
@@ -33,15 +33,13 @@ def format_number(x: object, percent: bool = False) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """4.2 s, 3 min 05 s or 2 h 07 min."""
-    minutes, rest = divmod(round(seconds), 60)
+    """A duration as 4.2 s, 3 min 05 s or 2 h 07 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {left:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def write_page(
@@ -52,9 +50,17 @@ def write_page(
     script: str = "",
     **values: Any,
 ) -> Path:
-    """Renders the template with the values to `output`, at once or not at all; its path.
+    """Renders a template to a file, which appears whole or not at all.
 
-    folder: what the page was made from, named in its footer. script: the one that may run, if any.
+    Args:
+        output: The page's path.
+        template: Path of the Jinja template.
+        folder: Folder that the page describes, named in its footer.
+        script: The only script that the page may run; empty for none.
+        **values: Variables of the template.
+
+    Returns:
+        `output`.
     """
     from jinja2 import Environment, FileSystemLoader
 

@@ -1,4 +1,4 @@
-"""The demo, at a size that only shows that its stages fit together: what they achieve is for `make demo` to show."""
+"""The demo at a size that shows only that its stages fit together; `make demo` shows results."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from verippo.core.text.chat import parse_response
 from verippo.launch.ablation import VARIANTS, ablate
-from verippo.launch.demo import (
+from verippo.launch.demo import demo
+from verippo.launch.demo_task import (
     KINDS,
     DemoConfig,
-    demo,
     half_without_reasoning,
     make_data_and_model,
     ppo_config,
@@ -34,7 +34,7 @@ TINY = DemoConfig(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_stage_runs_and_the_report_tells_of_all(tmp_path: Path) -> None:
+def test_every_stage_runs_and_is_in_the_report(tmp_path: Path) -> None:
     report = demo(replace(TINY, output=str(tmp_path / "demo")), resolved={})
     page = report.read_text()
     for part in ("after SFT", "after PPO", "Verifier", "Response length"):
@@ -42,14 +42,15 @@ def test_every_stage_runs_and_the_report_tells_of_all(tmp_path: Path) -> None:
     stages = json.loads((tmp_path / "demo" / "ppo" / "stages.json").read_text())
     assert list(stages["seconds"]) == ["data", "sft", "verifier", "ppo"]
     assert [row["num"] for row in stages["rows"]] == [16, 16]
-    # run again, it finds everything done and changes nothing
-    before = (tmp_path / "demo" / "ppo" / "model" / "model.safetensors").read_bytes()
+    # a second run finds everything done and changes nothing
+    weights = tmp_path / "demo" / "ppo" / "model" / "model.safetensors"
+    before = weights.read_bytes()
     demo(replace(TINY, output=str(tmp_path / "demo")), resolved={})
-    assert (tmp_path / "demo" / "ppo" / "model" / "model.safetensors").read_bytes() == before
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_ablation_trains_every_variant_from_the_same_start(
+def test_ablation_trains_every_variant_from_the_same_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = list(VARIANTS)
@@ -61,17 +62,15 @@ def test_the_ablation_trains_every_variant_from_the_same_start(
     assert len({runs[0]["exact_before"] for runs in results.values()}) == 1
 
 
-def test_half_of_the_answers_come_without_reasoning_and_in_the_format() -> None:
+def test_half_of_the_answers_have_no_reasoning() -> None:
     rows = half_without_reasoning(generate(10, seed=0, split="train", kinds=KINDS, difficulty=6))
     parsed = [parse_response(conversation(row, where="")[-1]["content"]) for row in rows]
     assert [bool(part and part.thinking) for part in parsed] == [True, False] * 5
-    assert all(
-        part and part.final == row["Ground-True Answer"]
-        for part, row in zip(parsed, rows, strict=True)
-    )
+    finals = [part and part.final for part in parsed]
+    assert finals == [row["Ground-True Answer"] for row in rows]
 
 
-def test_verifier_rows_are_balanced_and_their_wording_gives_nothing_away() -> None:
+def test_verifier_rows_are_balanced_in_every_wording() -> None:
     rows = verifier_rows(generate(200, seed=0, split="train", kinds=KINDS, difficulty=6), seed=0)
     bare = [row for row in rows if row["response"].isdigit()]
     for part in (rows, bare):
@@ -80,34 +79,26 @@ def test_verifier_rows_are_balanced_and_their_wording_gives_nothing_away() -> No
     assert all((row["response"] == row["reference"]) == row["label"] for row in bare)
 
 
-def test_the_demo_differs_from_the_papers_ppo_only_where_it_says(tmp_path: Path) -> None:
-    from verippo.launch.demo import Paths
+def test_demo_keeps_the_papers_ppo_settings_except_lambda(tmp_path: Path) -> None:
+    config = ppo_config(DemoConfig(), tmp_path, tmp_path)
+    assert config.kl.coef == 0.03
+    assert (config.clip_low, config.clip_high, config.value_clip) == (0.2, 0.2, 0.2)
+    assert (config.gamma, config.lam) == (1.0, 1.0)
 
-    here = Paths(
-        policy=tmp_path, verifier=tmp_path, template=tmp_path, problems=tmp_path, held_out=tmp_path
-    )
-    config = ppo_config(DemoConfig(), here, tmp_path)
-    assert (config.kl.coef, config.clip_low, config.clip_high, config.value_clip, config.gamma) == (
-        0.03,
-        0.2,
-        0.2,
-        0.2,
-        1.0,
-    )
-    assert config.lam == 1.0
+
+def test_sizes_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="findings=9"):
         DemoConfig(findings=9)
-    with pytest.raises(
-        ValueError, match="num_train=100, rollouts_per_step=128: evaluation needs 2"
-    ):
+    with pytest.raises(ValueError, match="num_eval=1: must be at least 2"):
+        DemoConfig(num_eval=1)
+    with pytest.raises(ValueError, match="num_train=100: must be at least rollouts_per_step=128"):
         DemoConfig(num_train=100)
 
 
-def test_a_folder_of_another_seed_is_refused_not_reported_as_this_one(tmp_path: Path) -> None:
+def test_folder_of_another_seed_is_refused(tmp_path: Path) -> None:
     config = DemoConfig(num_train=8, num_eval=2, rollouts_per_step=8)
-    assert make_data_and_model(config, tmp_path) == make_data_and_model(config, tmp_path)
-    with pytest.raises(
-        ValueError,
-        match='holds a demo with .*"seed": 0, .*not .*"seed": 1, .*: choose another folder',
-    ):
+    make_data_and_model(config, tmp_path)
+    make_data_and_model(config, tmp_path)
+    other = 'holds a demo with .*"seed": 0, .*not .*"seed": 1, .*: choose another folder'
+    with pytest.raises(ValueError, match=other):
         make_data_and_model(replace(config, seed=1), tmp_path)

@@ -1,4 +1,4 @@
-"""The report page: safe, self-contained, honest about what is missing."""
+"""The report page is safe, self-contained and complete about what is missing."""
 
 import json
 import re
@@ -9,19 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from verippo.core.report.charts import Line, points
+from verippo.core.report.charts import Line, Panel, find_curves
 from verippo.core.report.html_page import format_duration, format_number, number
 from verippo.core.report.run_report import (
+    RunFolder,
     average_blocks,
     by_step,
     choose_samples,
     compare_stages,
-    read_steps,
     write_report,
 )
 
 HOSTILE = "<script>alert('x')</script>\"><img src=//evil.example/a.png onerror=alert(1)>{{ 7*7 }}"
 STEPS = range(1, 6)
+PPO_KEYS = """
+    score_mean score_right_rate score_unparsable_rate exact_rate reasoned_rate kl_mean
+    reward_mean truncated_rate response_length_mean entropy policy_loss value_loss clip_fraction
+    approx_kl sampler_logprob_gap_mean sampler_logprob_gap_p99 grad_norm_policy grad_norm_value
+    lr_policy lr_value seconds_rollout seconds_score seconds_forward seconds_train seconds_sync
+    tokens_per_second peak_memory_gib
+"""
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -32,37 +39,33 @@ def interval(value: float, low: float, high: float) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
 
 
+CALIBRATION = {
+    "num": 900,
+    "threshold": 0.4,
+    "accuracy": interval(0.9625, 0.9483, 0.9731),
+    "curve": [
+        {"mean_predicted": 0.2, "share_right": 0.15, "num": 400},
+        {"mean_predicted": None, "share_right": None, "num": 0},
+    ],
+    "thresholds": [
+        {"threshold": 0.4, "accuracy": 0.9625, "false_positive_rate": 0.0314},
+        {"threshold": 0.5, "accuracy": 0.9625, "false_negative_rate": None},
+    ],
+}
+AFTER_SFT = {"stage": "after SFT", "exact_rate": interval(0.211, 0.164, 0.267), "num": 256}
+AFTER_PPO = {"stage": HOSTILE, "exact_rate": interval(0.683, 0.623, 0.737)}
+STAGES = {
+    "rows": [
+        AFTER_SFT | {"score_mean": None},
+        AFTER_PPO | {"response_length_mean": 131.7},
+    ],
+    "seconds": {"sft": 61.4, HOSTILE: 3700},
+    "notes": [HOSTILE],
+}
+
+
 def ppo_row(step: int) -> dict:
-    keys = [
-        "score_mean",
-        "score_right_rate",
-        "score_unparsable_rate",
-        "exact_rate",
-        "reasoned_rate",
-        "kl_mean",
-        "reward_mean",
-        "truncated_rate",
-        "response_length_mean",
-        "entropy",
-        "policy_loss",
-        "value_loss",
-        "clip_fraction",
-        "approx_kl",
-        "sampler_logprob_gap_mean",
-        "sampler_logprob_gap_p99",
-        "grad_norm_policy",
-        "grad_norm_value",
-        "lr_policy",
-        "lr_value",
-        "seconds_rollout",
-        "seconds_score",
-        "seconds_forward",
-        "seconds_train",
-        "seconds_sync",
-        "tokens_per_second",
-        "peak_memory_gib",
-    ]
-    values = {key: (i + 1) / 100 * step for i, key in enumerate(keys)}
+    values = {key: (i + 1) / 100 * step for i, key in enumerate(PPO_KEYS.split())}
     return values | {
         "step": step,
         "episodes": 1000 * step,
@@ -72,7 +75,7 @@ def ppo_row(step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
-    """A whole PPO run with hostile text wherever a run can put text, and a torn last line."""
+    """Page of a PPO run with hostile text in every text field and a last line that is cut short."""
     folder = tmp_path_factory.mktemp("run")
     write_lines(folder / "metrics.jsonl", [ppo_row(step) for step in STEPS])
     with open(folder / "metrics.jsonl", "ab") as file:
@@ -83,78 +86,11 @@ def page(tmp_path_factory) -> str:
         [rates | {"step": 0, "num": 20, "reasoned_rate": 0.0}, rates | {"step": 5, "num": 20}],
     )
     texts = dict.fromkeys(("split", "prompt", "response", "answer", "verdict"), HOSTILE)
-    write_lines(
-        folder / "samples.jsonl",
-        [texts | {"step": 1, "score": 1.0}] * 2
-        + [
-            {
-                "step": step,
-                "split": "train",
-                "prompt": f"p{step}",
-                "response": "r",
-                "answer": "a",
-                "score": 0.1,
-                "verdict": "wrong",
-            }
-            for step in STEPS
-            for _ in range(4)
-        ],
-    )
-    (folder / "calibration.json").write_text(
-        json.dumps(
-            {
-                "num": 900,
-                "threshold": 0.4,
-                "accuracy": interval(0.9625, 0.9483, 0.9731),
-                "curve": [
-                    {
-                        "bin_low": 0.0,
-                        "bin_high": 0.5,
-                        "mean_predicted": 0.2,
-                        "share_right": 0.15,
-                        "num": 400,
-                    },
-                    {
-                        "bin_low": 0.5,
-                        "bin_high": 1.0,
-                        "mean_predicted": None,
-                        "share_right": None,
-                        "num": 0,
-                    },
-                ],
-                "thresholds": [
-                    {
-                        "threshold": t,
-                        "accuracy": 0.9625,
-                        "false_positive_rate": 0.0314,
-                        "false_negative_rate": None,
-                    }
-                    for t in (0.4, 0.5)
-                ],
-            }
-        )
-    )
-    (folder / "stages.json").write_text(
-        json.dumps(
-            {
-                "rows": [
-                    {
-                        "stage": "after SFT",
-                        "exact_rate": interval(0.211, 0.164, 0.267),
-                        "score_mean": None,
-                        "num": 256,
-                    },
-                    {
-                        "stage": HOSTILE,
-                        "exact_rate": interval(0.683, 0.623, 0.737),
-                        "response_length_mean": 131.7,
-                    },
-                ],
-                "seconds": {"sft": 61.4, HOSTILE: 3700},
-                "notes": [HOSTILE],
-            }
-        )
-    )
+    sample = {"split": "train", "response": "r", "answer": "a", "score": 0.1, "verdict": "wrong"}
+    samples = [sample | {"step": step, "prompt": f"p{step}"} for step in STEPS for _ in range(4)]
+    write_lines(folder / "samples.jsonl", [texts | {"step": 1, "score": 1.0}] * 2 + samples)
+    (folder / "calibration.json").write_text(json.dumps(CALIBRATION))
+    (folder / "stages.json").write_text(json.dumps(STAGES))
     (folder / "config.yaml").write_text(f"seed: 1\nname: {HOSTILE}\n")
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", HOSTILE: HOSTILE}))
     return write_report(folder, title=HOSTILE).read_text(encoding="utf-8")
@@ -191,7 +127,7 @@ def test_page_loads_nothing_from_outside(page):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
 
 
-def test_ids_are_unique_and_every_reference_has_its_target(page):
+def test_ids_are_unique_and_references_resolve(page):
     ids = [attributes["id"] for _, attributes in Tags(page).found if "id" in attributes]
     assert len(ids) == len(set(ids)) > 100
     references = set(re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', page))
@@ -201,31 +137,19 @@ def test_ids_are_unique_and_every_reference_has_its_target(page):
 
 def test_figures_follow_the_colour_scheme_and_are_labelled(page):
     figures = [attributes for tag, attributes in Tags(page).found if tag == "svg"]
-    assert (
-        len(figures) == 2 + 1 + 12
-    )  # score and right answers, calibration, and the PPO curves without SFT's two
-    assert all(
-        figure["role"] == "img" and figure["aria-label"] and figure["viewbox"] for figure in figures
-    )
+    # score and right answers, calibration, and the PPO curves without the two of SFT
+    assert len(figures) == 2 + 1 + 12
+    for figure in figures:
+        assert figure["role"] == "img"
+        assert figure["aria-label"]
+        assert figure["viewbox"]
     assert not any("width" in figure for figure in figures)
     assert "#01020" not in page  # no stand-in colour is left
     svg = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert set(re.findall(r"(?:fill|stroke): ([^;\"]*)", svg)) - {"none"} == {
-        "var(--muted)",
-        "var(--grid)",
-        "var(--c1)",
-        "var(--c2)",
-        "var(--c3)",
-        "var(--c4)",
-        "var(--c5)",
+        f"var(--{name})" for name in ("muted", "grid", "c1", "c2", "c3", "c4", "c5")
     }
-    for unit in (
-        "KL, nats per response",
-        "tokens per response",
-        "truncated, % of responses",
-        "seconds",
-        "step",
-    ):
+    for unit in ("KL, nats per response", "truncated, % of responses", "seconds", "step"):
         assert f">{unit}</text>" in svg
 
 
@@ -235,9 +159,8 @@ def test_numbers_of_the_run_are_on_the_page(page):
     assert "exactly right 21.1% → 68.3%." in text
     assert "21.1% (16.4–26.7%)" in text
     assert "+47.2 points" in text  # 68.3 - 21.1
-    assert (
-        "KL to the reference is 0.3 nats per response" in text
-    )  # the sixth key at step 5: 0.06 * 5
+    # kl_mean is the sixth key, so 0.06 * 5 at step 5
+    assert "KL to the reference is 0.3 nats per response" in text
     assert "96.2% (94.8–97.3%)" in text
     assert re.search(r"0\.4 in use ?96\.2% ?3\.1% ?–", text)
     assert "8 of 22 shown" in text
@@ -247,11 +170,11 @@ def test_numbers_of_the_run_are_on_the_page(page):
     assert "Made by verippo" in text
 
 
-def test_torn_line_is_counted_on_the_page(page):
+def test_unreadable_line_is_counted_on_the_page(page):
     assert "metrics.jsonl: 1 unreadable line skipped" in page
 
 
-def test_empty_folder_gives_a_page_that_names_what_is_absent(tmp_path):
+def test_page_of_an_empty_folder_names_the_missing_files(tmp_path):
     page = write_report(tmp_path, title="Nothing yet").read_text(encoding="utf-8")
     assert "No training step has been recorded" in page
     assert "metrics.jsonl, eval.jsonl, samples.jsonl, config.yaml, environment.json" in page
@@ -261,14 +184,8 @@ def test_empty_folder_gives_a_page_that_names_what_is_absent(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "metrics.jsonl",
-        "eval.jsonl",
-        "samples.jsonl",
-        "calibration.json",
-        "stages.json",
-        "environment.json",
-    ],
+    [f"{name}.jsonl" for name in ("metrics", "eval", "samples")]
+    + [f"{name}.json" for name in ("calibration", "stages", "environment")],
 )
 def test_each_file_alone_or_garbled_gives_a_page(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"step": 1, "num": 3, "curve": null}\n')
@@ -278,7 +195,7 @@ def test_each_file_alone_or_garbled_gives_a_page(tmp_path, name):
     assert f"{name}: " in page
 
 
-def test_sft_run_has_its_curves_and_no_ppo_ones(tmp_path):
+def test_sft_run_has_its_own_curves_only(tmp_path):
     write_lines(
         tmp_path / "metrics.jsonl",
         [{"step": 1, "loss": 2.0, "lr": 1e-5}, {"step": 2, "loss": float("nan")}],
@@ -287,42 +204,38 @@ def test_sft_run_has_its_curves_and_no_ppo_ones(tmp_path):
         tmp_path / "eval.jsonl",
         [{"step": s, "loss": 3.0 - s, "token_accuracy": 0.5, "num_tokens": 9} for s in (0, 2)],
     )
-    page = write_report(tmp_path, title="SFT", output=tmp_path / "x.html").read_text(
-        encoding="utf-8"
-    )
+    output = tmp_path / "x.html"
+    page = write_report(tmp_path, title="SFT", output=output).read_text(encoding="utf-8")
     assert re.findall(r"<h3>(.*?)</h3>", page) == ["Loss", "Token accuracy", "Learning rates"]
     assert "3 → 1" in page
     assert not (tmp_path / "report.html").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "metrics.jsonl",
-        "eval.jsonl",
-        "x.html",
-    }  # no temporary left
+    written = {path.name for path in tmp_path.iterdir()}  # no temporary file is left
+    assert written == {"metrics.jsonl", "eval.jsonl", "x.html"}
 
 
-def test_text_no_encoding_can_hold_is_written_all_the_same(tmp_path):
+def test_unpaired_surrogate_is_replaced(tmp_path):
     (tmp_path / "samples.jsonl").write_text(
-        '{"step": 1, "response": "half a pair \\ud800, line\\u2028end"}\n'
+        '{"step": 1, "response": "unpaired \\ud800, line\\u2028end"}\n'
     )
-    assert "half a pair ?, line\u2028end" in write_report(tmp_path, title="t").read_text(
-        encoding="utf-8"
-    )
+    page = write_report(tmp_path, title="t").read_text(encoding="utf-8")
+    assert "unpaired ?, line\u2028end" in page
 
 
 def test_lines_without_an_object_or_a_step_are_skipped_and_counted(tmp_path):
-    (tmp_path / "m.jsonl").write_text(
-        '{"step": 2}\n\n12\n{"loss": 1}\n{"step": null}\n{"step": 1, "x": "\u2028"}\n{"st'
-    )
-    assert read_steps(tmp_path / "m.jsonl") == ([{"step": 2}, {"step": 1, "x": "\u2028"}], 4)
-    assert read_steps(tmp_path / "absent.jsonl") == ([], 0)
+    text = '{"step": 2}\n\n12\n{"loss": 1}\n{"step": null}\n{"step": 1, "x": "\u2028"}\n{"st'
+    (tmp_path / "m.jsonl").write_text(text)
+    files = RunFolder(tmp_path)
+    assert files.rows("m.jsonl") == [{"step": 2}, {"step": 1, "x": "\u2028"}]
+    assert files.rows("absent.jsonl") == []
+    assert files.problems == ["m.jsonl: 4 unreadable lines skipped"]
 
 
-def test_of_a_repeated_step_the_later_row_counts():
+def test_later_row_of_a_repeated_step_wins():
     rows = [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 2, "x": 3}, {"step": 0, "x": 0}]
     assert [row["x"] for row in by_step(rows)] == [0, 1, 3]
 
 
-def test_blocks_average_the_values_there_are():
+def test_block_means_skip_missing_values():
     rows = [
         {"step": 1, "x": 2.0},
         {"step": 2, "x": None},
@@ -330,14 +243,12 @@ def test_blocks_average_the_values_there_are():
         {"step": 4},
         {"step": 5, "x": 7},
     ]
-    assert average_blocks(rows, 2) == (
-        [{"step": 2.0, "x": 3.0, "y": 1.0}, {"step": 4.5, "x": 7.0}],
-        3,
-    )
+    means = [{"step": 2.0, "x": 3.0, "y": 1.0}, {"step": 4.5, "x": 7.0}]
+    assert average_blocks(rows, 2) == (means, 3)
     assert average_blocks([], 2) == ([], 1)
 
 
-def test_curve_leaves_out_what_is_no_number():
+def test_curve_skips_values_that_are_not_finite_numbers():
     rows = [
         {"step": 1, "x": 0},
         {"step": 2, "x": None},
@@ -345,19 +256,20 @@ def test_curve_leaves_out_what_is_no_number():
         {"step": 4, "x": "5"},
         {"step": 5},
     ]
-    assert points(Line("x"), {"train": rows, "eval": []}) == ([1], [0.0])
+    panel = Panel("unit", [Line("x"), Line("y")])
+    assert find_curves(panel, {"train": rows, "eval": []}) == [(Line("x"), [1], [0.0])]
 
 
-def test_without_stages_the_first_and_last_evaluation_are_compared():
+def test_first_and_last_evaluation_are_compared_without_stages():
     evals = [
         {"step": step, "num": 263, "right_rate": 81 / 263, "score_mean": 0.4}
         for step in (0, 10, 20)
     ]
     first, last = compare_stages({}, evals)
-    assert (first["name"], last["name"]) == ("step 0", "step 20")
-    assert first["right_rate"] == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
-    assert first["score_mean"] == (0.4, None, None)  # no share of a count
-    assert [row["name"] for row in compare_stages({}, evals[:1])] == ["step 0"]
+    assert (first.name, last.name) == ("step 0", "step 20")
+    assert first.measures["right_rate"] == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    assert first.measures["score_mean"] == (0.4, None, None)  # no share of a count
+    assert [stage.name for stage in compare_stages({}, evals[:1])] == ["step 0"]
     assert compare_stages({}, []) == []
 
 
@@ -374,21 +286,19 @@ def test_samples_come_from_the_first_and_last_step_of_each_split():
     ]
 
 
-def test_numbers_read_as_written():
-    assert [
-        format_number(x)
-        for x in (None, float("nan"), 0, 12345, 1234.5, 3.14159, 0.25, -0.00001234, 40.0)
-    ] == ["–", "–", "0", "12,345", "1,234", "3.142", "0.25", "−1.23e−05", "40"]
-    assert [format_number(x, percent=True) for x in (0.64, 1, -0.0512, "x")] == [
-        "64.0%",
-        "100.0%",
-        "−5.1%",
-        "–",
-    ]
+def test_numbers_are_rounded_for_reading():
+    values = (None, float("nan"), 0, 12345, 1234.5, 3.14159, 0.25, -0.00001234, 40.0)
+    texts = ["–", "–", "0", "12,345", "1,234", "3.142", "0.25", "−1.23e−05", "40"]
+    assert [format_number(value) for value in values] == texts
+    percent = [format_number(x, percent=True) for x in (0.64, 1, -0.0512, "x")]
+    assert percent == ["64.0%", "100.0%", "−5.1%", "–"]
     assert [format_duration(x) for x in (4.24, 185, 7620)] == ["4.2 s", "3 min 05 s", "2 h 07 min"]
     assert number("3") is None
 
 
 def test_importing_the_report_does_not_import_matplotlib():
-    code = "import sys, verippo.core.report.run_report; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, verippo.core.report.run_report; "
+        "sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
