@@ -34,12 +34,25 @@ NonNegativeInt = Annotated[int, _NON_NEGATIVE]
 PositiveFloat = Annotated[float, _POSITIVE]
 NonNegativeFloat = Annotated[float, _NON_NEGATIVE]
 UnitFloat = Annotated[float, Bounds(low=0, high=1, rule="must lie in 0..1")]
-ShareFloat = Annotated[float, Bounds(low=0, high=1, high_excluded=True, rule="must lie in 0..1")]
+ShareFloat = Annotated[
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        high_excluded=True,
+        rule="must lie in 0..1",
+    ),
+]
 """A share of rows to hold out: 0 or more and under 1."""
 PortInt = Annotated[int, Bounds(low=0, high=65535, rule="must be 0 (any free one) to 65535")]
 SeedInt = Annotated[
     int,
-    Bounds(low=0, high=2**63, high_excluded=True, rule="must be 0 or more and under 2**63"),
+    Bounds(
+        low=0,
+        high=2**63,
+        high_excluded=True,
+        rule="must be 0 or more and under 2**63",
+    ),
 ]
 
 

@@ -49,7 +49,12 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
     interval = 0.5 if sys.stderr.isatty() else 30.0
     with (
         Journal(folder / "journal.jsonl") as journal,
-        tqdm(total=len(asked), desc="eval", unit="answer", mininterval=interval) as bar,
+        tqdm(
+            total=len(asked),
+            desc="eval",
+            unit="answer",
+            mininterval=interval,
+        ) as bar,
     ):
         check_weights(journal, config.model)
         settings = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)

@@ -22,9 +22,22 @@ from ..core.text.data import ANSWER_KEY, QUESTION_KEY
 from ..core.training.run_config import RunConfig
 
 ClipFloat = Annotated[
-    float, Bounds(low=0, high=1, low_excluded=True, rule="must be above 0 and at most 1")
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        low_excluded=True,
+        rule="must be above 0 and at most 1",
+    ),
 ]
-DualClipFloat = Annotated[float, Bounds(low=1, low_excluded=True, rule="must be above 1")]
+DualClipFloat = Annotated[
+    float,
+    Bounds(
+        low=1,
+        low_excluded=True,
+        rule="must be above 1",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,12 @@ def share(batch: PackedBatch, seqs: Sequence[int], max_tokens: int) -> list[list
         ValueError: a sequence has more than `max_tokens` tokens.
     """
     lengths = [batch.lengths[s] for s in seqs]
-    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
+    plan = share_out(
+        lengths,
+        max_tokens=max_tokens,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
     return [[seqs[i] for i in micro] for micro in plan]
 
 

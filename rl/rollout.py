@@ -172,7 +172,12 @@ def rollout_prompts(
         for sample in range(drawn[problem.index], drawn[problem.index] + samples):
             own_seed = draw_seed(seed, step, problem.index, sample)
             prompts.append(
-                RolloutPrompt(problem=problem, token_ids=ids, sample=sample, seed=own_seed)
+                RolloutPrompt(
+                    problem=problem,
+                    token_ids=ids,
+                    sample=sample,
+                    seed=own_seed,
+                )
             )
         drawn[problem.index] += samples
     return prompts

@@ -77,7 +77,10 @@ class PPORun(TrainingRun[PPOConfig]):
         config = self.config
         numbers = self.parts.order.take(config.prompts_per_step)
         return self.parts.train_set.prompts(
-            numbers, seed=config.seed, step=step, samples=config.samples_per_prompt
+            numbers,
+            seed=config.seed,
+            step=step,
+            samples=config.samples_per_prompt,
         )
 
     def roll_out(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout]:

@@ -74,7 +74,13 @@ class ProblemSet:
         """The prompts of some problems, `samples` for each, with the seeds of their draws."""
         problems = [self.problems[n] for n in numbers]
         ids = [self.token_ids[n] for n in numbers]
-        return rollout_prompts(problems, ids, seed=seed, step=step, samples=samples)
+        return rollout_prompts(
+            problems,
+            ids,
+            seed=seed,
+            step=step,
+            samples=samples,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +226,11 @@ def _critic(
 
 def _verifier(config: PPOConfig) -> Verifier:
     options = config.verifier
-    tiers = Tiers(right=options.right, wrong=options.wrong, unparsable=options.unparsable)
+    tiers = Tiers(
+        right=options.right,
+        wrong=options.wrong,
+        unparsable=options.unparsable,
+    )
     if options.kind == "exact":
         return ExactMatchVerifier(tiers=tiers)
     if options.kind == "judge":

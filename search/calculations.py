@@ -38,7 +38,17 @@ def generate(
     difficulty: int,
 ) -> list[Record]:
     """The first `num` records of `stream`."""
-    return list(islice(stream(seed=seed, split=split, kinds=kinds, difficulty=difficulty), num))
+    return list(
+        islice(
+            stream(
+                seed=seed,
+                split=split,
+                kinds=kinds,
+                difficulty=difficulty,
+            ),
+            num,
+        )
+    )
 
 
 def stream(

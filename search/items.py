@@ -158,7 +158,12 @@ async def _finish_one(
     except (BudgetSpent, UnusableReply, LLMError) as error:
         outcome = "unreached" if isinstance(error, BudgetSpent) else "failed"
         asker.close_step(outcome)
-        result = ItemResult(outcome=outcome, reason=str(error), trajectory=asker.steps, turn=turn)
+        result = ItemResult(
+            outcome=outcome,
+            reason=str(error),
+            trajectory=asker.steps,
+            turn=turn,
+        )
         if isinstance(error, LLMError):
             _check_any_answer(config, llms, num_items, error)
             await journal.record_error(key, str(error))

@@ -56,7 +56,10 @@ class Prompts:
             )
         loader = FileSystemLoader([own, ours] if folder else [ours])
         environment = Environment(
-            loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=loader,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         found = loader.list_templates()
         files = [name for name in found if name.endswith(".jinja") and "/" not in name]

@@ -147,7 +147,12 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
 def _evaluate(engine: TrainEngine, rows: Sequence[Example], max_tokens: int) -> dict[str, Any]:
     """Loss (nats per response token), perplexity and next-token accuracy of the rows."""
     lengths = [row.num_tokens for row in rows]
-    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
+    plan = share_out(
+        lengths,
+        max_tokens=max_tokens,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
     sums = torch.zeros(2, dtype=torch.float64, device=dist.device())
     for micro in plan:
         logprobs, greedy = engine(packed([rows[i] for i in micro]), with_greedy=True)

@@ -134,7 +134,12 @@ def _accumulate(
     """
     lengths = [task.length(row) for row in batch]
     weight = sum(task.weight(row) for row in batch)
-    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
+    plan = share_out(
+        lengths,
+        max_tokens=max_tokens,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
     total = torch.zeros(1, dtype=torch.float64, device=dist.device())
     for number, micro in enumerate(plan):
         loss_sum = task.loss_sum(engine, [batch[i] for i in micro])

@@ -141,7 +141,12 @@ def probabilities(engine: TrainEngine, rows: Sequence[LabelledIds], max_tokens: 
         [rows] float64 on the host, the same on every rank.
     """
     lengths = [len(row.token_ids) for row in rows]
-    plan = share_out(lengths, max_tokens=max_tokens, rank=dist.rank(), world_size=dist.world_size())
+    plan = share_out(
+        lengths,
+        max_tokens=max_tokens,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
     result = torch.zeros(len(rows), dtype=torch.float64, device=dist.device())
     for micro in plan:
         logits = engine(packed([rows[i] for i in micro]))

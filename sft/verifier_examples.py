@@ -65,8 +65,7 @@ def load_answers(
 
         response, reference, label         a labelled answer; label is true/false or 1/0
         question, options, answer_idx      an exam question: right and wrong options
-        Ground-True Answer, trajectory     a search record: each step's `conclusion` with its
-                                           `verdict` (true or false)
+        Ground-True Answer, trajectory     a search record: each step's conclusion and verdict
         response, answer, judge            a rollout judged by a model; `judge` is true/false
         response, reference or answer      without a label; needs `judge`
 
@@ -81,7 +80,7 @@ def load_answers(
         The answers, and the number of rows of each kind.
 
     Raises:
-        ValueError: a row is of none of these kinds, or broken; the message names it.
+        ValueError: a row is of none of these kinds; the message names it.
     """
     unlabelled: dict[int, JudgedAnswer] = {}
     answers: list[LabelledAnswer] = []
@@ -92,6 +91,7 @@ def load_answers(
             kinds["unlabelled"] += 1
             cases = from_unlabelled(row, where=where, name=f"row {number}")
             unlabelled |= dict(enumerate(cases, start=len(answers)))
+            # the label is a placeholder until `judge` has been asked
             found = [
                 LabelledAnswer(response=case.response, reference=case.reference, label=False)
                 for case in cases
@@ -141,11 +141,22 @@ def _from_row(
             text_field(row, key, where=where) for key in ("response", "reference")
         )
         label = _label(row["label"], where)
-        return "labelled", [LabelledAnswer(response=response, reference=reference, label=label)]
+        return "labelled", [
+            LabelledAnswer(
+                response=response,
+                reference=reference,
+                label=label,
+            )
+        ]
     if "trajectory" in row:
         return "search record", from_search_record(row, where=where)
     if "options" in row and "answer_idx" in row:
-        return "exam question", from_question(row, where=where, rng=rng, num_wrong=num_wrong)
+        return "exam question", from_question(
+            row,
+            where=where,
+            rng=rng,
+            num_wrong=num_wrong,
+        )
     if "judge" in row:
         return "judged rollout", from_judged_rollout(row, where=where)
     raise ValueError(
@@ -185,10 +196,22 @@ def from_question(
     for text in wrong:
         phrase = rng.choice(PHRASES)
         response = phrase.format(text)
-        answers.append(LabelledAnswer(response=response, reference=reference, label=False))
+        answers.append(
+            LabelledAnswer(
+                response=response,
+                reference=reference,
+                label=False,
+            )
+        )
         phrase = rng.choice(PHRASES)
         response = phrase.format(_reworded(reference, rng))
-        answers.append(LabelledAnswer(response=response, reference=reference, label=True))
+        answers.append(
+            LabelledAnswer(
+                response=response,
+                reference=reference,
+                label=True,
+            )
+        )
     return answers
 
 
@@ -209,7 +232,11 @@ def from_search_record(row: dict[str, Any], *, where: str) -> list[LabelledAnswe
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise ValueError(f"{where}: its trajectory is not a list of objects")
     return [
-        LabelledAnswer(response=str(step["conclusion"]), reference=reference, label=step["verdict"])
+        LabelledAnswer(
+            response=str(step["conclusion"]),
+            reference=reference,
+            label=step["verdict"],
+        )
         for step in steps
         if isinstance(step.get("verdict"), bool) and str(step.get("conclusion", "")).strip()
     ]
@@ -222,7 +249,13 @@ def from_judged_rollout(row: dict[str, Any], *, where: str) -> list[LabelledAnsw
         return []
     reference = text_field(row, "answer", where=where)
     label = _label(row["judge"], where)
-    return [LabelledAnswer(response=parsed.final, reference=reference, label=label)]
+    return [
+        LabelledAnswer(
+            response=parsed.final,
+            reference=reference,
+            label=label,
+        )
+    ]
 
 
 def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[JudgedAnswer]:
@@ -266,6 +299,12 @@ def tokenise(
         ids, cut = verifier_ids(
             encode, answer.response, answer.reference, template=template, max_tokens=max_tokens
         )
-        rows.append(LabelledIds(token_ids=ids, label=int(answer.label), row=answer.row))
+        rows.append(
+            LabelledIds(
+                token_ids=ids,
+                label=int(answer.label),
+                row=answer.row,
+            )
+        )
         num_cut += cut > 0
     return rows, num_cut

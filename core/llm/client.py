@@ -330,7 +330,12 @@ async def gather_in_order(
             bar.update()
 
     total = len(items) if isinstance(items, Sized) else None
-    with tqdm(total=total, desc=progress, unit="item", disable=progress is None) as bar:
+    with tqdm(
+        total=total,
+        desc=progress,
+        unit="item",
+        disable=progress is None,
+    ) as bar:
         await asyncio.gather(*(worker(bar) for _ in range(concurrency)))
     if errors:
         raise errors[0]

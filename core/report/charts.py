@@ -172,7 +172,14 @@ def draw_panel(
         for line, steps, heights in curves:
             marker = "o" if line.source == "eval" or len(steps) == 1 else ""
             colour = LINE_COLOURS[line.colour - 1]
-            ax.plot(steps, heights, color=colour, marker=marker, markersize=3.6, clip_on=clip)
+            ax.plot(
+                steps,
+                heights,
+                color=colour,
+                marker=marker,
+                markersize=3.6,
+                clip_on=clip,
+            )
     if panel.log and min(values) > 0 and max(values) > 30 * min(values):
         ax.set_yscale("log")
     else:
@@ -193,7 +200,14 @@ def draw_stack(ax: Any, curves: list[Curve]) -> list[float]:
             heights[step] += value
         colour = LINE_COLOURS[curve.line.colour - 1]
         top = list(heights.values())
-        ax.stairs(top, edges, baseline=base, fill=True, color=colour, linewidth=0)
+        ax.stairs(
+            top,
+            edges,
+            baseline=base,
+            fill=True,
+            color=colour,
+            linewidth=0,
+        )
     ax.set_xlim(edges[0], edges[-1])
     return list(heights.values())
 
@@ -254,7 +268,13 @@ def new_axes(num_panels: int) -> tuple[Figure, list[Any]]:
     fig = Figure(figsize=(4.4, 3.1), layout="constrained")
     axes = list(fig.subplots(num_panels, sharex=True, squeeze=False)[:, 0])
     for ax in axes:
-        ax.tick_params(colors=MUTED, labelsize=10.5, length=0, pad=5, which="both")
+        ax.tick_params(
+            colors=MUTED,
+            labelsize=10.5,
+            length=0,
+            pad=5,
+            which="both",
+        )
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.yaxis.set_major_locator(MaxNLocator(6 - num_panels, steps=[1, 2, 2.5, 5, 10]))
     return fig, axes

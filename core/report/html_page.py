@@ -65,7 +65,12 @@ def write_page(
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader([template.parent, Path(__file__).parent])
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"number": format_number, "duration": format_duration, "finite": number}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template(template.name).render(

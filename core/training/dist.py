@@ -38,10 +38,20 @@ def init(*, timeout_seconds: float = 1800.0) -> None:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     # a child of a single process inherits its variables, and must not look for its port
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
         store = td.HashStore()
-        td.init_process_group(_backend(), store=store, rank=0, world_size=1, timeout=timeout)
+        td.init_process_group(
+            _backend(),
+            store=store,
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+        )
         return
     needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
@@ -161,7 +171,12 @@ class OuterGroup:
         """Opens the store that the others connect to; port 0 takes a free one."""
         self.timeout = datetime.timedelta(seconds=timeout_seconds)
         self.store = td.TCPStore(
-            address, port, world_size, is_master=True, timeout=self.timeout, wait_for_workers=False
+            address,
+            port,
+            world_size,
+            is_master=True,
+            timeout=self.timeout,
+            wait_for_workers=False,
         )
         self.address = address
         self.port = self.store.port
@@ -220,7 +235,11 @@ def fail_together(*, poll_seconds: float = 1.0) -> Iterator[None]:
         wait_for_workers=False,
     )
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(store, done, poll_seconds), daemon=True)
+    watcher = threading.Thread(
+        target=_watch,
+        args=(store, done, poll_seconds),
+        daemon=True,
+    )
     watcher.start()
     try:
         yield

@@ -70,7 +70,12 @@ class MetricLog:
                 raise ValueError(
                     "log_to has wandb but it is not installed: pip install 'verippo[wandb]'"
                 ) from None
-            self._wandb = wandb.init(dir=str(folder), id=run_id, resume="allow", config=config)
+            self._wandb = wandb.init(
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+                config=config,
+            )
             self.run_id = self._wandb.id
 
     def write(
@@ -136,7 +141,11 @@ def start_log(
     record.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(world_size), indent=1))
     return MetricLog(
-        folder, loggers=parse_loggers(log_to), first_step=step, config=config, run_id=run_id
+        folder,
+        loggers=parse_loggers(log_to),
+        first_step=step,
+        config=config,
+        run_id=run_id,
     )
 
 

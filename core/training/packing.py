@@ -142,7 +142,11 @@ def pack_token_rows(rows: Sequence[Sequence[int]]) -> PackedBatch:
     tokens = torch.tensor([token for row in rows for token in row])
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     cu_seqlens = _cu_seqlens([len(row) for row in rows])
-    return PackedBatch(tokens=tokens, cu_seqlens=cu_seqlens, response_mask=mask)
+    return PackedBatch(
+        tokens=tokens,
+        cu_seqlens=cu_seqlens,
+        response_mask=mask,
+    )
 
 
 def empty_batch() -> PackedBatch:

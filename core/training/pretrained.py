@@ -50,7 +50,14 @@ def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Class
     Raises:
         ValueError: the folder has no class head and `fresh_head` is false.
     """
-    return Classifier(_load_scored(path, num_labels=2, dtype=dtype, need_head=not fresh_head))
+    return Classifier(
+        _load_scored(
+            path,
+            num_labels=2,
+            dtype=dtype,
+            need_head=not fresh_head,
+        )
+    )
 
 
 def _load_scored(

@@ -103,7 +103,11 @@ class TrainingRun(Generic[ConfigT]):
         start = self.state.step
         hidden = not dist.is_main()
         with tqdm(
-            total=self.total_steps, initial=start, desc=name, unit="step", disable=hidden
+            total=self.total_steps,
+            initial=start,
+            desc=name,
+            unit="step",
+            disable=hidden,
         ) as bar:
             while not self.is_over:
                 yield self.state.step + 1, bar

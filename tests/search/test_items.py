@@ -77,7 +77,7 @@ FAULTS = {
         'holds the heading "## Thinking"',
     ),
     "monologue": ("monologue", '{"Reasoning": "Hm."}', 'not exactly "NaturalReasoning"'),
-    "unpaired surrogate": ("monologue", '{"NaturalReasoning": "\\ud800"}', "half a character"),
+    "unpaired surrogate": ("monologue", '{"NaturalReasoning": "\\ud800"}', "unpaired surrogate"),
     "response": (
         "response",
         "As an AI I am unable to provide medical advice.",
