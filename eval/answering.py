@@ -180,7 +180,7 @@ async def _ask_server(
     journal: Journal,
     on_answer: OnAnswer,
 ) -> list[Answer]:
-    from ..core.training.model import load_tokenizer
+    from ..core.training.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(config.model) if config.endpoint == "completions" else None
     llm = LLM(client, journal=journal, retry_failed=config.retry_failed, may_be_empty=True)
@@ -238,17 +238,17 @@ def _ask_local(
     on_answer: OnAnswer,
 ) -> list[Answer]:
     from ..core.sampling.local_sampler import LocalSampler
-    from ..core.training import dist, model
+    from ..core.training import dist, pretrained
 
-    tokenizer: Any = model.load_tokenizer(config.model)
-    network: Any = model.load_causal_lm(config.model, dtype=config.dtype)
-    model.check_embedding(network.config, tokenizer, config.model)
-    stops = model.stop_token_ids(config.model, tokenizer)
+    tokenizer: Any = pretrained.load_tokenizer(config.model)
+    network: Any = pretrained.load_causal_lm(config.model, dtype=config.dtype)
+    pretrained.check_embedding(network.config, tokenizer, config.model)
+    stops = pretrained.stop_token_ids(config.model, tokenizer)
     sampler = LocalSampler(
         network.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch
     )
     params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    room = (model.context_length(network.config) or sys.maxsize) - config.max_new_tokens
+    room = (pretrained.context_length(network.config) or sys.maxsize) - config.max_new_tokens
     settings = (config.temperature, config.max_new_tokens)
     answers: list[Answer] = []
     chunk_size = 4 * config.max_batch  # answers that are lost when the process is killed

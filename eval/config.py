@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..core.llm.client import LLMConfig
-from ..core.sampling.server import ServerConfig
+from ..core.sampling.server_command import ServerConfig
 from ..core.training.engine import Dtype
 
 PromptKind = Literal["free", "strict", "thinking"]

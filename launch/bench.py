@@ -21,7 +21,12 @@ from ..core.sampling.sampler import Prompt, Sampler, SamplingParams
 from ..core.sampling.sglang_sampler import SglangConfig, SglangSampler
 from ..core.training import dist
 from ..core.training.metrics import environment
-from ..core.training.model import context_length, load_causal_lm, load_tokenizer, stop_token_ids
+from ..core.training.pretrained import (
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.bounds import CountingInt
-from ..core.sampling.server import STATE, Server, ServerConfig, running, servers, start_all
+from ..core.sampling.server import Server, running, servers, start_all
 from ..core.sampling.server import stop as stop_server
+from ..core.sampling.server_command import STATE, ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.sampling.sampler import SamplingParams
 from ..core.training import dist
 from ..core.training.metrics import peak_memory_gib
-from ..core.training.model import save_model
+from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
 from .config import PPOConfig
 from .rollout import Rollout, RolloutPrompt, check_rollouts

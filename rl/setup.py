@@ -19,7 +19,7 @@ from ..core.text.data import Order, Problem, load_problems, split
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
 from ..core.training.engine import FrozenEngine, TrainEngine
-from ..core.training.model import (
+from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
     context_length,

@@ -17,8 +17,8 @@ from ..core.text.verifier_text import (
 )
 from ..core.training import dist
 from ..core.training.engine import EngineConfig, FrozenEngine
-from ..core.training.model import load_classifier, load_tokenizer
 from ..core.training.packing import microbatches, pack_token_rows
+from ..core.training.pretrained import load_classifier, load_tokenizer
 from .judge_verifier import JudgeVerifier as JudgeVerifier
 from .rollout import Rollout
 

@@ -16,8 +16,8 @@ from ..core.report.run_report import try_report
 from ..core.text.data import split
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
-from ..core.training.model import check_embedding, load_policy, load_tokenizer, save_model
 from ..core.training.packing import PackedBatch, empty_batch, pack, share_out
+from ..core.training.pretrained import check_embedding, load_policy, load_tokenizer, save_model
 from .config import SFTConfig, TrainingConfig
 from .examples import Example, load_examples
 from .train import Task, fit

@@ -19,8 +19,8 @@ from ..core.report.statistics import wilson_interval
 from ..core.text.verifier_text import load_template
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
-from ..core.training.model import check_embedding, load_classifier, load_tokenizer, save_model
 from ..core.training.packing import PackedBatch, pack_token_rows, share_out
+from ..core.training.pretrained import check_embedding, load_classifier, load_tokenizer, save_model
 from .config import VerifierTrainingConfig
 from .finetune import train_and_eval_rows
 from .train import Task, fit

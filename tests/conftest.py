@@ -251,7 +251,8 @@ def sglang_server(
     sglang_options: dict[str, Any], make_model: Callable[..., Path]
 ) -> Iterator[SimpleNamespace]:
     """A real sglang server for the whole session (.url, .model_path, .pid). Who updates its weights puts them back."""
-    from verippo.core.sampling.server import ServerConfig, serving
+    from verippo.core.sampling.server import serving
+    from verippo.core.sampling.server_command import ServerConfig
 
     model = make_model("llama")
     with serving(ServerConfig(model=str(model), **sglang_options)) as server:
@@ -262,7 +263,8 @@ def sglang_server(
 def start_sglang(sglang_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
     """Starts one more server, `start_sglang(model_path, **fields of a ServerConfig) -> Server`, stopped after the test
     if the test has not killed it."""
-    from verippo.core.sampling.server import ServerConfig, serving
+    from verippo.core.sampling.server import serving
+    from verippo.core.sampling.server_command import ServerConfig
 
     with ExitStack() as stack:
         yield lambda model, **fields: stack.enter_context(

@@ -1,4 +1,4 @@
-"""Sampling in-process: batched decoding where finished rows leave the batch and waiting prompts enter."""
+"""Sampling in the training process: batched decoding, with new prompts entering as others finish."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ...kernels.attention import varlen_attention
-from ..training.model import context_length, decoder_pass
+from ..training.model import decoder_pass
 from ..training.packing import PackedBatch
+from ..training.pretrained import context_length
 from .sampler import Completion, Prompt, SamplingParams, check_prompts
 
 
 class LocalSampler:
-    """Draws from a model of its own on this rank's device (a full copy of the weights: for small models and for tests).
+    """Samples from a model on this rank's device: a full copy of the weights, for small models.
 
-    model: a causal language model from `core.model.load_causal_lm`. max_batch: rows decoded at once.
-    A token is drawn by inverting the distribution at a number that depends on (the prompt's seed, the position) alone.
+    A token is drawn by inverting the distribution at a number that depends on the prompt's seed and
+    the position alone.
     """
 
     def __init__(
@@ -32,6 +33,12 @@ class LocalSampler:
         max_batch: int = 64,
         progress: bool = False,
     ) -> None:
+        """Args:
+        model: a causal language model with packed attention, from `load_causal_lm`.
+        stop_token_ids: ids that end a response.
+        max_batch: responses decoded at once.
+        progress: whether to show a progress bar.
+        """
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.stop_ids = torch.tensor(sorted(stop_token_ids), device=self.device)
@@ -41,7 +48,11 @@ class LocalSampler:
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies the weights in. Raises ValueError naming a parameter that is missing, unknown or of another shape."""
+        """Copies the weights into the model.
+
+        Raises:
+            ValueError: a parameter is missing, unknown or of another shape.
+        """
         waiting = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
             if name not in waiting:
@@ -51,7 +62,8 @@ class LocalSampler:
             own = waiting.pop(name)
             if own.shape != tensor.shape:
                 raise ValueError(
-                    f"weight {name} has shape {list(tensor.shape)}, the sampler's has {list(own.shape)}"
+                    f"weight {name} has shape {list(tensor.shape)}, the sampler's has "
+                    f"{list(own.shape)}"
                 )
             own.copy_(tensor)
         if waiting:
@@ -60,16 +72,22 @@ class LocalSampler:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in order. Raises ValueError for an empty prompt, an id outside the vocabulary, or a
-        prompt that with `max_new_tokens` exceeds the model's context."""
-        vocabulary, context = self.model.config.vocab_size, context_length(self.model.config)
-        check_prompts(prompts, params, vocabulary=vocabulary, context=context)
+        """One completion for each prompt, in order.
+
+        Raises:
+            ValueError: a prompt is empty, has an id outside the vocabulary, or together with
+                `max_new_tokens` exceeds the model's context.
+        """
+        config = self.model.config
+        context = context_length(config)
+        check_prompts(prompts, params, vocabulary=config.vocab_size, context=context)
         if not prompts:
             return []
         # the longest first: short ones fill the gaps at the end
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), i)))
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-lengths[i], i)))
         slots = min(self.max_batch, len(prompts))
-        rows = _Rows(self.model, slots, max(len(p.token_ids) for p in prompts), params)
+        rows = _Rows(self.model, slots, max(lengths), params)
         done: dict[int, Completion] = {}
         with tqdm(
             total=len(prompts),
@@ -80,9 +98,8 @@ class LocalSampler:
         ) as bar:
             while waiting or rows.items:
                 free = slots - len(rows.items)
-                if waiting and (
-                    free >= max(1, slots // 8) or not rows.items
-                ):  # a pass for one new prompt does not pay
+                # a pass for a single new prompt would cost more than it gains
+                if waiting and (free >= max(1, slots // 8) or not rows.items):
                     entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                     rows.enter({item: prompts[item] for item in entering})
                 else:
@@ -99,7 +116,7 @@ class LocalSampler:
 
 
 class _Rows:
-    """The rows being decoded, always in slots 0..n-1: their tokens so far, and their keys and values."""
+    """The responses being decoded, in slots 0..n-1: their tokens so far, keys and values."""
 
     def __init__(
         self,
@@ -108,44 +125,39 @@ class _Rows:
         longest_prompt: int,
         params: SamplingParams,
     ) -> None:
-        config, parameter = model.config, next(model.parameters())
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        config = model.config
+        parameter = next(model.parameters())
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or num_heads  # absent in GPT-2
         capacity = longest_prompt + params.max_new_tokens
-        kv_heads = (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )  # GPT-2 has no such field
         shape = (config.num_hidden_layers, slots, kv_heads, capacity, head_dim)
-        self.keys, self.values = (
-            torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in "kv"
-        )
-        self.model, self.params, self.device = model, params, parameter.device
+        self.model = model
+        self.params = params
+        self.device = parameter.device
+        self.keys = torch.zeros(shape, dtype=parameter.dtype, device=self.device)
+        self.values = torch.zeros_like(self.keys)
         self.items: list[int] = []
-        self.stored = torch.zeros(
-            slots, dtype=torch.int64, device=self.device
-        )  # tokens whose keys are in the cache
-        self.drawn = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self.seeds = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self.tokens = torch.zeros(
-            slots, params.max_new_tokens, dtype=torch.int64, device=self.device
-        )
+        self.stored = torch.zeros(slots, dtype=torch.int64, device=self.device)  # tokens in cache
+        self.drawn = torch.zeros_like(self.stored)
+        self.seeds = torch.zeros_like(self.stored)
         self.logprobs = torch.zeros(slots, params.max_new_tokens, device=self.device)
+        self.tokens = torch.zeros_like(self.logprobs, dtype=torch.int64)
 
     def enter(self, prompts: dict[int, Prompt]) -> None:
-        """Takes prompts into the free slots, reads them in one packed pass, and draws each one's first token."""
-        first, lengths = len(self.items), [len(p.token_ids) for p in prompts.values()]
+        """Puts prompts into free slots, reads them in one packed pass, draws their first tokens."""
+        first = len(self.items)
+        lengths = [len(prompt.token_ids) for prompt in prompts.values()]
         slots = slice(first, first + len(lengths))
         self.items += prompts
         self.stored[slots] = torch.tensor(lengths, device=self.device)
         self.drawn[slots] = 0
         self.seeds[slots] = torch.tensor([p.seed for p in prompts.values()], device=self.device)
         ids = torch.tensor([t for p in prompts.values() for t in p.token_ids], device=self.device)
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=self.device)
         batch = PackedBatch(
             tokens=ids,
-            cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32, device=self.device).cumsum(
-                0, dtype=torch.int32
-            ),
+            cu_seqlens=bounds.cumsum(0, dtype=torch.int32),
             response_mask=torch.zeros_like(ids, dtype=torch.bool),
         )
         cache = _Prefill(self, batch, first)
@@ -153,7 +165,7 @@ class _Rows:
         self._draw(hidden[batch.cu_seqlens[1:].long() - 1], slots)
 
     def advance(self) -> None:
-        """Reads the last token of every row in one pass and draws the next."""
+        """Reads the last token of every row in one pass, and draws the next."""
         slots = slice(0, len(self.items))
         last = self.tokens[slots].gather(1, self.drawn[slots, None] - 1).squeeze(1)
         hidden = decoder_pass(self.model, last, self.stored[slots], kv_cache=_Step(self))
@@ -162,31 +174,28 @@ class _Rows:
 
     def _draw(self, hidden: Tensor, slots: slice) -> None:
         drawn = self.drawn[slots]
-        tokens, logprobs = draw(
-            self.model.lm_head(hidden), self.seeds[slots], drawn, self.params.temperature
-        )
+        logits = self.model.lm_head(hidden)
+        tokens, logprobs = draw(logits, self.seeds[slots], drawn, self.params.temperature)
         self.tokens[slots].scatter_(1, drawn[:, None], tokens[:, None])
         self.logprobs[slots].scatter_(1, drawn[:, None], logprobs[:, None])
         self.drawn[slots] += 1
 
     def leave(self, stop_ids: Tensor) -> list[tuple[int, list[int], list[float], bool]]:
-        """Takes out the finished rows: (item, tokens, log-probs, stopped). The last rows move into the gaps."""
+        """Removes the finished rows; the last rows move into the gaps.
+
+        Returns:
+            Item, tokens, log-probs, and whether a stop token ended it, for each.
+        """
         num = len(self.items)
         last = self.tokens[:num].gather(1, self.drawn[:num, None] - 1).squeeze(1)
         stopped = torch.isin(last, stop_ids)
-        finished = (
-            (stopped | (self.drawn[:num] == self.params.max_new_tokens))
-            .nonzero()
-            .squeeze(1)
-            .tolist()
-        )
+        full = self.drawn[:num] == self.params.max_new_tokens
+        finished = (stopped | full).nonzero().squeeze(1).tolist()
         left = []
         for slot in reversed(finished):
             count = int(self.drawn[slot])
-            tokens, logprobs = (
-                self.tokens[slot, :count].tolist(),
-                self.logprobs[slot, :count].tolist(),
-            )
+            tokens = self.tokens[slot, :count].tolist()
+            logprobs = self.logprobs[slot, :count].tolist()
             left.append((self.items[slot], tokens, logprobs, bool(stopped[slot])))
             end = len(self.items) - 1
             if slot != end:
@@ -201,7 +210,7 @@ class _Rows:
 
 
 class _Prefill:
-    """Stores the keys and values of packed prompts in slots from `first` on, and attends within each prompt."""
+    """Stores keys and values of packed prompts from slot `first` on; attends within each."""
 
     def __init__(
         self,
@@ -209,7 +218,9 @@ class _Prefill:
         batch: PackedBatch,
         first: int,
     ) -> None:
-        self.rows, self.batch, self.slots = rows, batch, batch.seq_ids + first
+        self.rows = rows
+        self.batch = batch
+        self.slots = batch.seq_ids + first
 
     def attend(
         self,
@@ -226,19 +237,16 @@ class _Prefill:
 
 
 class _Step:
-    """One new token a row: stores its key and value and attends to all that the row has stored."""
+    """Stores key and value of one new token per row; attends to everything the row has stored."""
 
     def __init__(self, rows: _Rows) -> None:
         num = len(rows.items)
-        self.rows, self.at, self.slots = (
-            rows,
-            rows.stored[:num],
-            torch.arange(num, device=rows.device),
-        )
+        self.rows = rows
+        self.at = rows.stored[:num]
+        self.slots = torch.arange(num, device=rows.device)
         self.longest = int(self.at.max()) + 1
-        self.mask = (torch.arange(self.longest, device=rows.device) <= self.at[:, None])[
-            :, None, None
-        ]
+        visible = torch.arange(self.longest, device=rows.device) <= self.at[:, None]
+        self.mask = visible[:, None, None]
 
     def attend(
         self,
@@ -248,13 +256,18 @@ class _Step:
         value: Tensor,
         scale: float,
     ) -> Tensor:
-        keys, values = self.rows.keys[layer], self.rows.values[layer]
+        keys = self.rows.keys[layer]
+        values = self.rows.values[layer]
         keys[self.slots, :, self.at] = key
         values[self.slots, :, self.at] = value
-        num, gqa = len(self.slots), query.shape[1] != key.shape[1]
-        k, v = (store[:num, :, : self.longest] for store in (keys, values))
+        num = len(self.slots)
         out = F.scaled_dot_product_attention(
-            query.unsqueeze(2), k, v, attn_mask=self.mask, scale=scale, enable_gqa=gqa
+            query.unsqueeze(2),
+            keys[:num, :, : self.longest],
+            values[:num, :, : self.longest],
+            attn_mask=self.mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.squeeze(2)
 
@@ -265,11 +278,19 @@ def draw(
     positions: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-prob at the temperature.
+    """Draws one token per row.
 
-    logits [rows, vocabulary], seeds and positions [rows] int64 -> tokens [rows] int64, log-probs [rows] fp32. The token is
-    the first whose cumulative probability exceeds `uniform(seed, position)`: a draw from the distribution, the same for
-    the same row whatever the others are. Temperature 0 takes the likeliest, with its log-prob at temperature 1.
+    The token is the first whose cumulative probability exceeds `uniform(seed, position)`: a draw
+    from the distribution that does not depend on the other rows.
+
+    Args:
+        logits: [rows, vocabulary].
+        seeds: [rows] int64.
+        positions: [rows] int64, number of tokens drawn before.
+        temperature: 0 takes the most likely token, with its log-prob at temperature 1.
+
+    Returns:
+        tokens, logprobs: [rows] int64 and [rows] fp32.
     """
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -277,17 +298,17 @@ def draw(
     else:
         cumulative = logprobs.double().exp().cumsum(-1)
         level = uniform(seeds, positions) * cumulative[:, -1]
-        tokens = (
-            torch.searchsorted(cumulative, level[:, None], right=True)
-            .squeeze(1)
-            .clamp(max=logits.shape[-1] - 1)
-        )
+        found = torch.searchsorted(cumulative, level[:, None], right=True).squeeze(1)
+        tokens = found.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Counter-based uniform numbers in [0, 1), float64, of 53 random bits: SplitMix64 (Steele, Lea, Flood 2014) of the
-    seed advanced by the position. Plain wrapping integer arithmetic: the same on every device."""
+    """Counter-based uniform numbers in [0, 1), float64, of 53 random bits.
+
+    SplitMix64 (Steele, Lea, Flood 2014) of the seed advanced by the position, in wrapping integer
+    arithmetic that is the same on every device.
+    """
     x = _mix(seeds) + (positions + 1) * _signed(0x9E3779B97F4A7C15)
     return _shift_right(_mix(x), 11).double() * 2.0**-53
 

@@ -11,82 +11,30 @@ import fcntl
 import json
 import os
 import platform
-import shlex
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-from ..bounds import CountingInt, PortInt, PositiveFloat, check_bounds
-
-STATE = "~/.cache/verippo/servers"
-CPU_ARGUMENTS = (
-    "--device cpu --attention-backend torch_native --sampling-backend pytorch --dtype float32 --skip-server-warmup "
-    "--disable-overlap-schedule --max-total-tokens 16384 --mem-fraction-static 0.1 --sleep-on-idle"
+from .server_command import (
+    STATE,
+    ServerConfig,
+    check_model,
+    launch_command,
+    launch_environment,
+    read_api_key,
 )
-"""Without AMX sglang's torch-native path is the only one that runs; an idle scheduler would keep a core busy."""
-LAUNCHER_VARIABLES = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
-"""Prefixes of what torchrun and deepspeed set: a server that inherits them takes itself for one of their ranks."""
+
 DIRECT = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
 )  # a proxy has no business on the way to our own port
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Configuration of an sglang server."""
-
-    model: str = ""
-    """Folder with the weights, or a hub id."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other nodes reach it, and should go with a key."""
-    port: PortInt = 30000
-    """Port to listen on; 0 takes a free one."""
-    tp: CountingInt = 1
-    """Number of GPUs that share one copy of the weights."""
-    dp: CountingInt = 1
-    """Number of copies of the weights behind the port."""
-    mem_fraction: float | None = None
-    """Share of a GPU's memory for weights and key-value cache; by default sglang decides."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto uses CUDA where torch sees a GPU; cpu runs sglang on any x86 CPU, slowly."""
-    python: str | None = None
-    """Python interpreter of the environment that has sglang; default: this one."""
-    api_key_env: str | None = None
-    """Environment variable with the API key that requests must carry; default: none."""
-    api_key_file: str | None = None
-    """File with that API key, used instead of the environment variable."""
-    arguments: str = ""
-    """Further arguments of sglang.launch_server, as in a shell: --arguments="--log-level warning".
-    """
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables added to the server's environment."""
-    state: str = STATE
-    """Folder of the servers' records and logs."""
-    start_timeout_seconds: PositiveFloat = 1800.0
-    """Seconds to wait for the server to load the weights and answer."""
-    stop_timeout_seconds: PositiveFloat = 60.0
-    """Seconds to let running requests finish before the processes are killed."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
-            raise ValueError(f"mem_fraction={self.mem_fraction}: must be between 0 and 1")
-        if self.api_key_env and self.api_key_file:
-            raise ValueError("api_key_env and api_key_file: give one of them")
-        try:
-            shlex.split(self.arguments)
-        except ValueError as error:
-            raise ValueError(f"arguments={self.arguments!r}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +173,7 @@ def _outlasting(processes: Iterable[psutil.Process], seconds: float) -> list[psu
 
 def _spawn(config: ServerConfig, started: list[Server]) -> None:
     """Starts the process, adds it to those that a failure stops, and records it."""
-    model, key = _model(config.model), _api_key(config)
+    model, key = check_model(config.model), read_api_key(config)
     folder = Path(config.state).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -244,7 +192,7 @@ def _spawn(config: ServerConfig, started: list[Server]) -> None:
             )
         _free_port(config.host, port)
         command, log, secret = (
-            _command(config, model, port),
+            launch_command(config, model, port),
             record.with_suffix(".log"),
             record.with_suffix(".yaml"),
         )
@@ -262,7 +210,7 @@ def _spawn(config: ServerConfig, started: list[Server]) -> None:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env=_environment(config),
+                    env=launch_environment(config),
                 )
             except OSError as error:
                 secret.unlink(missing_ok=True)
@@ -282,7 +230,7 @@ def _spawn(config: ServerConfig, started: list[Server]) -> None:
 
 def _wait(server: Server, config: ServerConfig) -> Server:
     """Returns the server once it answers, with its children in the record."""
-    key, record = _api_key(config), _record(server.node, server.port, config.state)
+    key, record = read_api_key(config), _record(server.node, server.port, config.state)
     deadline = time.monotonic() + config.start_timeout_seconds
     try:
         while not _answers(server, key):
@@ -322,69 +270,6 @@ def _answers(server: Server, key: str | None) -> bool:
         except OSError:
             return False
     return False
-
-
-def _command(config: ServerConfig, model: str, port: int) -> list[str]:
-    options = ["--model-path", model, "--host", config.host, "--port", str(port)]
-    on_cpu = config.device == "cpu"
-    if config.device == "auto":
-        import torch
-
-        on_cpu = not torch.cuda.is_available()
-    options += shlex.split(CPU_ARGUMENTS) if on_cpu else []
-    if config.tp * config.dp > 1:
-        options += ["--tp-size", str(config.tp), "--dp-size", str(config.dp)]
-    if config.mem_fraction is not None:
-        options += ["--mem-fraction-static", str(config.mem_fraction)]
-    return [
-        config.python or sys.executable,
-        "-m",
-        "sglang.launch_server",
-        *options,
-        *shlex.split(config.arguments),
-    ]
-
-
-def _environment(config: ServerConfig) -> dict[str, str]:
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(LAUNCHER_VARIABLES) and k != config.api_key_env
-    }
-    return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | config.environment
-
-
-def _model(model: str) -> str:
-    path = Path(model).expanduser()
-    if (path / "config.json").exists():
-        return str(path.resolve())
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(
-            f"model={model!r}: no model there (config.json is missing); give a folder or a hub id"
-        )
-    return model
-
-
-def _api_key(config: ServerConfig) -> str | None:
-    if not (config.api_key_env or config.api_key_file):
-        return None
-    place = (
-        f"api_key_file={config.api_key_file}"
-        if config.api_key_file
-        else f"api_key_env={config.api_key_env}"
-    )
-    try:
-        path = Path(config.api_key_file or "").expanduser()
-        key = (
-            path.read_text().strip()
-            if config.api_key_file
-            else os.environ.get(config.api_key_env or "", "").strip()
-        )
-    except OSError as error:
-        raise ValueError(f"{place}: cannot be read: {error.strerror}") from None
-    if not key:
-        raise ValueError(f"{place}: there is no key in it")
-    return key
 
 
 def _private(path: str, flags: int) -> int:

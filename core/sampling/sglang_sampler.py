@@ -20,21 +20,17 @@ from tqdm import tqdm
 from ..bounds import CountingInt, NonNegativeInt, PortInt, PositiveFloat, check_bounds
 from ..training import dist
 from .sampler import Completion, Prompt, SamplingParams, check_prompts
-from .sglang_client import (
+from .sglang_client import PROBE_SECONDS, ServerError, SglangServer, read_completion, read_scores
+from .sglang_fleet import Fleet, on_each
+from .sglang_requests import (
     ASLEEP,
-    PROBE_SECONDS,
     RELEASE,
     RESUME,
-    ServerError,
-    SglangServer,
     flush_request,
     generate_request,
-    read_completion,
-    read_scores,
     score_request,
     version_request,
 )
-from .sglang_fleet import Fleet, on_each
 from .weight_sync import DiskSync, DistributedSync, TensorSync, WeightSync
 
 T = TypeVar("T")

@@ -24,21 +24,19 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from ..training import dist
-from .sglang_client import (
+from .sglang_client import PROBE_SECONDS, ServerError, SglangServer
+from .sglang_fleet import Fleet, on_each
+from .sglang_requests import (
     BEGIN,
     END,
     GROUP,
     LEAVE,
-    PROBE_SECONDS,
     Request,
-    ServerError,
-    SglangServer,
     broadcast_request,
     disk_request,
     join_request,
     tensor_request,
 )
-from .sglang_fleet import Fleet, on_each
 
 Bucket = list[tuple[str, Tensor]]
 

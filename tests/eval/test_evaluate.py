@@ -21,7 +21,7 @@ import pytest
 from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.server import servers
 from verippo.core.text.chat import render_messages
-from verippo.core.training.model import load_tokenizer
+from verippo.core.training.pretrained import load_tokenizer
 from verippo.eval.answering import build_messages, list_questions_to_ask, prompt_text
 from verippo.eval.config import EvalConfig
 from verippo.eval.evaluate import evaluate

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verippo.core.text.chat import render_prompt, render_response
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.training.model import load_tokenizer
+from verippo.core.training.pretrained import load_tokenizer
 from verippo.launch import cli
 from verippo.rl.config import PPOConfig
 

@@ -29,8 +29,8 @@ from verippo.core.training.engine import (
     TrainEngine,
     deepspeed_config,
 )
-from verippo.core.training.model import load_critic, load_policy
 from verippo.core.training.packing import pack
+from verippo.core.training.pretrained import load_critic, load_policy
 from verippo.rl import ppo
 from verippo.rl.experience import Experience, MiniBatch, compute
 

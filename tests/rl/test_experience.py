@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verippo.core.training import dist
-from verippo.core.training.model import load_critic, load_policy
 from verippo.core.training.packing import pack
+from verippo.core.training.pretrained import load_critic, load_policy
 from verippo.rl.experience import Experience, MiniBatch, compute, share
 
 

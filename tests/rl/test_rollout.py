@@ -6,7 +6,7 @@ from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.sampler import Completion, SamplingParams
 from verippo.core.text.chat import render_prompt, render_response
 from verippo.core.text.data import Problem
-from verippo.core.training.model import load_causal_lm, load_tokenizer
+from verippo.core.training.pretrained import load_causal_lm, load_tokenizer
 from verippo.rl.rollout import Rollout, prompt_ids, rollout, rollout_prompts
 
 PROBLEMS = [

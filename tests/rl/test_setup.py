@@ -9,8 +9,8 @@ from verippo.core.sampling.sampler import SamplingParams
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.core.training import dist
 from verippo.core.training.engine import FrozenEngine, TrainEngine
-from verippo.core.training.model import load_policy
 from verippo.core.training.packing import PackedBatch
+from verippo.core.training.pretrained import load_policy
 from verippo.rl.advantages import NoCritic
 from verippo.rl.config import PPOConfig, VerifierConfig
 from verippo.rl.setup import set_up

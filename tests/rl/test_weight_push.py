@@ -10,7 +10,7 @@ import torch
 
 from verippo.core.sampling.sampler import Completion
 from verippo.core.training import dist
-from verippo.core.training.model import load_policy
+from verippo.core.training.pretrained import load_policy
 from verippo.rl import weight_push as sync
 from verippo.rl.config import PPOConfig, SamplerConfig, VerifierConfig
 

@@ -11,7 +11,7 @@ import pytest
 from verippo.core.llm.journal import content_key
 from verippo.core.text.chat import parse_response, render_response
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
-from verippo.core.training.model import load_tokenizer
+from verippo.core.training.pretrained import load_tokenizer
 from verippo.sft.examples import conversation, load_examples
 from verippo.sft.verifier_examples import load_answers
 

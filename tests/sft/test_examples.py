@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from verippo.core.text.chat import render_prompt
-from verippo.core.training.model import load_tokenizer
+from verippo.core.training.pretrained import load_tokenizer
 from verippo.sft.examples import conversation, load_examples
 
 

@@ -47,7 +47,7 @@ import sys, json, torch
 from transformers import AutoModelForCausalLM
 from verippo.core.training import dist
 from verippo.core.training.engine import EngineConfig, TrainEngine
-from verippo.core.training.model import load_policy, load_tokenizer
+from verippo.core.training.pretrained import (load_policy, load_tokenizer)
 from verippo.sft.config import SFTConfig
 from verippo.sft.examples import load_examples
 from verippo.sft.train import _accumulate

@@ -14,13 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verippo.core.sampling.sglang_client import (
-    SglangServer,
-    disk_request,
-    flush_request,
-    read_scores,
-    score_request,
-)
+from verippo.core.sampling.sglang_client import SglangServer, read_scores
+from verippo.core.sampling.sglang_requests import disk_request, flush_request, score_request
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 
 pytestmark = pytest.mark.sglang

@@ -22,17 +22,16 @@ from transformers import AutoModelForCausalLM
 
 from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.sampler import Prompt, SamplingParams
-from verippo.core.sampling.sglang_client import (
-    PROBE_SECONDS,
+from verippo.core.sampling.sglang_client import PROBE_SECONDS, SglangServer
+from verippo.core.sampling.sglang_requests import (
     Request,
-    SglangServer,
     disk_request,
     flush_request,
     version_request,
 )
 from verippo.core.sampling.sglang_sampler import SglangConfig, SglangSampler
 from verippo.core.training import dist
-from verippo.core.training.model import load_causal_lm
+from verippo.core.training.pretrained import load_causal_lm
 
 pytestmark = pytest.mark.sglang
 MODES = ("disk", "distributed", "tensor")
@@ -251,8 +250,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from verippo.core.training import dist
-from verippo.core.training.model import load_causal_lm
-from verippo.core.sampling.sglang_client import BEGIN
+from verippo.core.training.pretrained import (load_causal_lm)
+from verippo.core.sampling.sglang_requests import (BEGIN)
 from verippo.core.sampling.sglang_sampler import SglangConfig, SglangSampler
 
 dist.init()
@@ -327,7 +326,7 @@ def hollow(server):
 
 
 def test_weights_that_silently_do_not_arrive_are_caught_by_the_gate(server, hollow, connect, model):
-    from verippo.core.training.model import load_policy
+    from verippo.core.training.pretrained import load_policy
     from verippo.rl import weight_push as sync
     from verippo.rl.config import PPOConfig, VerifierConfig
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from verippo.core.sampling import local_sampler
 from verippo.core.sampling.local_sampler import LocalSampler, draw, uniform
 from verippo.core.sampling.sampler import Prompt, SamplingParams, draw_seed
-from verippo.core.training.model import load_causal_lm, load_policy
 from verippo.core.training.packing import pack
+from verippo.core.training.pretrained import load_causal_lm, load_policy
 
 PROMPT_SIZES = [3, 11, 1, 7, 20, 5, 2, 9, 14, 4, 6]
 EOS = 2

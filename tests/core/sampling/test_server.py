@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from verippo.core.sampling import server as module
-from verippo.core.sampling.server import ServerConfig, servers, serving, start, start_all, stop
+from verippo.core.sampling.server import servers, serving, start, start_all, stop
+from verippo.core.sampling.server_command import ServerConfig, launch_command
 
 
 @pytest.fixture
@@ -311,12 +312,12 @@ def test_fields_become_sglangs_arguments(make):
         "device": "cuda",
         "arguments": "--log-level 'very quiet'",
     }
-    command = " ".join(module._command(make(**fields), "MODEL", 1)[1:])
+    command = " ".join(launch_command(make(**fields), "MODEL", 1)[1:])
     assert command == (
         "-m sglang.launch_server --model-path MODEL --host 127.0.0.1 --port 1 --tp-size 2 --dp-size 3 "
         "--mem-fraction-static 0.5 --log-level very quiet"
     )
-    on_cpu = module._command(make(device="cpu", mem_fraction=0.7), "MODEL", 1)
+    on_cpu = launch_command(make(device="cpu", mem_fraction=0.7), "MODEL", 1)
     assert on_cpu.index("cpu") < len(on_cpu) - on_cpu[::-1].index(
         "0.7"
     )  # ours come first: what is asked for wins

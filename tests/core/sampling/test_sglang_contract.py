@@ -14,8 +14,9 @@ from urllib.parse import parse_qsl, urlsplit
 import jsonschema
 import pytest
 
-from verippo.core.sampling import sglang_client as client
+from verippo.core.sampling import sglang_requests as client
 from verippo.core.sampling.sampler import SamplingParams
+from verippo.core.sampling.sglang_client import ServerError, SglangServer
 
 FOLDER = Path(__file__).resolve().parents[2] / "sglang"
 DOCUMENT = json.loads((FOLDER / "openapi-0.5.23.json").read_text())
@@ -112,12 +113,12 @@ def test_a_server_of_any_version_is_asked_for_its_facts_by_a_route_it_has(
 
     def ask(server, request, **_):
         if request.path not in VERSIONS[version]["routes"]:
-            raise client.ServerError(server.url, "no such route", kind="refused", status=404)
+            raise ServerError(server.url, "no such route", kind="refused", status=404)
         asked.append(request.path)
         return {"weight_version": "7", "tp_size": 1}
 
-    monkeypatch.setattr(client.SglangServer, "ask", ask)
-    assert getattr(client.SglangServer("http://127.0.0.1:1"), question)() in (
+    monkeypatch.setattr(SglangServer, "ask", ask)
+    assert getattr(SglangServer("http://127.0.0.1:1"), question)() in (
         "7",
         {"weight_version": "7", "tp_size": 1},
     )

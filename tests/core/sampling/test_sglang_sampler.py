@@ -20,12 +20,8 @@ from safetensors.torch import load_file
 
 from verippo.core.sampling import weight_sync
 from verippo.core.sampling.sampler import Prompt, SamplingParams, ServedSampler
-from verippo.core.sampling.sglang_client import (
-    Request,
-    ServerError,
-    SglangServer,
-    broadcast_request,
-)
+from verippo.core.sampling.sglang_client import ServerError, SglangServer
+from verippo.core.sampling.sglang_requests import Request, broadcast_request
 from verippo.core.sampling.sglang_sampler import SglangConfig, SglangSampler
 from verippo.core.sampling.weight_sync import buckets
 

@@ -15,8 +15,8 @@ from verippo.core.training.engine import (
     deepspeed_config,
     parameter_groups,
 )
-from verippo.core.training.model import load_critic, load_policy
 from verippo.core.training.packing import PackedBatch
+from verippo.core.training.pretrained import load_critic, load_policy
 
 STAGES = [0, 2, 3]
 

@@ -14,7 +14,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from verippo.core.training.model import (
+from verippo.core.training.packing import empty_batch, pack
+from verippo.core.training.pretrained import (
     check_same_vocabulary,
     context_length,
     load_classifier,
@@ -25,7 +26,6 @@ from verippo.core.training.model import (
     save_model,
     stop_token_ids,
 )
-from verippo.core.training.packing import empty_batch, pack
 
 FAMILIES = [
     ("llama", False),

@@ -1,0 +1,240 @@
+"""Loading, checking and saving of Hugging Face models and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from .checkpoint import explain_full_disk
+from .model import ATTENTION, Classifier, Critic, Policy
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_policy(path: str, *, dtype: str) -> Policy:
+    """Loads a policy from a Hugging Face folder or hub id.
+
+    Raises:
+        ValueError: it cannot be loaded, or its head is not supported.
+    """
+    return Policy(load_causal_lm(path, dtype=dtype))
+
+
+def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
+    """Loads a causal language model with packed attention, in eval mode."""
+    return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
+
+
+def load_critic(path: str, *, dtype: str) -> Critic:
+    """Loads a critic from any decoder; its scalar head starts at zero unless the folder has one."""
+    return Critic(_load_scored(path, num_labels=1, dtype=dtype))
+
+
+def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Classifier:
+    """Loads a two-class classifier.
+
+    Raises:
+        ValueError: the folder has no class head and `fresh_head` is false.
+    """
+    return Classifier(_load_scored(path, num_labels=2, dtype=dtype, need_head=not fresh_head))
+
+
+def _load_scored(
+    path: str,
+    *,
+    num_labels: int,
+    dtype: str,
+    need_head: bool = False,
+) -> PreTrainedModel:
+    hf, missing = _load(
+        AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels
+    )
+    if missing:
+        if need_head:
+            raise ValueError(
+                f"model {path}: no classification head (score.weight) in it: "
+                "train one with `verippo verifier`"
+            )
+        nn.init.zeros_(hf.score.weight)
+    return hf
+
+
+def _load(
+    auto: Any,
+    path: str,
+    *,
+    dtype: str,
+    **options: Any,
+) -> tuple[Any, bool]:
+    """The model in eval mode, and whether the folder lacks its classification head.
+
+    Any other missing weight is an error: transformers would fill it with random numbers.
+    """
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # hides the warning of a new head
+    hf_logging.disable_progress_bar()
+    try:
+        options |= {
+            "attn_implementation": ATTENTION,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
+        hf, info = auto.from_pretrained(path, dtype=DTYPES[dtype], **options)
+    except Exception as error:  # damaged folders raise errors of many types
+        raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    _check_supported(hf.config, path)
+    missing = set(info["missing_keys"])
+    misshapen = {name for name, *_ in info["mismatched_keys"]}
+    if missing - {"score.weight"} or misshapen:
+        names = ", ".join(sorted(missing | misshapen)[:5])
+        raise ValueError(
+            f"model {path}: weights are missing or of another shape than {hf.config.model_type} "
+            f"needs: {names}"
+        )
+    _silence_dropout(hf)
+    return hf.eval(), bool(missing)
+
+
+def _check_supported(config: PretrainedConfig, path: str) -> None:
+    # without a list of layer types (Mistral) the window applies to every layer
+    layers = getattr(config, "layer_types", None)
+    windowed = layers is None or "sliding_attention" in layers
+    if getattr(config, "sliding_window", None) and windowed:
+        raise ValueError(
+            f"model {path}: sliding-window attention is not supported; "
+            "use a model with full attention"
+        )
+
+
+def _silence_dropout(hf: PreTrainedModel) -> None:
+    # gradient checkpointing needs train mode, in which dropout would add noise to log rho
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"model {path}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        where = "" if Path(path).is_dir() else "not a folder here, and as a hub id: "
+        raise ValueError(f"model {path}: no tokenizer: {where}{_one_line(error)}") from None
+    # hides its warning of a text over the model's length: callers check lengths themselves
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {path}: its tokenizer has no eos_token: responses could never end")
+    return tokenizer
+
+
+def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a response: those of the tokenizer and of generation_config.json."""
+    end: Any = tokenizer.eos_token_id
+    stops = {end}
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        configured = None
+    if configured is not None:
+        stops.update(configured if isinstance(configured, list) else [configured])
+    return tuple(sorted(stops))
+
+
+def check_same_vocabulary(first: str, second: str) -> None:
+    """Checks that two models' tokenizers give every id the same meaning.
+
+    Raises:
+        ValueError: they do not; the message names both.
+    """
+    a = load_tokenizer(first).get_vocab()
+    b = load_tokenizer(second).get_vocab()
+    if a != b:
+        differing = sum(a.get(token) != b.get(token) for token in a.keys() | b.keys())
+        raise ValueError(
+            f"{first} and {second} do not share a vocabulary ({len(a)} and {len(b)} tokens, "
+            f"{differing} differ): policy, reference and critic read the same token ids"
+        )
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """Loads a model's configuration alone.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
+
+
+def check_embedding(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, path: str
+) -> None:
+    """Checks that the model has an embedding for every id of the tokenizer.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"model {path}: has {config.vocab_size} embeddings, its tokenizer {len(tokenizer)} "
+            "tokens"
+        )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Number of positions that the model was made for, if its configuration says so."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def save_model(
+    folder: Path,
+    hf: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
+
+    Args:
+        folder: the folder to write.
+        hf: the model, for its configuration.
+        state: gathered weights by name.
+        tokenizer: saved beside the weights.
+    """
+    if getattr(hf.config, "tie_word_embeddings", False) and "lm_head.weight" in state:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    attention = hf.config._attn_implementation
+    hf.config._attn_implementation = "eager"
+    with explain_full_disk(folder.parent, folder.name):
+        try:
+            hf.save_pretrained(folder, state_dict=state)
+        finally:
+            hf.config._attn_implementation = attention
+        tokenizer.save_pretrained(folder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
