@@ -31,7 +31,7 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
     ppo = folder / "ppo"
     with timed("ppo", seconds):
         train(ppo_config(config, folder, ppo), resolved=resolved)
-    stages = stage_table(ppo) | {"seconds": seconds}
+    stages: dict[str, Any] = stage_table(ppo) | {"seconds": seconds}
     (ppo / "stages.json").write_text(json.dumps(stages, indent=1))
     title = "verippo demo: SFT, verifier, PPO"
     report = write_report(ppo, title=title, output=folder / "report.html")

@@ -261,7 +261,12 @@ def supervised(config: DemoConfig, folder: Path, stage: str) -> dict[str, Any]:
     }
 
 
-def ppo_config(config: DemoConfig, folder: Path, output: Path, **changes: Any) -> PPOConfig:
+def ppo_config(
+    config: DemoConfig,
+    folder: Path,
+    output: Path,
+    **changes: Any,
+) -> PPOConfig:
     """Configuration of PPO.
 
     Args:

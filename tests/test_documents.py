@@ -18,9 +18,13 @@ from verippo.sft.verifier_examples import load_answers
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGES = ("kernels", "core", "rl", "sft", "search", "eval", "launch")
-SOURCES_OF_METRICS = (
-    "rl/step_metrics.py rl/run.py rl/weight_push.py sft/train.py sft/finetune.py"
-).split()
+SOURCES_OF_METRICS = [
+    "rl/step_metrics.py",
+    "rl/run.py",
+    "rl/weight_push.py",
+    "sft/train.py",
+    "sft/finetune.py",
+]
 NO_METRICS = {"prompt", "response", "answer", "verdict", "score", "split", "policy", "critic"}
 
 

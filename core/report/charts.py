@@ -155,7 +155,13 @@ def draw_chart(
     return Chart(title, note, svg, legend if len(legend) > 1 else {})
 
 
-def draw_panel(ax: Any, panel: Panel, curves: list[Curve], *, stacked: bool) -> None:
+def draw_panel(
+    ax: Any,
+    panel: Panel,
+    curves: list[Curve],
+    *,
+    stacked: bool,
+) -> None:
     """Draws or stacks the curves and sets the y axis."""
     ax.set_title(panel.unit)
     values = [value for curve in curves for value in curve.values]

@@ -135,12 +135,13 @@ def read_api_key(config: ServerConfig) -> str | None:
     """
     if not (config.api_key_env or config.api_key_file):
         return None
+    place = f"api_key_env={config.api_key_env}"
+    if config.api_key_file:
+        place = f"api_key_file={config.api_key_file}"
     try:
         if config.api_key_file:
-            place = f"api_key_file={config.api_key_file}"
             key = Path(config.api_key_file).expanduser().read_text().strip()
         else:
-            place = f"api_key_env={config.api_key_env}"
             key = os.environ.get(config.api_key_env or "", "").strip()
     except OSError as error:
         raise ValueError(f"{place}: cannot be read: {error.strerror}") from None
