@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import docstring_parser
 
 GROUPS = {
     "model": "model policy critic reference llm dtype",
@@ -88,30 +87,24 @@ def options(config_class: type, prefix: str = "") -> Iterator[Option]:
 
 def field_docstrings(config_class: type) -> dict[str, str]:
     """The text under each field, of the class and its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(tree, ast.ClassDef)
-        for node, text in zip(tree.body, tree.body[1:], strict=False):
-            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-                continue
-            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[node.target.id] = " ".join(str(text.value.value).split())
-    return found
+    return {
+        field.arg_name: " ".join((field.description or "").split())
+        for base in reversed(config_class.__mro__[:-1])
+        for field in docstring_parser.parse_from_object(base).params
+    }
 
 
 def type_text(hint: Any) -> str:
     """A type as a reader writes its values."""
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(str(value) for value in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        parts = [type_text(part) for part in typing.get_args(hint)]
-        return " or ".join("null" if part == "NoneType" else part for part in parts)
-    if typing.get_origin(hint) in (list, tuple, dict):
-        return str(hint).replace("verippo.core.llm.config.", "")
-    return getattr(hint, "__name__", str(hint))
+    parts = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return ", ".join(map(str, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(type_text, parts))
+    if hint is types.NoneType:
+        return "null"
+    return str(hint).replace("verippo.core.llm.config.", "") if parts else hint.__name__
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
