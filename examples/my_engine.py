@@ -1,8 +1,9 @@
-"""A rollout engine of your own: anything with `generate` and `update_weights`. From this folder,
+"""A rollout engine of your own. From this folder, run
 
     verippo ppo --sampler.kind factory --sampler.factory my_engine:make ...
 
-This one wraps transformers' `generate`, one prompt at a time: slow, and as plain as can be.
+Any object with `generate` and `update_weights` will do. This one wraps transformers' `generate`,
+one prompt at a time: slow, but short.
 """
 
 import torch
@@ -12,18 +13,27 @@ from verippo.core.sampling.sampler import Completion
 
 
 def make(model_path, stop_token_ids):
-    """What --sampler.factory names: called once on every rank."""
-    return PlainEngine(
-        AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval(), stop_token_ids
-    )
+    """Creates the engine; called once on every rank."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    return PlainEngine(model.eval(), stop_token_ids)
 
 
 class PlainEngine:
+    """Samples with transformers."""
+
     def __init__(self, model, stop_token_ids):
-        self.model, self.stops, self.version = model, list(stop_token_ids), 0
+        self.model = model
+        self.stops = list(stop_token_ids)
+        self.version = 0
 
     def update_weights(self, named_tensors, version):
-        """Called after every step: full tensors under their Hugging Face names. Iterate to the end, on every rank."""
+        """Copies the trainer's weights; called on every rank after every step.
+
+        Args:
+            named_tensors: pairs of a Hugging Face name and a full tensor. Every rank must iterate
+                to the end.
+            version: number that the completions sampled from now on must carry.
+        """
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in named_tensors:
@@ -31,18 +41,19 @@ class PlainEngine:
         self.version = version
 
     def generate(self, prompts, params):
-        """One completion a prompt. No top-p, no top-k: the log-probs must be those of the policy itself."""
+        """One completion per prompt, in order.
+
+        Do not use top-p or top-k: the log-probs must be those of the policy itself.
+        """
         return [self.complete(prompt, params) for prompt in prompts]
 
     def complete(self, prompt, params):
-        torch.manual_seed(
-            prompt.seed
-        )  # the prompt's own seed makes a resumed run draw what the unbroken one would have
-        settings = (
-            {"do_sample": True, "temperature": params.temperature}
-            if params.temperature
-            else {"do_sample": False}
-        )
+        """Samples one completion with the prompt's own seed, so that a resumed run repeats it."""
+        torch.manual_seed(prompt.seed)
+        if params.temperature:
+            settings = {"do_sample": True, "temperature": params.temperature}
+        else:
+            settings = {"do_sample": False}
         ids = torch.tensor([prompt.token_ids])
         out = self.model.generate(
             ids,
@@ -56,12 +67,11 @@ class PlainEngine:
             **settings,
         )
         tokens = out.sequences[0, ids.shape[1] :]
-        logprobs = (torch.cat(out.logits).float() / (params.temperature or 1.0)).log_softmax(-1)
-        logprobs = logprobs[torch.arange(len(tokens)), tokens]
-        reason = "stop" if int(tokens[-1]) in self.stops else "length"
+        logits = torch.cat(out.logits).float() / (params.temperature or 1.0)
+        logprobs = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
         return Completion(
             token_ids=tokens.tolist(),
             logprobs=logprobs.tolist(),
-            finish_reason=reason,
+            finish_reason="stop" if int(tokens[-1]) in self.stops else "length",
             version=self.version,
         )

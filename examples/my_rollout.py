@@ -1,9 +1,9 @@
-"""A rollout function of your own. From this folder,
+"""A rollout function of your own. From this folder, run
 
     verippo ppo --rollout_function my_rollout:rollout ...
 
-It gets the prompts of one rank and returns one rollout each, in order. Wrap the project's own function, as here, or
-call `sampler.generate` yourself. Under several ranks each calls it with its own prompts.
+The function receives the prompts of one rank and returns one rollout per prompt, in order; every
+rank calls it with its own prompts. Wrap the built-in function, as here, or call `sampler.generate`.
 """
 
 from dataclasses import replace
@@ -13,15 +13,15 @@ from verippo.rl import rollout as verippo_rollout
 
 
 def rollout(sampler, prompts, sampling, *, tokenizer):
-    """Draws a response for each prompt, and once more for those that were cut off; the second draw counts.
+    """Samples a response to each prompt, and a second one in place of each truncated response.
 
-    Mind what that does: the policy is then trained on responses that are shorter than its own.
+    The policy is then trained on responses that are shorter than its own.
     """
-    first = verippo_rollout.rollout(sampler, prompts, sampling, tokenizer=tokenizer)
-    cut = [number for number, one in enumerate(first) if one.truncated]
-    # A prompt's seed fixes its draws: another seed, made from the old one, gives another response, the same in every run.
-    again = [replace(prompts[number], seed=draw_seed(prompts[number].seed, 1)) for number in cut]
-    second = verippo_rollout.rollout(sampler, again, sampling, tokenizer=tokenizer)
-    for number, one in zip(cut, second, strict=True):
-        first[number] = one
-    return first
+    rollouts = verippo_rollout.rollout(sampler, prompts, sampling, tokenizer=tokenizer)
+    truncated = [number for number, one in enumerate(rollouts) if one.truncated]
+    # the same seed would give the same response; a seed derived from it is the same in every run
+    retries = [replace(prompts[n], seed=draw_seed(prompts[n].seed, 1)) for n in truncated]
+    again = verippo_rollout.rollout(sampler, retries, sampling, tokenizer=tokenizer)
+    for number, one in zip(truncated, again, strict=True):
+        rollouts[number] = one
+    return rollouts

@@ -57,7 +57,8 @@ def ablate(config: DemoConfig, folder: Path) -> Path:
         for number, (name, changes) in enumerate(VARIANTS.items()):
             prompts = config.rollouts_per_step // changes.get("samples_per_prompt", 1)
             output = home / f"ppo-{number}"
-            run = ppo_config(seeded, home, output, prompts_per_step=prompts, **changes)
+            own = {"output": str(output), "prompts_per_step": prompts} | changes
+            run = ppo_config(seeded, home, **own)
             train(run, resolved={"variant": name, "seed": seed})
             results[name].append(run_summary(output))
             print(f"seed {seed}: {name}: {results[name][-1]}", flush=True)

@@ -30,7 +30,7 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
     prepare(config, folder, seconds)
     ppo = folder / "ppo"
     with timed("ppo", seconds):
-        train(ppo_config(config, folder, ppo), resolved=resolved)
+        train(ppo_config(config, folder), resolved=resolved)
     stages: dict[str, Any] = stage_table(ppo) | {"seconds": seconds}
     (ppo / "stages.json").write_text(json.dumps(stages, indent=1))
     title = "verippo demo: SFT, verifier, PPO"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from ..core.bounds import Bounds, CountingInt, NonNegativeInt, SeedInt, check_bounds
 from ..core.report.statistics import Interval, wilson_interval
-from ..core.sampling.sampler import SamplingParams
-from ..rl.config import PPOConfig, VerifierConfig
+from ..rl.config import PPOConfig
 from ..search.calculations import generate, paraphrases, wrong_answers
 from ..sft.config import SFTConfig, VerifierTrainingConfig
 from ..sft.finetune import train as train_sft
 from ..sft.train_verifier import train as train_verifier
+from .cli import parse
 
+Config = TypeVar("Config")
 Record = dict[str, Any]
 
 KINDS = ("bishop", "apgar", "child_pugh")
@@ -40,12 +41,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SMALL: dict[str, Any] = {
-    "dtype": "fp32",
-    "gradient_checkpointing": False,
-    "max_tokens_per_gpu": 16384,
-}
-"""Settings of every stage on a small CPU machine."""
 NOTE = (
     "Held-out problems share no set of findings with training problems. Evaluation samples at "
     "temperature 0.7, as training does. Stage 1 is stopped early and learns answers with and "
@@ -114,9 +109,24 @@ def prepare(config: DemoConfig, folder: Path, seconds: dict[str, float]) -> None
     with timed("data", seconds):
         make_data_and_model(config, folder)
     with timed("sft", seconds):
-        train_sft(sft_config(config, folder), resolved=resolved)
+        sft = read_config(
+            SFTConfig,
+            "demo_sft",
+            folder,
+            max_steps=config.sft_steps,
+            stop_at_loss=config.sft_loss,
+            seed=config.seed,
+        )
+        train_sft(sft, resolved=resolved)
     with timed("verifier", seconds):
-        train_verifier(verifier_config(config, folder), resolved=resolved)
+        verifier = read_config(
+            VerifierTrainingConfig,
+            "demo_verifier",
+            folder,
+            max_steps=config.verifier_steps,
+            seed=config.seed,
+        )
+        train_verifier(verifier, resolved=resolved)
 
 
 def make_data_and_model(config: DemoConfig, folder: Path) -> None:
@@ -221,87 +231,29 @@ def make_base(folder: Path, records: list[Record], *, seed: int) -> None:
     fast.save_pretrained(folder)
 
 
-def sft_config(config: DemoConfig, folder: Path) -> SFTConfig:
-    """Configuration of stage 1."""
-    return SFTConfig(
-        **supervised(config, folder, "sft"),
-        max_steps=config.sft_steps,
-        learning_rate=2e-3,
-        schedule="constant",
-        eval_every=10,
-        stop_at_loss=config.sft_loss,
-        save_every=100,
-    )
-
-
-def verifier_config(config: DemoConfig, folder: Path) -> VerifierTrainingConfig:
-    """Configuration of the verifier's training."""
-    return VerifierTrainingConfig(
-        **supervised(config, folder, "verifier"),
-        template=f"{folder}/data/verifier_template.txt",
-        max_steps=config.verifier_steps,
-        learning_rate=5e-4,
-        save_every=1000,
-    )
-
-
-def supervised(config: DemoConfig, folder: Path, stage: str) -> dict[str, Any]:
-    """Settings that the two supervised stages share."""
-    return SMALL | {
-        "model": f"{folder}/base",
-        "data": f"{folder}/data/{stage}_train.json",
-        "eval_data": f"{folder}/data/{stage}_eval.json",
-        "output": f"{folder}/{stage}",
-        "seed": config.seed,
-        "batch_size": 64,
-        "warmup_ratio": 0.1,
-        "weight_decay": 0.01,
-        "zero_stage": 0,
-        "max_seq_len": 256,
-    }
-
-
-def ppo_config(
-    config: DemoConfig,
-    folder: Path,
-    output: Path,
-    **changes: Any,
-) -> PPOConfig:
+def ppo_config(config: DemoConfig, folder: Path, **changes: Any) -> PPOConfig:
     """Configuration of PPO.
 
     Args:
         config: The demo's configuration.
         folder: Folder with the prepared stages.
-        output: Output folder of the run.
         **changes: Fields in which a variant differs.
     """
-    verifier = VerifierConfig(
-        model=f"{folder}/verifier/model",
-        template=f"{folder}/data/verifier_template.txt",
-        max_tokens=256,
-    )
-    base = PPOConfig(
-        **SMALL,
-        policy=f"{folder}/sft/model",
-        data=f"{folder}/data/problems.json",
-        eval_data=f"{folder}/data/held_out.json",
-        output=str(output),
-        seed=config.seed,
-        verifier=verifier,
-        sampling=SamplingParams(temperature=0.7, max_new_tokens=112),
-        steps=config.ppo_steps,
-        prompts_per_step=config.rollouts_per_step,
-        epochs=2,
-        lam=1.0,
-        policy_learning_rate=1.5e-4,
-        critic_learning_rate=1e-3,
-        schedule="constant",
-        max_prompt_tokens=80,
-        eval_temperature=0.7,
-        eval_every=8,
-        save_every=8,
-    )
-    return replace(base, **changes)
+    settings: dict[str, Any] = {
+        "steps": config.ppo_steps,
+        "prompts_per_step": config.rollouts_per_step,
+        "seed": config.seed,
+    }
+    return read_config(PPOConfig, "demo_ppo", folder, **(settings | changes))
+
+
+def read_config(config_class: type[Config], name: str, folder: Path, **changes: Any) -> Config:
+    """Reads launch/configs/NAME.yaml for the demo's folder and changes some fields."""
+    path = Path(__file__).parent / "configs" / f"{name}.yaml"
+    quoted = json.dumps(str(folder))[1:-1]  # as in a double-quoted string of YAML
+    text = path.read_text().replace("DEMO/", f"{quoted}/")
+    config, _ = parse(config_class, ["--config", text], program=name)
+    return replace(config, **changes)
 
 
 def read_rows(path: Path) -> list[Record]:

@@ -234,18 +234,16 @@ def draw_reliability(bins: list[Row], *, name: str) -> Chart | None:
     Returns:
         The chart, or None without a filled bin.
     """
-    filled = []
-    for row in bins:
-        cells = [number(row.get(key)) for key in ("mean_predicted", "share_right", "num")]
-        values = [cell for cell in cells if cell is not None]
-        if len(values) == 3 and row["num"]:
-            filled.append(values)
+    filled = [row for row in bins if row.get("num")]
     if not filled:
         return None
     fig, (ax,) = new_axes(1)
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    predicted, right, _ = zip(*filled, strict=True)
-    lows, highs = zip(*(wilson_interval(y * n, int(n)) for _, y, n in filled), strict=True)
+    predicted = [row["mean_predicted"] for row in filled]
+    right = [row["share_right"] for row in filled]
+    counts = [row["num"] for row in filled]
+    intervals = [wilson_interval(p * n, n) for p, n in zip(right, counts, strict=True)]
+    lows, highs = zip(*intervals, strict=True)
     blue = LINE_COLOURS[0]
     ax.vlines(predicted, lows, highs, color=blue, linewidth=1.5, alpha=0.45)
     ax.plot(predicted, right, color=blue, marker="o", markersize=4)

@@ -80,7 +80,7 @@ def test_verifier_rows_are_balanced_in_every_wording() -> None:
 
 
 def test_demo_keeps_the_papers_ppo_settings_except_lambda(tmp_path: Path) -> None:
-    config = ppo_config(DemoConfig(), tmp_path, tmp_path)
+    config = ppo_config(DemoConfig(), tmp_path)
     assert config.kl.coef == 0.03
     assert (config.clip_low, config.clip_high, config.value_clip) == (0.2, 0.2, 0.2)
     assert (config.gamma, config.lam) == (1.0, 1.0)

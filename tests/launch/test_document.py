@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from verippo.launch import document
+from verippo.launch import document, option_groups
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Settings(Base):
 
 
 def test_options_have_type_default_and_the_text_under_the_field():
-    assert list(document.options(Settings)) == [
+    assert list(option_groups.options(Settings)) == [
         ("--name", "str", "required", "Who it is."),
         ("--kind", "a, b", "b", "Which one."),
         ("--inner.depth", "int", "3", "Levels."),

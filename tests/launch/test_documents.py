@@ -1,47 +1,34 @@
-"""Commands in README.md and BENCHMARKS.md name stages and options that exist."""
+"""Commands in README.md and BENCHMARKS.md use commands and options that exist."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 
-from verippo.launch import cli
+from verippo.launch.commands import COMMANDS, import_name
+from verippo.launch.option_groups import options
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "BENCHMARKS.md")
 
 
-def options(config, prefix=""):
-    """Every option of a configuration class, nested ones with a dot."""
-    for name, kind in get_type_hints(config).items():
-        yield f"--{prefix}{name}"
-        if dataclasses.is_dataclass(kind):
-            yield from options(kind, f"{prefix}{name}.")
-
-
 def commands(text):
-    """(stage, its options as they stand) of each command line, whose lines a backslash or the end of a code span joins."""
-    text, stages = re.sub(r"\\\n\s*", " ", text), "|".join(sorted(cli.COMMANDS, reverse=True))
+    """Yields the command and its options for each command line in code blocks and code spans."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    stages = "|".join(sorted(COMMANDS, reverse=True))
+    pattern = rf"(?:\bverippo|verippo\.launch\.cli|\.\.\.)\s+({stages})\b(.*)"
     for span in [*re.findall(r"^    (.*)$", text, re.MULTILINE), *re.findall(r"`([^`]*)`", text)]:
-        if found := re.search(
-            rf"(?:\bverippo|verippo\.launch\.cli|\.\.\.)\s+({stages})\b(.*)", span, re.DOTALL
-        ):
+        if found := re.search(pattern, span, re.DOTALL):
             yield found[1], re.findall(r"(?<=\s)--[\w.]+", found[2].split(" #")[0])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_in_the_documents_name_options_that_exist(document):
+def test_commands_in_documents_use_existing_options(document):
     found = list(commands((ROOT / document).read_text()))
     assert len(found) > 5
     for stage, given in found:
-        known = {
-            "--config",
-            "--help",
-            "--print_config",
-            *options(cli._named(cli.COMMANDS[stage].config)),
-        }
-        assert set(given) <= known, stage
+        config_class = import_name(COMMANDS[stage].config)
+        known = {option.name for option in options(config_class)}
+        assert set(given) <= known | {"--config", "--help", "--print_config"}, stage
