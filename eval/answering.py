@@ -15,7 +15,9 @@ from ..core.llm.client import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_o
 from ..core.llm.journal import Journal, content_key
 from ..core.sampling.sampler import Prompt, SamplingParams, draw_seed
 from ..core.sampling.server import serving
-from ..core.text.chat import render_messages, render_text
+from ..core.text.chat import opens_thought, render_text
+from ..core.text.encoding import decode, encode, is_protected, special_ids
+from ..core.text.stop_tokens import server_stop_ids, stop_token_ids
 from .config import EvalConfig
 from .questions import Question, permute_options
 
@@ -180,9 +182,13 @@ async def _ask_server(
     journal: Journal,
     on_answer: OnAnswer,
 ) -> list[Answer]:
-    from ..core.training.pretrained import load_tokenizer
+    from ..core.training.pretrained import has_tokenizer, load_tokenizer
 
-    tokenizer = load_tokenizer(config.model) if config.endpoint == "completions" else None
+    completes = config.endpoint == "completions"
+    tokenizer: Any = None
+    if completes or config.engine == "serve" and has_tokenizer(config.model):
+        tokenizer = load_tokenizer(config.model)
+    extra = server_fields(config.model, tokenizer) if tokenizer else {}
     llm = LLM(client, journal=journal, retry_failed=config.retry_failed, may_be_empty=True)
     num_first = min(client.concurrency, len(asked))
     finished: list[Answer] = []
@@ -190,12 +196,16 @@ async def _ask_server(
     async def answer_one(item: AskedQuestion) -> Answer:
         messages = build_messages(config, item.question)
         draw: dict[str, Any] = {"draw": item.run, "seed": item.seed, "top_p": config.nucleus}
+        draw["extra"] = extra
         try:
-            if tokenizer:
-                reply = await llm.complete(prompt_text(tokenizer, messages), **draw)
+            if completes:
+                text = render_text(tokenizer, messages, add_generation_prompt=True)
+                reply = await llm.complete(server_prompt(tokenizer, text), **draw)
             else:
+                text = ""
                 reply = await llm.ask(messages, **draw)
-            answer = Answer(reply.text, reply.finish_reason, reply.completion_tokens)
+            output = with_open_thought(text, reply.text)
+            answer = Answer(output, reply.finish_reason, reply.completion_tokens)
         except LLMError as error:
             answer = Answer(error=str(error))
         except BudgetSpent as error:
@@ -221,14 +231,37 @@ async def _ask_server(
     return answers
 
 
-def prompt_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Renders the conversation so that a server tokenizes it into the ids used in training.
+def server_fields(model: str, tokenizer: Any) -> dict[str, Any]:
+    """Fields of a request without which a server would end or decode the model's answers wrongly.
 
-    A begin token is left out where the tokenizer itself adds one to every text.
+    Empty for most models; sglang and vLLM know the fields.
     """
-    text = render_text(tokenizer, messages, add_generation_prompt=True)
+    fields: dict[str, Any] = {}
+    if own := {*stop_token_ids(model, tokenizer)} - server_stop_ids(model, tokenizer):
+        fields["stop_token_ids"] = sorted(own)
+    if "</think>" in special_ids(tokenizer):
+        fields["skip_special_tokens"] = False
+    return fields
+
+
+def server_prompt(tokenizer: Any, text: str) -> str | list[int]:
+    """A rendered prompt in a form that a server reads as the token ids used in training.
+
+    That is the text, without its begin token where the tokenizer itself adds one to every text; or
+    the ids themselves if the question holds strings of special tokens.
+    """
+    if is_protected(text):
+        return encode(tokenizer, text)
     doubled = tokenizer.encode(text)[:2] == [tokenizer.bos_token_id] * 2
     return text.removeprefix(tokenizer.bos_token) if doubled else text
+
+
+def with_open_thought(prompt: str, output: str) -> str:
+    """The output, after the `<think>` of its prompt if the prompt ends with one.
+
+    Without it, a thought that was cut off could not be told from an answer.
+    """
+    return f"<think>\n{output}" if opens_thought(prompt) else output
 
 
 def _ask_local(
@@ -243,7 +276,7 @@ def _ask_local(
     tokenizer: Any = pretrained.load_tokenizer(config.model)
     network: Any = pretrained.load_causal_lm(config.model, dtype=config.dtype)
     pretrained.check_embedding(network.config, tokenizer, config.model)
-    stops = pretrained.stop_token_ids(config.model, tokenizer)
+    stops = stop_token_ids(config.model, tokenizer)
     sampler = LocalSampler(
         network.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch
     )
@@ -256,10 +289,12 @@ def _ask_local(
         chunk = asked[start : start + chunk_size]
         found: dict[str, Answer] = {}
         waiting: dict[str, Prompt] = {}
+        prompts: dict[str, str] = {}
         keys = []
         for item in chunk:
             messages = build_messages(config, item.question)
-            ids = render_messages(tokenizer, messages, add_generation_prompt=True)
+            text = render_text(tokenizer, messages, add_generation_prompt=True)
+            ids = encode(tokenizer, text)
             key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
             keys.append(key)
             if len(ids) > room:
@@ -271,10 +306,11 @@ def _ask_local(
                 found[key] = Answer(**recorded)
             else:
                 waiting[key] = Prompt(token_ids=ids, seed=item.seed)
+                prompts[key] = text
         completions = sampler.generate(list(waiting.values()), params)
         for key, completion in zip(waiting, completions, strict=True):
             ids = list(completion.token_ids)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = with_open_thought(prompts[key], decode(tokenizer, ids))
             found[key] = Answer(text, completion.finish_reason, len(ids))
             asyncio.run(journal.record(key, vars(found[key])))
         for item, key in zip(chunk, keys, strict=True):

@@ -19,14 +19,10 @@ from ..core.bounds import CountingInt, SeedInt, check_bounds
 from ..core.sampling.local_sampler import LocalSampler
 from ..core.sampling.sampler import Prompt, Sampler, SamplingParams
 from ..core.sampling.sglang_sampler import SglangConfig, SglangSampler
+from ..core.text.stop_tokens import stop_token_ids
 from ..core.training import dist
 from ..core.training.metrics import environment
-from ..core.training.pretrained import (
-    context_length,
-    load_causal_lm,
-    load_tokenizer,
-    stop_token_ids,
-)
+from ..core.training.pretrained import context_length, load_causal_lm, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -156,17 +156,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: those of the tokenizer and of generation_config.json."""
-    end: Any = tokenizer.eos_token_id
-    stops = {end}
-    try:
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        configured = None
-    if configured is not None:
-        stops.update(configured if isinstance(configured, list) else [configured])
-    return tuple(sorted(stops))
+def has_tokenizer(path: str) -> bool:
+    """Whether a model's folder has a tokenizer; true for a hub id."""
+    folder = Path(path)
+    return not folder.is_dir() or any(folder.glob("token*"))
 
 
 def check_same_vocabulary(first: str, second: str) -> None:
@@ -222,6 +215,8 @@ def save_model(
     hf: PreTrainedModel,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_ids: Sequence[int] = (),
 ) -> None:
     """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
 
@@ -230,7 +225,11 @@ def save_model(
         hf: the model, for its configuration.
         state: gathered weights by name.
         tokenizer: saved beside the weights.
+        stop_token_ids: ids that end a response, for generation_config.json; empty for a model that
+            generates none.
     """
+    if stop_token_ids and hf.generation_config is not None:
+        hf.generation_config.eos_token_id = list(stop_token_ids)
     if getattr(hf.config, "tie_word_embeddings", False) and "lm_head.weight" in state:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     attention = hf.config._attn_implementation
