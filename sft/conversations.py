@@ -88,7 +88,7 @@ def read_conversation(
         ]
     elif "instruction" in row and "output" in row:
         question = text_field(row, "instruction", where=where)
-        if row.get("input"):
+        if str(row.get("input") or "").strip():
             question += "\n\n" + text_field(row, "input", where=where)
         turns = _exchange(question, text_field(row, "output", where=where))
     else:

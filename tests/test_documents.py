@@ -93,7 +93,7 @@ def test_the_example_rows_load(example_rows, tmp_path):
     assert exam_question(example_rows["problems"][0], where="row 0").answer == "Vitamin C"
     assert load_problems(write(example_rows["search"]))[0].answer == "Vitamin C"
     for row in load_rows(write(example_rows["sft"])):
-        assert read_conversation(row, where="row 0")[-1]["role"] == "assistant"
+        assert read_conversation(row, where="row 0").turns[-1]["role"] == "assistant"
     options = {"limit": None, "seed": 0, "wrong_per_question": 1}
     answers, _ = load_answers(write(example_rows["verifier"]), **options)
     assert answers[0].label is True
