@@ -270,12 +270,13 @@ def _ask_local(
     journal: Journal,
     on_answer: OnAnswer,
 ) -> list[Answer]:
-    from ..core.sampling.local_sampler import LocalSampler
+    from ..core.sampling.local_sampler import LocalSampler, check_sampling
     from ..core.training import dist, pretrained
 
     tokenizer: Any = pretrained.load_tokenizer(config.model)
     network: Any = pretrained.load_causal_lm(config.model, dtype=config.dtype)
     pretrained.check_embedding(network.config, tokenizer, config.model)
+    check_sampling(network.config, config.model)
     stops = stop_token_ids(config.model, tokenizer)
     sampler = LocalSampler(
         network.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch

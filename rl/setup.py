@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.sampling.local_sampler import LocalSampler
+from ..core.sampling.local_sampler import LocalSampler, check_sampling
 from ..core.sampling.sampler import Sampler
 from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.text.data import Order, Problem, load_problems, split
@@ -281,6 +281,7 @@ def _sampler(
             folder=Path(config.output) / "sync",
             progress=dist.is_main(),
         )
+    check_sampling(model, config.policy)
     hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     return LocalSampler(
