@@ -224,6 +224,20 @@ class PPOConfig(RunConfig):
             raise ValueError("verifier.kind=function needs verifier.function=module:name")
 
     @property
+    def fixed(self) -> tuple[str, ...]:
+        return (
+            *super().fixed,
+            "policy",
+            "critic",
+            "reference",
+            "advantage",
+            "question_key",
+            "answer_key",
+            "system_prompt",
+            "max_prompt_tokens",
+        )
+
+    @property
     def rollouts_per_step(self) -> int:
         """Responses of a step, over all ranks."""
         return self.prompts_per_step * self.samples_per_prompt

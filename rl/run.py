@@ -56,7 +56,7 @@ class PPORun(TrainingRun[PPOConfig]):
             better=lambda new, old: new["score_mean"] > old["score_mean"],
             save_when_best=True,
         )
-        run.resume()
+        run.resume(resolved=resolved)
         announce(config, parts, folder)
         run.start(config.total_steps, resolved=resolved)
         parts.order.position = run.state.position

@@ -55,6 +55,10 @@ class TrainingConfig(RunConfig):
                 "eval_fraction"
             )
 
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        return (*super().fixed, "model", "max_seq_len", "overlong")
+
     def total_steps(
         self,
         num_rows: int,
@@ -88,6 +92,10 @@ class SFTConfig(TrainingConfig):
     tokenize_workers: CountingInt = 1
     """Processes that tokenise rows; the result is cached by content."""
 
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        return (*super().fixed, "columns", "system_prompt")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierTrainingConfig(TrainingConfig):
@@ -101,3 +109,7 @@ class VerifierTrainingConfig(TrainingConfig):
     """Wrong options used per exam question, next to as many copies of the right one."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """LLM judge that labels rows which have a response but no label; off without `llm.model`."""
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        return (*super().fixed, "template", "wrong_per_question")

@@ -63,7 +63,7 @@ def fit(
         better=lambda new, old: new["loss"] < old["loss"],
         stop_early=partial(_target_reached, config),
     )
-    run.resume()
+    run.resume(resolved=resolved)
     state = run.state
     total_steps = config.total_steps(len(rows), step=state.step, position=state.position)
     run.start(total_steps, resolved=resolved)

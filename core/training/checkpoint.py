@@ -1,6 +1,6 @@
 """Run folders and checkpoints, written to a temporary folder, synced and renamed.
 
-OUTPUT/checkpoints/step-00000020/   state.json and whatever the run saves beside it
+OUTPUT/checkpoints/step-00000020/   state.json, checksums.json and whatever the run saves
 OUTPUT/checkpoints/latest           name of the newest whole checkpoint, moved last
 OUTPUT/checkpoints/best             name of the checkpoint with the best evaluation, if any
 """
@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,19 +67,21 @@ def _lock(path: Path) -> bool:
     return True
 
 
-def find_resume(folder: Path, resume: str) -> Path | None:
+def find_resume(folder: Path, resume: str, *, trust: bool = False) -> Path | None:
     """The checkpoint to resume from.
 
     Args:
         folder: the run's folder.
         resume: "auto" for the one that `latest` names, or the newest whole one where that is
             missing; "never" for none; or a step folder.
+        trust: whether to load a checkpoint from outside `folder`. Loading runs code that its files
+            may hold.
 
     Returns:
         A step folder, or None to start from the beginning.
 
     Raises:
-        ValueError: the given folder is not a checkpoint.
+        ValueError: the given folder is not a checkpoint, or is not trusted.
     """
     if resume == "never":
         return None
@@ -88,6 +91,11 @@ def find_resume(folder: Path, resume: str) -> Path | None:
             raise ValueError(
                 f"resume {resume}: no checkpoint there (state.json is missing); give auto, never, "
                 "or a step folder"
+            )
+        if not trust and folder.resolve() not in path.resolve().parents:
+            raise ValueError(
+                f"resume {resume}: lies outside {folder}, and loading a checkpoint runs code that "
+                "its files may hold: give --trust_checkpoint true if you know where it comes from"
             )
         return path
     checkpoints = folder / "checkpoints"
@@ -104,10 +112,53 @@ def explain_load_errors(checkpoint: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a damaged file raises errors of a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        older = max(_whole(checkpoint.parent, before=checkpoint.name), default=None)
+        resume = f"--resume {older} to resume from an older one, or " if older else ""
         raise ValueError(
             f"cannot resume from {checkpoint} ({reason}): it is damaged, or of a run with other "
-            "settings; give --resume an older step folder, or another --output to start over"
+            f"settings; give {resume}another --output to start over"
         ) from None
+
+
+def _whole(checkpoints: Path, *, before: str) -> list[Path]:
+    """Folders of the whole checkpoints that are older than the one named `before`."""
+    found = [state.parent for state in checkpoints.glob("step-*/state.json")]
+    return [folder for folder in found if folder.name < before]
+
+
+def verify(checkpoint: Path) -> None:
+    """Compares every file with its checksum. Every rank must call it; they share the work.
+
+    Raises:
+        ValueError: a file is missing or has changed since it was written.
+    """
+    path = checkpoint / "checksums.json"
+    if not path.exists():  # written before there were checksums
+        return
+    expected = json.loads(path.read_text())
+    found = _checksums(checkpoint, sorted(expected))
+    for name in sorted(expected):
+        if found[name] != expected[name]:
+            state = "is missing" if found[name] is None else "does not match its checksum"
+            raise ValueError(f"{name} {state}")
+
+
+def _checksums(folder: Path, names: list[str]) -> dict[str, int | None]:
+    """CRC-32 of files by name; None for a missing one. Every rank reads its share of them."""
+    share = names[dist.rank() :: dist.world_size()]
+    own = {name: _crc32(folder / name) for name in share}
+    return {name: crc for part in dist.all_gather(own) for name, crc in part.items()}
+
+
+def _crc32(path: Path) -> int | None:
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+    except OSError:
+        return None
+    return crc
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -148,7 +199,10 @@ def save(
     with explain_full_disk(checkpoints, "a checkpoint"):
         write(temporary)
     dist.barrier()
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    checksums = _checksums(temporary, sorted(str(path.relative_to(temporary)) for path in files))
     if dist.is_main():
+        (temporary / "checksums.json").write_text(json.dumps(checksums, indent=1))
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         _sync_tree(temporary)
         _remove(final)

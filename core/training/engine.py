@@ -217,6 +217,8 @@ class TrainEngine:
             raise ValueError(f"checkpoint {folder / name}: {reason}") from None
         if path is None:
             raise ValueError(f"checkpoint {folder / name}: not found")
+        # the checkpoint brings the weight decay of its run along; the first group is the matrices'
+        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
 
 
 class FrozenEngine:

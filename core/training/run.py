@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -36,6 +36,40 @@ class RunState:
     """Those since the last applied step."""
     run_id: str | None = None
     """Identifier of the wandb run."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Configuration at the checkpoint, as plain values."""
+
+
+def check_unchanged(
+    fixed: Sequence[str],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    where: Path,
+) -> None:
+    """Checks that a run resumes with the settings that cannot change within it.
+
+    Raises:
+        ValueError: a field of `fixed` differs; the message shows both values of each.
+    """
+    changed = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in fixed
+        if name in before and name in now and _as_path(before[name]) != _as_path(now[name])
+    ]
+    if changed:
+        raise ValueError(
+            f"{where} was written with other settings, which cannot change within a run: "
+            f"{', '.join(changed)}: set them back, or start over with --resume never and another "
+            "--output"
+        )
+
+
+def _as_path(value: Any) -> Any:
+    """The same value for each way to write the path of an existing file."""
+    if isinstance(value, str) and Path(value).exists():
+        return str(Path(value).resolve())
+    return value
 
 
 class Saveable(Protocol):
@@ -70,16 +104,30 @@ class TrainingRun(Generic[ConfigT]):
     total_steps: int = 0
     log: MetricLog | None = None
 
-    def resume(self) -> None:
-        """Loads the checkpoint that `config.resume` selects, if there is one."""
-        found = checkpoint.find_resume(self.folder, self.config.resume)
+    def resume(self, *, resolved: dict[str, Any]) -> None:
+        """Loads the checkpoint that `config.resume` selects, if there is one.
+
+        Args:
+            resolved: the configuration as plain values.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or was written with other settings of fields that
+                cannot change within a run.
+        """
+        trust = self.config.trust_checkpoint
+        found = checkpoint.find_resume(self.folder, self.config.resume, trust=trust)
         if found is None:
+            self.state.settings = resolved
             return
+        with checkpoint.explain_load_errors(found):
+            checkpoint.verify(found)
+            self.state = RunState(**checkpoint.load_state(found))
+        check_unchanged(self.config.fixed, self.state.settings, resolved, where=found)
+        self.state.settings = resolved
         with checkpoint.explain_load_errors(found):
             for name, engine in self.engines.items():
                 engine.load(found, name)
             torch.set_rng_state(torch.load(found / f"rng-{dist.rank()}.pt"))
-            self.state = RunState(**checkpoint.load_state(found))
 
     def start(self, total_steps: int, *, resolved: dict[str, Any]) -> None:
         """Opens the log. `resolved` is the configuration as plain values, for config.yaml."""

@@ -47,6 +47,8 @@ class RunConfig:
     """Comma-separated loggers: jsonl, tensorboard, wandb. jsonl is always written."""
     resume: str = "auto"
     """auto resumes from the newest checkpoint in `output`; never; or a checkpoint folder."""
+    trust_checkpoint: bool = False
+    """Resume from a folder outside `output` too; loading it runs code that its files may hold."""
 
     warmup_ratio: UnitFloat = 0.05
     """Share of all optimizer steps over which the learning rate rises from zero."""
@@ -78,6 +80,11 @@ class RunConfig:
             raise ValueError("give eval_data or eval_fraction, not both")
         parse_loggers(self.log_to)
         self.engine  # noqa: B018 runs its own checks
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Fields that cannot change when a run resumes; all others take effect."""
+        return ("data", "limit", "seed", "eval_data", "eval_fraction", "dtype")
 
     @property
     def engine(self) -> EngineConfig:

@@ -20,7 +20,7 @@ from verippo.launch.demo_task import (
     verifier_rows,
 )
 from verippo.search.calculations import generate
-from verippo.sft.examples import conversation
+from verippo.sft.conversations import read_conversation
 
 TINY = DemoConfig(
     output="unused",
@@ -64,7 +64,7 @@ def test_ablation_trains_every_variant_from_the_same_start(
 
 def test_half_of_the_answers_have_no_reasoning() -> None:
     rows = half_without_reasoning(generate(10, seed=0, split="train", kinds=KINDS, difficulty=6))
-    parsed = [parse_response(conversation(row, where="")[-1]["content"]) for row in rows]
+    parsed = [parse_response(read_conversation(row, where="").turns[-1]["content"]) for row in rows]
     assert [bool(part and part.thinking) for part in parsed] == [True, False] * 5
     finals = [part and part.final for part in parsed]
     assert finals == [row["Ground-True Answer"] for row in rows]

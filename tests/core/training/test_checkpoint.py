@@ -167,15 +167,46 @@ def test_a_folder_that_another_process_writes_is_refused_until_that_one_ends(tmp
     prepare_output(str(tmp_path / "a"), resume="auto")
 
 
-def test_a_damaged_checkpoint_is_refused_with_the_way_on(tmp_path):
-    (tmp_path / "state.json").write_text("")
+def test_damaged_state_is_refused_and_names_the_older_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        path = save(tmp_path, step)
+    (path / "state.json").write_text("")
+    older = path.with_name("step-00000002")
     with (
         pytest.raises(
-            ValueError, match=r"cannot resume from .*\(JSONDecodeError: .*--resume an older step"
+            ValueError,
+            match=rf"cannot resume from .*\(JSONDecodeError: .*--resume {older} to resume from",
         ),
-        explain_load_errors(tmp_path),
+        explain_load_errors(path),
     ):
-        load_state(tmp_path)
+        load_state(path)
+
+
+def test_single_flipped_bit_is_found(tmp_path):
+    path = save(tmp_path, 3, write=functools.partial(write_weights, "w" * 1000))
+    checkpoint.verify(path)
+    weights = path / "policy" / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[700] ^= 4
+    weights.write_bytes(data)
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"policy/weights.bin does not match its checksum\).*give another --output",
+        ),
+        explain_load_errors(path),
+    ):
+        checkpoint.verify(path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="policy/weights.bin is missing"):
+        checkpoint.verify(path)
+
+
+def test_checkpoint_from_elsewhere_needs_to_be_trusted(tmp_path):
+    path = save(tmp_path / "other", 3)
+    with pytest.raises(ValueError, match=r"lies outside .*mine.*--trust_checkpoint true"):
+        find_resume(tmp_path / "mine", str(path))
+    assert find_resume(tmp_path / "mine", str(path), trust=True) == path
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
