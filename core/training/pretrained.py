@@ -207,8 +207,8 @@ def check_embedding(
     """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"model {path}: has {config.vocab_size} embeddings, its tokenizer {len(tokenizer)} "
-            "tokens"
+            f"model {path}: has {config.vocab_size} embeddings, but its tokenizer "
+            f"{len(tokenizer)} tokens"
         )
 
 
