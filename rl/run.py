@@ -109,7 +109,7 @@ class PPORun(TrainingRun[PPOConfig]):
         self.count_skipped(policy.applied and critic.applied, save_failure=save_failure)
 
     def end_update(self, step: int) -> None:
-        """Counts the step and its tokens in the state, once its update is done."""
+        """Records the finished update: the step, and the position in the data."""
         self.state.step = step
         self.state.position = self.parts.order.position
 
