@@ -43,7 +43,7 @@ def varlen_attention(
         [tokens, heads, dim] in the query's dtype.
 
     Raises:
-        ValueError: shapes disagree, or boundaries that are on the host do not rise to tokens.
+        ValueError: shapes disagree, or boundaries given on the host do not rise from 0 to tokens.
     """
     _check(query, key, value, cu_seqlens)
     backend = choose_backend(query)
@@ -132,7 +132,7 @@ def _check(
     same = value.shape == key.shape and query.shape[:1] == key.shape[:1]
     if query.ndim != 3 or key.ndim != 3 or not same:
         raise ValueError(
-            f"{shapes}: must be [tokens, heads, dim] and twice [tokens, kv_heads, dim]"
+            f"{shapes}: must be [tokens, heads, dim] for the query, else [tokens, kv_heads, dim]"
         )
     if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1] != 0:
         raise ValueError(f"{shapes}: dim must be the same, and heads a multiple of kv_heads")

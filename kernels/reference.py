@@ -1,4 +1,4 @@
-"""Slow, obvious twins of the kernels, which the tests compare them with."""
+"""Slow and simple versions of the kernels, with which the tests compare them."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _checked(
     batch: PackedBatch,
     rollouts: Sequence[Rollout],
 ) -> tuple[Tensor, Tensor]:
-    """Calls a user's estimator and refuses what the update could not use."""
+    """Calls a user's estimator and checks its result."""
     result = function(rewards, values, batch, rollouts)
     if not (isinstance(result, tuple) and len(result) == 2):
         raise ValueError(f"{name} returned {type(result).__name__}: must be (advantages, returns)")

@@ -58,7 +58,7 @@ class VerifierConfig:
     """Verifier that scores the responses."""
 
     kind: Literal["classifier", "exact", "judge", "function"] = "classifier"
-    """A frozen two-class model, equality with the reference answer, an LLM judge, or a function."""
+    """classifier: a two-class model; exact: equal answers; judge: an LLM; function: your own."""
     model: str | None = None
     """classifier: Hugging Face folder or hub id of the two-class model."""
     threshold: UnitFloat = 0.4
@@ -85,7 +85,7 @@ class SamplerConfig(SglangConfig):
     """Engine that samples the responses."""
 
     kind: Literal["local", "sglang", "factory"] = "local"
-    """Sampling in the training process, on running sglang servers, or by an engine of your own."""
+    """local: in the training process; sglang: on running servers; factory: your own engine."""
     max_batch: CountingInt = 64
     """local: responses decoded at once on each rank."""
     factory: str | None = None
@@ -148,7 +148,7 @@ class PPOConfig(RunConfig):
     clip_high: PositiveFloat = 0.2
     """Upper bound of the policy ratio is 1 + clip_high."""
     dual_clip: DualClipFloat | None = None
-    """Bound of the loss at negative advantages, in units of -A (arXiv 1912.09729); null: none."""
+    """Bound of a token's loss where A < 0, as a multiple of -A (arXiv 1912.09729); null: none."""
     importance_cap: PositiveFloat | None = None
     """Weight each token's loss by min(pi_trainer / pi_sampler, cap); null: no correction."""
     policy_loss_function: str | None = None
@@ -169,7 +169,7 @@ class PPOConfig(RunConfig):
     system_prompt: str | None = None
     """System turn placed before every question."""
     max_prompt_tokens: CountingInt = 1024
-    """Number of tokens in a prompt, at most; longer prompts are dropped and counted, never cut."""
+    """Maximum number of tokens in a prompt; longer prompts are dropped and counted, never cut."""
     rollout_function: str | None = None
     """module:name of a function in place of verippo.rl.rollout.rollout."""
     eval_temperature: NonNegativeFloat = 0.0

@@ -15,8 +15,8 @@ from .rollout import Rollout
 class JudgeVerifier:
     """Counts a response as right when an LLM says that it agrees with the reference answer.
 
-    The LLM is not asked about a broken format, which is unparsable, or an empty final response,
-    which is wrong. A response without a verdict is wrong too; see Judge.verdicts.
+    A broken format counts as unparsable and an empty final response as wrong, without a call. A
+    response without a verdict is wrong too; see Judge.verdicts.
     """
 
     num_cut = 0

@@ -186,7 +186,7 @@ def gae(
     within = 0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())
     if lam_of.shape not in ((), (num_seqs,)) or not within:
         raise ValueError(
-            f"gamma={gamma} and lam={lam} must lie in 0..1, and lam be a number or of shape "
+            f"gamma={gamma} and lam={lam} must lie in 0..1, and lam must be a number or of shape "
             f"[{num_seqs}]"
         )
     more = continues(segment)
@@ -365,7 +365,7 @@ def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
     if scores.ndim != 1 or groups.shape != scores.shape or groups.is_floating_point():
         shapes = f"{list(scores.shape)} and {list(groups.shape)}"
         raise ValueError(
-            f"scores and groups have shapes {shapes}: must be [seqs] both, groups of integers"
+            f"scores and groups have shapes {shapes}: both must be [seqs], groups of integers"
         )
     if kind not in ("rloo", "grpo", "reinforce++"):
         raise ValueError(f"kind is {kind!r}, must be 'rloo', 'grpo' or 'reinforce++'")
@@ -376,7 +376,7 @@ def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
         return whiten(score, everything)
     if bool((sizes == 1).any()):
         raise ValueError(
-            f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs 2: "
+            f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs at least 2: "
             "sample more or drop the group"
         )
     mean = score.new_zeros(len(ids)).index_add(0, group, score) / sizes

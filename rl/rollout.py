@@ -160,7 +160,7 @@ def rollout_prompts(
     """Prompts for `samples` responses to each problem, problem after problem, with their seeds.
 
     A problem may occur twice, when a step ends one pass over the data and begins the next; its
-    samples are then counted on, since equal seeds would draw equal responses.
+    sample numbers then continue, since equal seeds would draw equal responses.
     """
     prompts: list[RolloutPrompt] = []
     drawn: Counter[int] = Counter()

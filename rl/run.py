@@ -29,7 +29,7 @@ NUM_LOGGED_SAMPLES = 4
 
 @dataclass(kw_only=True)
 class PPORun(TrainingRun[PPOConfig]):
-    """Everything of a PPO run that a reader of the algorithm does not need to see."""
+    """The parts of a PPO run around the algorithm: sampling, scoring, metrics, checkpoints."""
 
     parts: Components
     evaluation: Callable[[], Metrics] | None = None
@@ -109,7 +109,7 @@ class PPORun(TrainingRun[PPOConfig]):
         self.count_skipped(policy.applied and critic.applied, save_failure=save_failure)
 
     def end_update(self, step: int) -> None:
-        """Advances the state past a step's update."""
+        """Records the finished update: the step, and the position in the data."""
         self.state.step = step
         self.state.position = self.parts.order.position
 
@@ -124,7 +124,7 @@ class PPORun(TrainingRun[PPOConfig]):
         rollouts: Sequence[Rollout],
         scores: Tensor,
     ) -> None:
-        """Writes the metrics of a finished step, and now and then sampled texts with scores."""
+        """Writes the metrics of a finished step, and at intervals sampled texts with scores."""
         config, state, verifier = self.config, self.state, self.parts.verifier
         seconds = self.watch.take()
         row |= meter.result() | seconds | self.push_metrics

@@ -102,9 +102,9 @@ class Components:
     eval_set: ProblemSet
     order: Order
     rates: Callable[[int], tuple[float, float]]
-    """Optimizer step, from 0 -> learning rates of policy and critic."""
+    """Maps an optimizer step, from 0, to the learning rates of policy and critic."""
     gate: dict[str, Any] = field(default_factory=dict)
-    """Log-probs that the last weight update's parity gate saw, by copy of the weights."""
+    """Log-probs in the parity gate of the last weight update, by copy of the weights."""
 
 
 def set_up(config: PPOConfig) -> Components:

@@ -1,4 +1,4 @@
-"""Metrics of a step, weighted by token over the mask and over all ranks."""
+"""Metrics of a step: means over tokens cover the response tokens of all ranks."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def check_logprob_gap(metrics: dict[str, Any], limit: float, *, step: int) -> No
 def evaluation_metrics(
     rollouts: Sequence[Rollout], scores: Tensor, right_score: float
 ) -> dict[str, Any]:
-    """Metrics of an evaluation: as of a step, without what needs a training forward pass."""
+    """Metrics of an evaluation: those of a step that need no forward pass of the trainer."""
     return (
         {"num": len(rollouts)}
         | _of_rollouts(rollouts, scores, right_score, prefix="")
@@ -195,8 +195,8 @@ class UpdateMeter:
     def result(self) -> dict[str, float]:
         """The metrics of the update.
 
-        `ratio_first_minibatch_max` is the largest |log rho| before the first optimizer step: 0 but for
-        rounding. Gradient norms are means over the applied optimizer steps, before clipping.
+        `ratio_first_minibatch_max` is the largest |log rho| before the first optimizer step: 0
+        but for rounding. Gradient norms are means over the applied steps, before clipping.
         """
         sums = dist.all_sum(self.sums).tolist()
         policy, critic = (

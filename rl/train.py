@@ -36,8 +36,8 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
         The output folder.
 
     Raises:
-        ValueError: a mistake of the caller's in configuration, data or models.
-        RuntimeError: the run itself went wrong, such as non-finite gradients in a row.
+        ValueError: configuration, data or models are invalid or do not fit together.
+        RuntimeError: the run failed, such as by consecutive steps with non-finite gradients.
     """
     dist.init(timeout_seconds=config.timeout_seconds)
     with dist.fail_together():

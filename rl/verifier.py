@@ -1,4 +1,4 @@
-"""Verifiers: frozen judges of a rollout's final response, which give tiers of scores."""
+"""Verifiers, which score a rollout's final response against the reference answer."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def push_weights(config: PPOConfig, run: Components, version: int) -> dict[str, 
     """Sends the policy's weights to the sampler.
 
     A sampler whose weights live in other processes must pass the parity gate: for the first
-    training prompts, each copy's log-probs agree with the trainer's, and moved when those did.
+    training prompts, each copy's log-probs must agree with the trainer's, and change with them.
 
     Returns:
         Metrics of the update.
@@ -106,12 +106,12 @@ def parity_gap(
 
 
 def check_taken(before: GateLogprobs | None, now: GateLogprobs, *, name: str) -> None:
-    """Checks that a copy's log-probs moved when the trainer's did.
+    """Checks that a copy's log-probs changed if the trainer's did.
 
     Rounding makes any change of the weights show in nearly every token.
 
     Raises:
-        RuntimeError: the copy's are equal to the last bit, the trainer's are not.
+        RuntimeError: the copy's are the same to the last bit, although the trainer's changed.
     """
     if before is None:
         return
@@ -132,6 +132,6 @@ def sleep(config: PPOConfig, sampler: Sampler) -> None:
 
 
 def close(sampler: Sampler) -> None:
-    """Leaves nothing of the run in the sampler's servers."""
+    """Releases what the run holds on the sampler's servers."""
     if isinstance(sampler, ServedSampler):
         sampler.close()

@@ -26,7 +26,7 @@ class TrainingConfig(RunConfig):
     batch_size: CountingInt = 128
     """Rows per optimizer step, over all ranks."""
     max_seq_len: CountingInt = 8192
-    """Number of tokens in a row, at most; see `overlong`."""
+    """Maximum number of tokens in a row; see `overlong`."""
     overlong: Literal["drop", "refuse"] = "drop"
     """Rows over `max_seq_len`: drop and count them, or refuse to start. Rows are never cut."""
     learning_rate: NonNegativeFloat = 5e-6

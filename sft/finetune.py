@@ -39,7 +39,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
         The output folder.
 
     Raises:
-        ValueError: a mistake of the caller's in configuration, data or model.
+        ValueError: configuration, data or model are invalid or do not fit together.
     """
     dist.init(timeout_seconds=config.timeout_seconds)
     with dist.fail_together():
@@ -78,7 +78,7 @@ def train_and_eval_rows(
         config: names the data and the share to hold out.
         load: reads the rows of a comma-separated list of sources.
         length: number of tokens in a row.
-        group: rows of one group are held out together, since they reveal each other's answer.
+        group: number of a row's group; its rows share an answer and are held out together.
 
     Raises:
         ValueError: a row is too long and `overlong` is "refuse", or no row is left.
@@ -172,5 +172,5 @@ def _evaluate(engine: TrainEngine, rows: Sequence[Example], max_tokens: int) -> 
 
 
 def packed(rows: Sequence[Example]) -> PackedBatch:
-    """The rows as one packed batch on this rank's device; of no rows, a batch without loss."""
+    """The rows as one packed batch on this rank's device; without rows, a batch without loss."""
     return (pack(rows) if rows else empty_batch()).to(dist.device())

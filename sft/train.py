@@ -33,7 +33,7 @@ class Task(Generic[RowT]):
     weight: Callable[[RowT], int]
     """Number of terms that a row adds to the loss: its response tokens, or 1."""
     loss_sum: Callable[[TrainEngine, Sequence[RowT]], Tensor]
-    """Summed loss of some rows; of no rows, a zero connected to every parameter."""
+    """Summed loss of some rows; without rows, a zero connected to every parameter."""
     evaluate: Callable[[TrainEngine, Sequence[RowT]], dict[str, Any]]
     """Metrics of the held-out rows; called on every rank with all of them."""
     export: Callable[[TrainEngine, Path], None]

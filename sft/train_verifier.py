@@ -43,7 +43,7 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
         The output folder.
 
     Raises:
-        ValueError: a mistake of the caller's in configuration, data or model.
+        ValueError: configuration, data or model are invalid or do not fit together.
     """
     dist.init(timeout_seconds=config.timeout_seconds)
     with dist.fail_together():
@@ -96,7 +96,7 @@ def _load(
 def _judge(
     config: VerifierTrainingConfig, folder: Path, cases: list[JudgedAnswer]
 ) -> list[bool | None]:
-    """The LLM judge's verdicts, asked for by the main rank and the same on every rank."""
+    """The LLM judge's verdicts, requested by the main rank, and the same on every rank."""
     verdicts: list[bool | None] = []
     if dist.is_main():
         judge = Judge(config.llm, journal=folder / "judge-journal.jsonl")
@@ -156,7 +156,7 @@ def probabilities(engine: TrainEngine, rows: Sequence[LabelledIds], max_tokens: 
 
 
 def packed(rows: Sequence[LabelledIds]) -> PackedBatch:
-    """The rows as one packed batch on this rank's device; of no rows, a batch without loss."""
+    """The rows as one packed batch on this rank's device; without rows, a batch without loss."""
     return pack_token_rows([row.token_ids for row in rows]).to(dist.device())
 
 

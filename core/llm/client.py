@@ -1,4 +1,4 @@
-"""Calls to an OpenAI-compatible server: limited, accounted for, and journaled."""
+"""Calls to an OpenAI-compatible server, with rate limits, a budget and a journal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LLMError(RuntimeError):
         """Args:
         reason: the message.
         refused: whether the server rejected this very call, so that others may still succeed.
-        recorded: whether the journal keeps the failure; not when no server was reached.
+        recorded: whether the journal keeps the failure; false if no server was reached.
         """
         super().__init__(reason)
         self.refused = refused
@@ -83,7 +83,7 @@ class LLM:
             ValueError: there is no model name or no API key.
         """
         if not config.model:
-            raise ValueError("llm.model is not set: give the model's name at the server")
+            raise ValueError("llm.model is not set: give the model name as the server knows it")
         self.config = config
         self.journal = journal
         self.retry_failed = retry_failed
@@ -238,7 +238,7 @@ class LLM:
             return reply
 
     def _adapted(self, body: dict[str, Any], schema: dict[str, Any] | None) -> dict[str, Any]:
-        """The body in the form that earlier refusals of the server have led to."""
+        """The request body in the form that the server has been found to accept."""
         adapted = dict(body)
         adapted[self._max_tokens_name] = adapted.pop("max_tokens")
         mode = JSON_MODES[self._json_level]

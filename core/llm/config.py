@@ -109,6 +109,6 @@ class LLMConfig:
         if " " in key or not key.isascii() or not key.isprintable():
             raise ValueError(
                 f"the API key in {self.api_key_file or self.api_key_env} "
-                "holds a blank or an odd character"
+                "has a space or a character that is not printable ASCII"
             )
         return key

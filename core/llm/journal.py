@@ -26,7 +26,7 @@ def content_key(*parts: Any) -> str:
 
 
 class _Span(NamedTuple):
-    """Where a line stands in the file, in bytes."""
+    """Position of a line in the file, in bytes."""
 
     offset: int
     length: int
@@ -86,8 +86,8 @@ class Journal:
                     continue
                 if damaged_line:
                     raise ValueError(
-                        f"journal {self.path}: line {damaged_line} is no entry: "
-                        "delete it, and its item is done again"
+                        f"journal {self.path}: line {damaged_line} is not an entry: "
+                        "delete the line; its item is then done again"
                     )
                 self._spans[key] = span
                 end = offset

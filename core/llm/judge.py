@@ -1,4 +1,4 @@
-"""An LLM that judges whether answers agree with their references, in one word each."""
+"""An LLM that judges whether answers agree with their references."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class JudgedAnswer(NamedTuple):
 
 
 class Judge:
-    """Asks an LLM for verdicts, and again, quoting the problem, if a reply is not a bare verdict.
+    """Asks an LLM for verdicts; asks again, quoting the problem, if a reply is not a bare verdict.
 
     Attributes:
-        num_unjudged: answers so far without a verdict, after all attempts or by a refusal.
+        num_unjudged: answers so far without a verdict, after all attempts or by refusal.
     """
 
     def __init__(self, config: LLMConfig, *, journal: Path | None = None) -> None:

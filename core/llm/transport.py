@@ -1,4 +1,4 @@
-"""HTTP requests of an LLM client: kept within its limits, accounted for, and read."""
+"""HTTP requests of an LLM client: rate limits, accounting, and reading of answers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def read_reply(data: bytes, bound: TokenCount, *, may_be_empty: bool) -> Reply:
         may_be_empty: whether a chat answer may lack text; a plain completion always may.
 
     Returns:
-        The reply; its finish_reason is content_filter, its text the reason, if it was refused.
+        The reply. If the model refused, finish_reason is content_filter and text is the reason.
 
     Raises:
         UnreadableReply: there is no usable text.
@@ -128,7 +128,7 @@ def read_reply(data: bytes, bound: TokenCount, *, may_be_empty: bool) -> Reply:
         counts = content.get("usage") or {}
         reported = counts.get("prompt_tokens"), counts.get("completion_tokens")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        problem = f"is no completion: {data[:100]!r} ({len(data)} bytes)"
+        problem = f"is not a completion: {data[:100]!r} ({len(data)} bytes)"
         raise UnreadableReply(problem, bound) from None
     used = TokenCount(
         *(n if isinstance(n, int) else most for n, most in zip(reported, bound, strict=True))

@@ -1,4 +1,4 @@
-"""Chat templates, and the format of an answer with a thinking part. Pure."""
+"""Chat templates, and the format of an answer with a thinking part."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _load_hub(name: str) -> Iterable[Row]:
 
 
 def _without_nulls(rows: Iterable[Row]) -> list[Row]:
-    """Removes the nulls by which a table fills up objects that lack a key, such as an option."""
+    """Removes nulls, which a table holds where an object lacks a key, such as an option."""
     return [
         {
             key: {name: part for name, part in cell.items() if part is not None}
@@ -152,10 +152,10 @@ def text_field(row: Row, key: str, *, where: str) -> str:
     Args:
         row: the row.
         key: key of the text.
-        where: what error messages call the row.
+        where: name of the row in error messages.
 
     Raises:
-        ValueError: the text is missing, blank, no text, or cannot be encoded as UTF-8.
+        ValueError: the value is missing, blank, not text, or cannot be encoded as UTF-8.
     """
     if key not in row:
         keys = ", ".join(sorted(map(str, row)))

@@ -28,7 +28,7 @@ FENCE = re.compile(r"\s*```(?:json|text|plaintext|markdown)?\s")
 
 
 class Tiers(NamedTuple):
-    """Scores of an answer."""
+    """Scores of a right, a wrong and an unparsable answer."""
 
     right: float = 1.0
     wrong: float = 0.1
@@ -52,10 +52,10 @@ def check_template(template: str) -> None:
 
 
 def load_template(path: str | None) -> str:
-    """Reads a verifier's template from a text file; TEMPLATE without a path.
+    """Reads a verifier's template from a text file; without a path, returns TEMPLATE.
 
     Raises:
-        ValueError: the file cannot be read, or its content is no template.
+        ValueError: the file cannot be read, or its content is not a valid template.
     """
     if path is None:
         return TEMPLATE

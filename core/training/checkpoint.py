@@ -1,7 +1,7 @@
 """Run folders and checkpoints, written to a temporary folder, synced and renamed.
 
 OUTPUT/checkpoints/step-00000020/   state.json, checksums.json and whatever the run saves
-OUTPUT/checkpoints/latest           name of the newest whole checkpoint, moved last
+OUTPUT/checkpoints/latest           name of the newest complete checkpoint, written last
 OUTPUT/checkpoints/best             name of the checkpoint with the best evaluation, if any
 """
 
@@ -24,8 +24,8 @@ def prepare_output(output: str, *, resume: str) -> Path:
     """Makes a run's folder and locks it against other processes until this one ends.
 
     Raises:
-        ValueError: it cannot be written, another process holds it, or it holds another run and
-            `resume` is "never".
+        ValueError: the folder cannot be written, another process uses it, or it holds another run
+            and `resume` is "never".
     """
     folder = Path(output).expanduser()
     problem = None
@@ -54,7 +54,7 @@ def prepare_output(output: str, *, resume: str) -> Path:
 
 
 def _lock(path: Path) -> bool:
-    """Whether the lock was free; held until the process ends, whose descriptor stays open."""
+    """Takes the lock until the process ends; returns False if another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         # not flock: this process may open the folder again
@@ -72,7 +72,7 @@ def find_resume(folder: Path, resume: str, *, trust: bool = False) -> Path | Non
 
     Args:
         folder: the run's folder.
-        resume: "auto" for the one that `latest` names, or the newest whole one where that is
+        resume: "auto" for the one that `latest` names, or the newest complete one if that file is
             missing; "never" for none; or a step folder.
         trust: whether to load a checkpoint from outside `folder`. Loading runs code that its files
             may hold.
@@ -180,7 +180,7 @@ def save(
     Args:
         folder: the run's folder.
         step: number of finished steps.
-        state: written to state.json, whose presence marks the checkpoint as whole.
+        state: written to state.json, whose presence marks the checkpoint as complete.
         write: writes the engines' states into a temporary folder; called on every rank.
         best: whether it follows the best evaluation; pruning then keeps it.
         total_limit: checkpoints to keep, not counting the best.
@@ -224,8 +224,8 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
         if shutil.disk_usage(folder).free > 1 << 20:
             raise
         raise ValueError(
-            f"{folder}: no space left for {what}: make some; the run resumes from its last "
-            "checkpoint"
+            f"{folder}: no space left for {what}: free some and start again; the run resumes "
+            "from its last checkpoint"
         ) from None
 
 

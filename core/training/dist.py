@@ -1,4 +1,6 @@
-"""Process groups, collectives and failing together. The only torch.distributed calls."""
+"""Process groups, collectives and the end of all ranks when one fails.
+
+No other module calls torch.distributed."""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ _FAILED = "verippo/failed"
 def init(*, timeout_seconds: float = 1800.0) -> None:
     """Joins the process group described by the environment of deepspeed, torchrun or srun.
 
-    Without such an environment the process is alone. The backend is NCCL on CUDA, gloo otherwise.
-    Does nothing if a group exists already.
+    Without such an environment the process is the only rank. The backend is NCCL on CUDA, gloo
+    otherwise. Does nothing if a group exists already.
 
     Args:
         timeout_seconds: a collective that waits longer ends the run.
@@ -66,7 +68,7 @@ def init(*, timeout_seconds: float = 1800.0) -> None:
 
 
 def _leave() -> None:
-    """Leaves the group: gloo's threads would abort a process that ends without."""
+    """Leaves the group; otherwise gloo's threads would abort the process at its end."""
     if td.is_initialized():
         td.destroy_process_group()
 
@@ -189,7 +191,7 @@ class OuterGroup:
         """Waits until all have joined.
 
         Raises:
-            RuntimeError: they did not within the time-out.
+            RuntimeError: a process did not join within the time-out.
         """
         c10d: Any = td.distributed_c10d
         self.group, _ = c10d._new_process_group_helper(

@@ -152,8 +152,8 @@ class TrainEngine:
     ) -> None:
         """Adds the gradient of loss_sum / num_tokens.
 
-        Every rank must make the same number of calls. DeepSpeed averages gradients over ranks, hence
-        the factor of the world size.
+        Every rank must make the same number of calls. DeepSpeed averages gradients over ranks,
+        hence the factor of the world size.
 
         Args:
             loss_sum: loss summed over this micro-batch.
@@ -208,7 +208,7 @@ class TrainEngine:
         """Loads what `save` wrote.
 
         Raises:
-            ValueError: it is missing, damaged, or of another number of ranks.
+            ValueError: it is missing, damaged, or was saved by another number of ranks.
         """
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=name)

@@ -23,7 +23,7 @@ def parse_loggers(log_to: str) -> list[str]:
     """The loggers of a comma-separated list.
 
     Raises:
-        ValueError: an unknown logger.
+        ValueError: a logger is unknown.
     """
     names = [name.strip() for name in log_to.split(",") if name.strip()]
     for name in names:
@@ -203,7 +203,7 @@ class Stopwatch:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: on the GPU if there is one, else resident."""
+    """Peak memory of this process in GiB: GPU memory if there is a GPU, else resident memory."""
     import torch
 
     if torch.cuda.is_available():

@@ -26,7 +26,7 @@ ATTENTION = "verippo_varlen"
 
 
 class KVCache(Protocol):
-    """A sampler's store of keys and values, in place of packed attention while it decodes."""
+    """Keys and values stored by a sampler, whose `attend` replaces packed attention in decoding."""
 
     def attend(
         self,
@@ -64,7 +64,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature, [1, heads, tokens, dim] each, over the packed form."""
+    """Packed attention under transformers' signature: [1, heads, tokens, dim] each."""
     if attention_mask is not None or sliding_window is not None:
         raise ValueError("its layers give attention a mask or a window of their own")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -97,7 +97,7 @@ class LogprobHead(nn.Module):
         with_entropy: bool = False,
         with_greedy: bool = False,
     ) -> Any:
-        """Logits without targets, else log-probs of the targets, without ever holding all logits.
+        """Log-probs of the targets without ever holding all logits; without targets, the logits.
 
         Args:
             hidden: [n, hidden].

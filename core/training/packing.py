@@ -136,7 +136,7 @@ def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
 
 
 def pack_token_rows(rows: Sequence[Sequence[int]]) -> PackedBatch:
-    """Packs rows of token ids without response tokens; of no rows, the same as `empty_batch`."""
+    """Packs rows of token ids without response tokens; without rows, the same as `empty_batch`."""
     if not rows:
         return empty_batch()
     tokens = torch.tensor([token for row in rows for token in row])
@@ -183,8 +183,8 @@ def microbatches(
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: tokens of a micro-batch, at most.
-        num: number of micro-batches, the surplus empty; None: the fewest.
+        max_tokens: maximum number of tokens in a micro-batch.
+        num: number of micro-batches; those not needed stay empty. None: the fewest possible.
 
     Returns:
         Sequence numbers of each micro-batch.
@@ -221,7 +221,7 @@ def share_out(
 
     Args:
         lengths: tokens of each sequence of all ranks.
-        max_tokens: tokens of a micro-batch, at most.
+        max_tokens: maximum number of tokens in a micro-batch.
         rank: this rank.
         world_size: number of ranks.
 

@@ -200,9 +200,10 @@ def check_embedding(
     Raises:
         ValueError: it has fewer.
     """
-    if len(tokenizer) > config.get_text_config().vocab_size:
+    num_embeddings = config.get_text_config().vocab_size
+    if len(tokenizer) > num_embeddings:
         raise ValueError(
-            f"model {path}: has {config.get_text_config().vocab_size} embeddings, its tokenizer {len(tokenizer)} "
+            f"model {path}: has {num_embeddings} embeddings, but its tokenizer {len(tokenizer)} "
             "tokens"
         )
 

@@ -167,7 +167,7 @@ class TrainingRun(Generic[ConfigT]):
         return self.state.step >= self.total_steps or self.stop_early(self.state)
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens now."""
+        """Whether an action taken every `every` steps, and after the last one, is due now."""
         return self.state.step % every == 0 or self.state.step == self.total_steps
 
     def count_skipped(
@@ -203,7 +203,7 @@ class TrainingRun(Generic[ConfigT]):
             self.log.write("eval", finite({"step": self.state.step, **metrics}), prefix="eval/")
 
     def is_best(self, metrics: Metrics) -> bool:
-        """Whether an evaluation is the best so far; if so, it is the one to beat from now on."""
+        """Whether an evaluation is the best so far; if so, keeps it as `state.best`."""
         if self.state.best is not None and not self.better(metrics, self.state.best):
             return False
         self.state.best = metrics

@@ -46,7 +46,7 @@ class RunConfig:
     log_to: str = "jsonl,tensorboard"
     """Comma-separated loggers: jsonl, tensorboard, wandb. jsonl is always written."""
     resume: str = "auto"
-    """auto resumes from the newest checkpoint in `output`; never; or a checkpoint folder."""
+    """Checkpoint to resume from: auto (the newest in `output`), never (none), or its folder."""
     trust_checkpoint: bool = False
     """Resume from a folder outside `output` too; loading it runs code that its files may hold."""
 
@@ -59,7 +59,7 @@ class RunConfig:
     max_grad_norm: PositiveFloat = 1.0
     """Global norm to which the gradients of each model are clipped."""
     max_skipped_steps: CountingInt = 3
-    """Consecutive optimizer steps with a non-finite gradient after which the run stops."""
+    """Number of consecutive steps with a non-finite gradient at which the run stops."""
 
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
@@ -70,7 +70,7 @@ class RunConfig:
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of storing them."""
     max_tokens_per_gpu: CountingInt = 8192
-    """Number of tokens in a micro-batch, at most."""
+    """Maximum number of tokens in a micro-batch."""
     timeout_seconds: PositiveFloat = 1800.0
     """Seconds that a collective operation may wait before the run ends with an error."""
 

@@ -204,7 +204,7 @@ def test_rows_keep_the_published_keys():
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(given, make_model):
     small = str(make_model("llama", seed=52, vocab=300))
-    with pytest.raises(ValueError, match="has 300 embeddings, its tokenizer 320 tokens"):
+    with pytest.raises(ValueError, match="has 300 embeddings, but its tokenizer 320 tokens"):
         set_up(given(policy=small))
-    with pytest.raises(ValueError, match="has 300 embeddings, its tokenizer 320 tokens"):
+    with pytest.raises(ValueError, match="has 300 embeddings, but its tokenizer 320 tokens"):
         set_up(given(critic=small))

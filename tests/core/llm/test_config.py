@@ -62,7 +62,8 @@ def test_api_key_comes_from_environment_or_file(ask, llm_server, tmp_path, monke
 def test_malformed_api_key_is_refused_without_being_shown(tmp_path, key):
     (tmp_path / "key").write_text(key)
     with pytest.raises(
-        ValueError, match="the API key in .*key holds a blank or an odd character"
+        ValueError,
+        match="the API key in .*key has a space or a character that is not printable ASCII",
     ) as caught:
         LLM(LLMConfig(model="m", api_key_file=str(tmp_path / "key")))
     assert "sk" not in str(caught.value).replace(str(tmp_path), "")

@@ -97,7 +97,7 @@ def test_damaged_line_before_others_is_refused(path, damage):
         record(journal, ("a", 1), ("b", 2))
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + damage + second)
-    with pytest.raises(ValueError, match="line 2 is no entry: delete it"):
+    with pytest.raises(ValueError, match="line 2 is not an entry: delete the line"):
         Journal(path)
     path.write_bytes(first + second)
     Journal(path).close()  # the refusal gave up the lock

@@ -406,7 +406,7 @@ def test_a_full_disk_is_named_while_a_model_is_exported(make_model, tmp_path, mo
     (
         tmp_path / "model" / "model.safetensors"
     ).mkdir()  # safetensors fails on it with an error of its own, as on a full disk
-    with pytest.raises(ValueError, match=f"{tmp_path}: no space left for model: make some"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no space left for model: free some"):
         save_model(
             tmp_path / "model", policy.hf, policy.hf.state_dict(), load_tokenizer(make_model())
         )
