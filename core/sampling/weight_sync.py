@@ -304,10 +304,11 @@ def _tensor_parallel(server: SglangServer) -> int:
 
 
 def _own_address(server: SglangServer) -> str:
-    """The address under which this machine is known where the server runs."""
-    family, kind, protocol, _, where = socket.getaddrinfo(
-        server.host, server.port, type=socket.SOCK_DGRAM
-    )[0]
+    """Address of this machine in the network that connects it to the server."""
+    port = 9  # any: connecting a datagram socket sends nothing
+    family, kind, protocol, _, peer = socket.getaddrinfo(server.host, port, type=socket.SOCK_DGRAM)[
+        0
+    ]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(where)  # sends nothing
+        probe.connect(peer)
         return probe.getsockname()[0]

@@ -197,7 +197,7 @@ def test_responses_of_a_version_that_somebody_else_set_are_refused(server, conne
     SglangServer(server.url).ask(version_request("another run's"), timeout_seconds=10)
     with pytest.raises(
         RuntimeError,
-        match=f"{server.url}: drew with weight version another run's, the last one sent is 8",
+        match=f"{server.url}: used weight version another run's, the last one sent is 8",
     ):
         sampler.generate(random_prompts(4), GREEDY)
 

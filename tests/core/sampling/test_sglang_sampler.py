@@ -282,10 +282,10 @@ def broken_answers(server, body):
             (500, b'{"error": {"message": "out of memory"}}'),
             "answered /generate with 500: out of memory",
         ),
-        "garbage": ((200, b"<html>proxy"), "what is not JSON: '<html>proxy'"),
-        "torn": ((200, json.dumps(good).encode()[:-9]), "what is not JSON"),
-        "list": (as_json([good]), "lacks what was asked for"),
-        "no log-probs": (as_json(good | {"meta_info": {}}), "lacks what was asked for"),
+        "garbage": ((200, b"<html>proxy"), "is not JSON: '<html>proxy'"),
+        "torn": ((200, json.dumps(good).encode()[:-9]), "the answer to /generate is not JSON"),
+        "list": (as_json([good]), "the answer is incomplete"),
+        "no log-probs": (as_json(good | {"meta_info": {}}), "the answer is incomplete"),
         "too few log-probs": (
             as_json(server.completion(body, logprobs=[-1.0])),
             "1 log-probs for 2 tokens",
@@ -293,7 +293,7 @@ def broken_answers(server, body):
         "no tokens": (as_json(server.completion(body, ids=[])), "0 log-probs for 0 tokens"),
         "other log-probs": (
             as_json(good | {"output_ids": [9, STOP]}),
-            "its log-probs are of other tokens than its response",
+            "the log-probs belong to other tokens than those of the response",
         ),
         "not finite": (
             as_json(server.completion(body, logprobs=[-1.0, -math.inf])),
@@ -399,7 +399,7 @@ def test_responses_of_other_weights_are_refused_naming_server_found_and_wanted(
     serve, connect, answer, found
 ):
     server = serve(on_generate(lambda body: as_json(server.completion(body, **answer))))
-    message = f"{server.url}: drew with weight version {found}, the last one sent is 0"
+    message = f"{server.url}: used weight version {found}, the last one sent is 0"
     with pytest.raises(RuntimeError, match=message):
         connect(server, retries=5).generate(prompts(3), GREEDY)
     assert len(server.prompts()) == 1
@@ -429,7 +429,8 @@ def test_with_no_server_left_the_error_says_which_addresses_failed_and_how(serve
     first.shutdown()
     first.server_close()
     with pytest.raises(
-        RuntimeError, match=f"no sglang server is left: .*{first.url}: /generate failed: Connection"
+        RuntimeError,
+        match=f"no sglang server is left: .*{first.url}: /generate failed: ConnectError: .*refused",
     ):
         sampler.generate(prompts(3, 4, 5), GREEDY)
     assert {first.url, second.url} == set(sampler.fleet.failures)
@@ -444,10 +445,11 @@ def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_st
         connect(nothing)
     other = serve(lambda path, body: (404, b"not here"))
     with pytest.raises(
-        ValueError, match=f"{other.url}: answers, but it is no sglang server from 0.5.5 on"
+        ValueError,
+        match=f"{other.url}: answers, but is not an sglang server of version 0.5.5 or newer",
     ):
         connect(other)
-    with pytest.raises(ValueError, match="'ftp://x' is not an address such as"):
+    with pytest.raises(ValueError, match="'ftp://x': this is not an address such as"):
         SglangServer("ftp://x")
     with pytest.raises(
         ValueError, match="sampler.urls: 'http://host:3000O': Port could not be cast"
@@ -848,7 +850,7 @@ def test_log_probs_of_fixed_sequences_are_asked_of_every_server(serve, connect):
     )
     second.version = "9"
     with pytest.raises(
-        RuntimeError, match=f"{second.url}: drew with weight version 9, the last one sent is 0"
+        RuntimeError, match=f"{second.url}: used weight version 9, the last one sent is 0"
     ):
         sampler.logprobs([[3, 4]])
 
@@ -927,9 +929,16 @@ def test_a_request_cut_off_is_sent_again_only_where_that_is_safe(serve):
         "weight_version": "default"
     }
     calls.clear()
-    with pytest.raises(ServerError, match="/begin_weight_update failed: RemoteDisconnected"):
+    with pytest.raises(ServerError, match="/begin_weight_update failed: RemoteProtocolError"):
         server.ask(Request("/begin_weight_update", {}), timeout_seconds=5)
     assert calls == ["/begin_weight_update"]
+
+
+def test_a_password_in_an_address_is_not_shown():
+    server = SglangServer("http://user:sesame@127.0.0.1:1")
+    with pytest.raises(ServerError, match="^http://127.0.0.1:1: /x failed: ConnectError") as caught:
+        server.ask(Request("/x"), timeout_seconds=5)
+    assert "sesame" not in str(caught.value)
 
 
 def test_pickled_tensors_hold_their_values_and_no_handle_to_shared_memory():
