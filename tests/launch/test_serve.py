@@ -65,7 +65,9 @@ def test_several_servers_are_started_listed_and_stopped(serve):
 
     code, _, err = serve("start", "--port", str(port))
     assert code == 2
-    assert err.startswith(f"verippo: serve start: port {port}: a server of ours runs there already")
+    assert err.startswith(
+        f"verippo: serve start: port {port}: a server of verippo is running there"
+    )
 
     assert serve("stop", "--port", str(port)) == (0, [f"{urls[0]}  stopped"], "")
     assert [line.split()[0] for line in serve("status")[1]] == [urls[1]]
@@ -126,7 +128,7 @@ def test_in_the_foreground_a_server_that_ends_by_itself_ends_the_command(fake_sg
         server = started_by(process, tmp_path)
         os.kill(server.pid, signal.SIGKILL)
         assert process.wait(20) == 1
-        assert process.stderr.read() == f"verippo: {server.url} ended by itself: {server.log}\n"
+        assert process.stderr.read() == f"verippo: {server.url} exited unexpectedly: {server.log}\n"
         assert not running(server)
 
 
@@ -166,7 +168,9 @@ def started_by(process, state):
 def test_listening_to_all_without_a_key_is_warned_of(serve):
     code, out, err = serve("start", "--port", "0", "--host", "0.0.0.0")
     assert code == 0
-    assert err.startswith("warning: whoever reaches this machine can replace the model's weights")
+    assert err.startswith(
+        "warning: anyone who can reach this machine can replace the model's weights"
+    )
 
 
 def test_a_command_needs_no_options():
@@ -176,7 +180,7 @@ def test_a_command_needs_no_options():
 def test_a_port_without_a_server_is_named(serve):
     code, _, err = serve("stop", "--port", "3")
     assert code == 2
-    assert "port=3: no server of ours there; they are on no port at all" in err
+    assert "port=3: there is no server of verippo; ports in use: none" in err
 
 
 def test_each_server_has_gpus_of_its_own(monkeypatch):
@@ -194,7 +198,7 @@ def test_each_server_has_gpus_of_its_own(monkeypatch):
     assert [c.port for c in ServeConfig(model="m", num=3, port=9000).each()] == [9000, 9001, 9002]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert gpus(num=2) == ["3", "1"]
-    with pytest.raises(ValueError, match=r"gpus=3,1: 2 servers of tp=1, dp=2 need 4 of them"):
+    with pytest.raises(ValueError, match=r"gpus=3,1: 2 servers with tp=1, dp=2 need 4 GPUs"):
         gpus(num=2, dp=2)
 
 

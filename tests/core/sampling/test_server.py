@@ -38,11 +38,7 @@ def make(fake_sglang, tmp_path):
 
     yield config
     for record in (tmp_path / "state").glob("*.json"):
-        stop(module._read(record), state=str(tmp_path / "state"), timeout_seconds=0)
-
-
-def record_of(server, config):
-    return Path(config.state) / f"{server.node}-{server.port}.json"
+        stop(module._read_record(record), timeout_seconds=0)
 
 
 def running(server):
@@ -70,11 +66,11 @@ def test_a_started_server_answers_and_a_stopped_one_leaves_nothing_behind(make):
     with urllib.request.urlopen(f"{server.url}/model_info") as answer:
         assert json.load(answer) == {"model_path": config.model}
 
-    assert stop(server, state=config.state)
+    assert stop(server)
     assert not running(server)
     assert not listens(server)
     assert servers(config.state) == []
-    assert not stop(server, state=config.state)
+    assert not stop(server)
 
 
 def test_it_answers_whatever_proxy_is_set_and_with_the_older_route(make, monkeypatch):
@@ -88,7 +84,7 @@ def test_a_server_that_exits_is_reported_with_what_it_said_last(make):
     config = make("exits")
     begun = time.monotonic()
     with pytest.raises(
-        ValueError, match="exited while starting: .*RuntimeError: out of memory .*all of it: .*log"
+        ValueError, match="exited while starting: .*RuntimeError: out of memory .*full log: .*log"
     ):
         start(config)
     assert time.monotonic() - begun < 5
@@ -110,13 +106,13 @@ def test_a_relative_folder_of_records_is_found_from_elsewhere(make, tmp_path, mo
     monkeypatch.chdir("/")
     assert servers(str(tmp_path / "state")) == [(server, "ready")]
     monkeypatch.chdir(tmp_path)
-    assert stop(server, state="state")
+    assert stop(server)
 
 
 def test_a_server_that_never_answers_is_stopped_after_its_time(make):
     config = make("hangs", start_timeout_seconds=1.0)
     with pytest.raises(
-        ValueError, match=r"did not answer in start_timeout_seconds=1: .*server_args="
+        ValueError, match=r"did not answer within start_timeout_seconds=1: .*server_args="
     ):
         start(config)
     assert servers(config.state) == []
@@ -148,7 +144,7 @@ def test_a_second_start_on_the_port_is_refused_and_the_first_goes_on(make):
     server = start(make())
     with pytest.raises(
         ValueError,
-        match=rf"port {server.port}: a server of ours runs there already \(pid {server.pid}, ",
+        match=rf"port {server.port}: a server of verippo is running there \(pid {server.pid}, ",
     ):
         start(make(port=server.port))
     assert listens(server)
@@ -165,7 +161,7 @@ def test_of_two_starts_at_once_on_a_port_one_succeeds(make):
         ]
     refused = [result for result in results if isinstance(result, ValueError)]
     assert len(refused) == 1
-    assert "a server of ours runs there already" in str(refused[0])
+    assert "a server of verippo is running there" in str(refused[0])
     (server,) = [result for result in results if result not in refused]
     assert servers(config.state) == [(server, "ready")]
 
@@ -177,7 +173,7 @@ def test_a_port_that_another_program_holds_is_refused(make):
         port = other.getsockname()[1]
         with pytest.raises(
             ValueError,
-            match=rf"port={port}: cannot listen there \(Address already in use\): take another",
+            match=rf"port={port}: cannot listen there \(Address already in use\): use another",
         ):
             start(make(port=port))
 
@@ -203,7 +199,7 @@ def test_children_that_outlive_their_server_are_stopped(make):
     psutil.Process(server.pid).wait(5)
     assert len(running(server)) == 1
     assert servers(config.state) == [(server, "not answering")]
-    assert stop(server, state=config.state)
+    assert stop(server)
     assert not running(server)
 
 
@@ -215,14 +211,14 @@ def test_a_killed_server_leaves_no_entry_in_the_table_of_processes(make):
         psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE
     ):  # ended, and nobody has asked how
         time.sleep(0.01)
-    assert stop(server, state=config.state)
+    assert stop(server)
     assert not psutil.pid_exists(server.pid)
 
 
 def test_a_server_deaf_to_sigterm_is_killed(make):
     config = make("stubborn")
     server = start(config)
-    assert stop(server, state=config.state, timeout_seconds=0.5)
+    assert stop(server, timeout_seconds=0.5)
     assert not running(server)
     assert not listens(server)
 
@@ -230,16 +226,16 @@ def test_a_server_deaf_to_sigterm_is_killed(make):
 def test_a_number_that_another_process_has_now_is_not_touched(make):
     config = make()
     server = start(config)
-    stop(server, state=config.state)
+    stop(server)
     with subprocess.Popen(
         [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
     ) as other:
         started = psutil.Process(other.pid).create_time()
         fields = module.asdict(server) | {"processes": [(other.pid, started - 60.0)]}
-        record_of(server, config).write_text(json.dumps(fields))
+        server.record.write_text(json.dumps(fields))
         ((record, state),) = servers(config.state)
         assert state == "gone"
-        assert not stop(record, state=config.state)
+        assert not stop(record)
         assert other.poll() is None
         assert servers(config.state) == []
         other.communicate(b"\n", timeout=10)
@@ -248,14 +244,14 @@ def test_a_number_that_another_process_has_now_is_not_touched(make):
 def test_another_nodes_server_is_shown_and_left_alone(make):
     config = make()
     server = start(config)
-    stop(server, state=config.state)
+    stop(server)
     other = module.replace(server, node="another-node", host="0.0.0.0")
-    module._write(record_of(other, config), other)
+    module._write_record(other)
     assert servers(config.state) == [(other, "elsewhere")]
     assert other.url == f"http://another-node:{server.port}"
     with pytest.raises(ValueError, match=r"runs on another-node: stop it there"):
-        stop(other, state=config.state)
-    record_of(other, config).unlink()
+        stop(other)
+    other.record.unlink()
 
 
 def test_the_key_guards_the_server_and_stands_nowhere(make, tmp_path, monkeypatch):
@@ -289,7 +285,7 @@ def test_the_key_goes_with_the_record_of_a_start_that_was_killed(make, tmp_path)
     (server,) = started
     (carrier,) = (tmp_path / "state").glob("*.yaml")
     assert carrier.stat().st_mode & 0o077 == 0
-    assert stop(server, state=config.state, timeout_seconds=0)
+    assert stop(server, timeout_seconds=0)
     assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
 
 
@@ -334,7 +330,7 @@ def test_fields_become_sglangs_arguments(make):
         ({"api_key_file": os.devnull}, "api_key_file=/dev/null: there is no key in it"),
         ({"api_key_file": "/no/key"}, "api_key_file=/no/key: cannot be read: No such file"),
         ({"host": "192.0.2.1"}, "host=192.0.2.1 port=[0-9]+: cannot listen there"),
-        ({"state": os.devnull}, "state=/dev/null: no folder can be made there: File exists"),
+        ({"state": os.devnull}, "state=/dev/null: the folder cannot be created: File exists"),
         ({"arguments": "--log-level 'quiet"}, "No closing quotation"),
         ({"port": 70000}, "port=70000: must be"),
         ({"tp": 0}, "tp=0: must be at least 1"),
@@ -349,5 +345,5 @@ def test_a_mistake_is_named(make, fields, message):
 
 def test_a_broken_record_is_named(tmp_path):
     (tmp_path / f"{platform.node()}-1.json").write_text('{"node": 1')
-    with pytest.raises(ValueError, match=r"-1\.json: not a server's record: remove it"):
+    with pytest.raises(ValueError, match=r"-1\.json: not the record of a server: remove the file"):
         servers(str(tmp_path))
