@@ -395,7 +395,7 @@ def test_a_server_killed_in_mid_rollout_leaves_its_prompts_to_the_other_each_ans
 
     threading.Thread(target=kill_at_work, daemon=True).start()
     completions = sampler.generate(prompts, params)
-    assert sampler.fleet._strikes[other.url] > 0  # it was at work when it went
+    assert sampler.fleet._num_failures[other.url] > 0  # it was at work when it went
     expected = local.generate(prompts, params)
     assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
 

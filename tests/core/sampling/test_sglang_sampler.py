@@ -342,7 +342,7 @@ def test_a_server_that_answers_wrongly_is_left_out_and_its_prompts_go_to_the_oth
     assert [c.token_ids[0] for c in completions] == [10, 11, 12, 13]
     assert sorted(ids[-1] for ids in good.prompts()) == [10, 11, 12, 13]
     assert list(sampler.fleet.failures) == [bad.url]
-    assert f"left out: {bad.url}: " in capsys.readouterr().err
+    assert f"server excluded: {bad.url}: " in capsys.readouterr().err
     with pytest.raises(RuntimeError, match=f"no sglang server is left: {bad.url}: .*{message}"):
         connect(bad).generate(prompts(3, 4), GREEDY)
 
@@ -458,7 +458,9 @@ def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_st
     with pytest.raises(ValueError, match="sampler.urls=', ': there is no address in it"):
         connect(urls=", ")
     good = serve()
-    assert [server.url for server in connect(nothing, good, push=False).fleet.alive()] == [good.url]
+    assert [server.url for server in connect(nothing, good, push=False).fleet.available()] == [
+        good.url
+    ]
 
 
 def test_after_an_error_the_requests_that_still_run_are_aborted(serve, connect):
@@ -561,7 +563,7 @@ def test_a_folder_for_the_weights_that_cannot_be_made_is_named_at_once(serve, co
     server = serve()
     with pytest.raises(
         ValueError,
-        match="sampler.sync_folder: no folder can be made at /dev/null/verippo-.*: Not a directory",
+        match="sampler.sync_folder: the folder /dev/null/verippo-.* cannot be created: Not a directory",
     ):
         connect(server, sync_folder="/dev/null", push=False)
 
@@ -606,7 +608,7 @@ def test_a_server_that_refuses_to_take_part_in_a_broadcast_ends_it_at_once(serve
     server = serve(lambda asked, body: refusal if asked == path else None)
     sampler = connect(server, sync="distributed", push=False, timeout_seconds=60.0)
     if path != "/init_weights_update_group":
-        sampler.sync._joined = lambda fleet: SimpleNamespace(leave=lambda: None)
+        sampler.sync._create_group = lambda fleet: SimpleNamespace(leave=lambda: None)
     start = time.monotonic()
     with pytest.raises(
         RuntimeError,
@@ -624,7 +626,7 @@ def test_a_broadcast_that_a_server_refuses_is_given_up_at_once(serve, connect):
         )
     )
     sampler = connect(server, sync="distributed", push=False, timeout_seconds=60.0)
-    sampler.sync._joined = lambda fleet: SimpleNamespace(
+    sampler.sync._create_group = lambda fleet: SimpleNamespace(
         send=lambda tensors: time.sleep(60), leave=lambda: None
     )
     start = time.monotonic()
@@ -688,7 +690,7 @@ def test_weights_come_in_portions_of_a_size_that_outlive_their_source():
 def test_no_more_than_a_portion_of_the_weights_is_held_at_a_time(serve, connect, sync):
     sampler = connect(serve(), sync=sync, push=False)
     sampler.sync.bucket_bytes = 40
-    sampler.sync._joined = lambda fleet: SimpleNamespace(
+    sampler.sync._create_group = lambda fleet: SimpleNamespace(
         send=lambda tensors: None, leave=lambda: None
     )
     copies, held = [], []
@@ -741,7 +743,7 @@ def test_only_a_first_update_that_fails_asks_whether_the_servers_run_such_a_mode
 
     sampler, hint = (
         connect(serve(answer), sync="tensor", push=False),
-        "what they were started with, /models/70b",
+        "does the policy differ in shape from the servers' model, /models/70b",
     )
     with pytest.raises(RuntimeError, match=hint):
         sampler.update_weights(WEIGHTS.items(), 1)
@@ -760,7 +762,7 @@ def test_a_server_that_keeps_its_old_version_after_an_update_is_refused(serve, c
         )
     )
     with pytest.raises(
-        RuntimeError, match=f"{server.url}: holds weight version default after the update to 0"
+        RuntimeError, match=f"{server.url}: reports weight version default after the update to 0"
     ):
         connect(server)
 
@@ -784,12 +786,12 @@ def test_a_server_left_out_is_taken_back_by_the_update_that_finds_it_well(serve,
 
 def test_a_server_that_was_started_again_joins_a_new_group(serve, connect):
     def joined(fleet):
-        groups.append([server.url for server in fleet.alive()])
+        groups.append([server.url for server in fleet.available()])
         return SimpleNamespace(send=lambda tensors: None, leave=lambda: None)
 
     groups, first, second = [], serve(), serve()
     sampler = connect(first, second, sync="distributed", push=False)
-    sampler.sync._joined = joined
+    sampler.sync._create_group = joined
     for version in (1, 2):
         sampler.update_weights(WEIGHTS.items(), version)
     assert groups == [[first.url, second.url]]
