@@ -222,14 +222,15 @@ class SglangServer:
         self,
         request: Request,
         *,
-        timeout_seconds: float,
+        timeout_seconds: float = PROBE_SECONDS,
         retries: int = 0,
     ) -> Any:
         """Sends a request.
 
         Args:
             request: what to send.
-            timeout_seconds: limit of each wait for the server.
+            timeout_seconds: limit of each wait for the server; the default is for requests that a
+                healthy server answers at once.
             retries: how often to repeat the request while the server cannot be reached; only for
                 requests that may safely be sent twice.
 
@@ -312,7 +313,7 @@ class SglangServer:
         """
         for path in paths:
             try:
-                return self.ask(Request(path), timeout_seconds=PROBE_SECONDS, retries=2)
+                return self.ask(Request(path), retries=2)
             except ServerError as error:
                 if error.status != 404:
                     raise
@@ -327,7 +328,7 @@ class SglangServer:
         """Version of the weights that the server holds."""
         answer = self.ask_first("/model_info", "/get_model_info")
         if "weight_version" not in answer:
-            answer = self.ask(Request("/get_weight_version"), timeout_seconds=PROBE_SECONDS)
+            answer = self.ask(Request("/get_weight_version"))
         return str(answer["weight_version"])
 
     def abort(self) -> None:

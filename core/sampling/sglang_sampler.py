@@ -266,9 +266,9 @@ class SglangSampler:
         if version == ASLEEP:
             server.ask(RESUME, timeout_seconds=self.config.timeout_seconds)
             # should this update fail, the next one must not resume the server again
-            server.ask(version_request("awake"), timeout_seconds=PROBE_SECONDS)
+            server.ask(version_request("awake"))
         elif server.url in failed:
-            server.ask(score_request([0, 0]), timeout_seconds=PROBE_SECONDS)
+            server.ask(score_request([0, 0]))
             self._flush(server)  # waits for the end of abandoned requests
         return version
 
@@ -322,7 +322,7 @@ class SglangSampler:
     def _release(self, server: SglangServer) -> None:
         self._flush(server)  # refused while a request is running
         server.ask(RELEASE, timeout_seconds=self.config.timeout_seconds)
-        server.ask(version_request(ASLEEP), timeout_seconds=PROBE_SECONDS)
+        server.ask(version_request(ASLEEP))
 
     def close(self) -> None:
         """Leaves the servers' process group and removes saved weights. Ignores failed servers."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from ..training import dist
-from .sglang_client import PROBE_SECONDS, ServerError, SglangServer
+from .sglang_client import ServerError, SglangServer
 from .sglang_fleet import Fleet, call_each
 from .sglang_requests import (
     BEGIN,
@@ -224,7 +224,7 @@ class DistributedSync:
     def close(self, fleet: Fleet) -> None:
         """Leaves the group, and one that an earlier run left open: names must be unique."""
         with suppress(RuntimeError):  # no server is left
-            leave = partial(SglangServer.ask, request=LEAVE, timeout_seconds=PROBE_SECONDS)
+            leave = partial(SglangServer.ask, request=LEAVE)
             call_each(fleet.available(), leave)
         if self.group is not None:
             self.group.leave()
