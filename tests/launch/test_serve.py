@@ -1,4 +1,4 @@
-"""`verippo serve start`, `status`, `stop`, with a small program in sglang's place."""
+"""`verippo serve start`, `status` and `stop`, with a small program in place of sglang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verippo.launch.serve import ServeConfig, ServedConfig
 
 @pytest.fixture
 def serve(fake_sglang, tmp_path, capsys):
-    """Runs `verippo serve WORD ...` on a state folder of the test's; returns (exit status, stdout lines, stderr)."""
+    """Runs `verippo serve WORD ...` in the test's state folder: (status, stdout lines, stderr)."""
 
     def run(word, *arguments):
         options = (
@@ -75,9 +75,12 @@ def test_several_servers_are_started_listed_and_stopped(serve):
     assert serve("status") == (0, [], "")
 
 
-def test_a_stop_does_not_wait_for_an_init_that_collects_nobody(fake_sglang, tmp_path):
-    init = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); "  # takes all orphans, as in a container
-    init += "[subprocess.run([sys.executable, '-m', 'verippo.launch.cli', 'serve', *w.split()]) for w in sys.argv[1:]]"
+def test_stop_does_not_wait_for_an_init_that_collects_no_zombies(fake_sglang, tmp_path):
+    init = (  # adopts all orphans, as init does in a container
+        "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); "
+        "serve = [sys.executable, '-m', 'verippo.launch.cli', 'serve']; "
+        "[subprocess.run([*serve, *words.split()]) for words in sys.argv[1:]]"
+    )
     options = " ".join(f"--{name} {value}" for name, value in fake_sglang.items())
     words = [f"start {options} --port 0 --state {tmp_path}", f"stop --state {tmp_path}"]
     begun = time.monotonic()
@@ -95,9 +98,7 @@ def test_a_server_that_exits_gives_one_line_and_status_two(serve):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_in_the_foreground_it_stays_until_a_signal_and_then_stops_the_servers(
-    fake_sglang, tmp_path, sent, status
-):
+def test_in_the_foreground_a_signal_stops_the_servers(fake_sglang, tmp_path, sent, status):
     with foreground(fake_sglang, tmp_path) as process:
         server = started_by(process, tmp_path)
         assert process.poll() is None
@@ -108,7 +109,7 @@ def test_in_the_foreground_it_stays_until_a_signal_and_then_stops_the_servers(
 
 
 @pytest.mark.parametrize(("stays", "status"), [("true", 0), ("false", 1)])
-def test_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path, stays, status):
+def test_a_signal_while_servers_are_loading_stops_them(fake_sglang, tmp_path, stays, status):
     with foreground(
         fake_sglang, tmp_path, "--environment", '{"FAKE": "hangs"}', "--foreground", stays
     ) as process:
@@ -123,7 +124,7 @@ def test_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path, stays
         assert not running(listed[0][0])
 
 
-def test_in_the_foreground_a_server_that_ends_by_itself_ends_the_command(fake_sglang, tmp_path):
+def test_in_the_foreground_a_server_that_exits_ends_the_command(fake_sglang, tmp_path):
     with foreground(fake_sglang, tmp_path) as process:
         server = started_by(process, tmp_path)
         os.kill(server.pid, signal.SIGKILL)
@@ -165,7 +166,7 @@ def started_by(process, state):
     return server
 
 
-def test_listening_to_all_without_a_key_is_warned_of(serve):
+def test_listening_on_all_interfaces_without_a_key_gives_a_warning(serve):
     code, out, err = serve("start", "--port", "0", "--host", "0.0.0.0")
     assert code == 0
     assert err.startswith(
@@ -183,7 +184,7 @@ def test_a_port_without_a_server_is_named(serve):
     assert "port=3: there is no server of verippo; ports in use: none" in err
 
 
-def test_each_server_has_gpus_of_its_own(monkeypatch):
+def test_each_server_has_its_own_gpus(monkeypatch):
     def gpus(**fields):
         return [
             c.environment.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""SglangSampler against a real server: the trainer's numbers are transformers' own, by one plain forward a sequence."""
+"""SglangSampler with a real server, compared with a forward pass of transformers."""
 
 from __future__ import annotations
 
@@ -250,13 +250,14 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from verippo.core.training import dist
-from verippo.core.training.pretrained import (load_causal_lm)
-from verippo.core.sampling.sglang_requests import (BEGIN)
+from verippo.core.training.pretrained import load_causal_lm
+from verippo.core.sampling.sglang_requests import BEGIN
 from verippo.core.sampling.sglang_sampler import SglangConfig, SglangSampler
 
 dist.init()
 config = SglangConfig(urls=sys.argv[1], sync="distributed", timeout_seconds=30.0)
-sampler = SglangSampler(config, stop_token_ids=(2,), vocabulary=320, context=None, folder=Path("unused"))
+options = {"stop_token_ids": (2,), "vocabulary": 320, "context": None, "folder": Path("unused")}
+sampler = SglangSampler(config, **options)
 sampler.update_weights(load_causal_lm(sys.argv[2], dtype="fp32").named_parameters(), 3)
 sampler.fleet.servers[0].ask(BEGIN, timeout_seconds=10)
 print("killed", flush=True)

@@ -32,7 +32,7 @@ def generate(url, **headers):
 
 
 def alive(server):
-    """Of its processes those that have not ended: of an orphan's end init takes note when it likes."""
+    """Processes of the server that run; ended orphans stay listed until init collects them."""
     pids = {pid for pid, _ in server.processes}
     return [
         p

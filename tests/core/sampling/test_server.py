@@ -1,4 +1,4 @@
-"""What happens to a server's processes, with a small program in sglang's place."""
+"""Server processes, with a small program in place of sglang."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from verippo.core.sampling.server_command import ServerConfig, launch_command
 
 @pytest.fixture
 def make(fake_sglang, tmp_path):
-    """Makes a configuration of the stand-in: `fault` tells it what to do wrong."""
+    """Makes a configuration of the fake server; `fault` selects its misbehaviour."""
 
     def config(fault="", **fields):
         environment = {"FAKE": fault} | fields.pop("environment", {})
@@ -54,7 +54,7 @@ def listens(server):
         return probe.connect_ex((server.host, server.port)) == 0
 
 
-def test_a_started_server_answers_and_a_stopped_one_leaves_nothing_behind(make):
+def test_a_started_server_answers_and_a_stopped_one_leaves_nothing(make):
     config = make()
     server = start(config)
     assert servers(config.state) == [(server, "ready")]
@@ -73,14 +73,14 @@ def test_a_started_server_answers_and_a_stopped_one_leaves_nothing_behind(make):
     assert not stop(server)
 
 
-def test_it_answers_whatever_proxy_is_set_and_with_the_older_route(make, monkeypatch):
+def test_readiness_ignores_proxies_and_knows_the_older_route(make, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with serving(make("old")) as server:
         assert listens(server)
 
 
-def test_a_server_that_exits_is_reported_with_what_it_said_last(make):
+def test_a_server_that_exits_is_reported_with_its_last_lines(make):
     config = make("exits")
     begun = time.monotonic()
     with pytest.raises(
@@ -99,7 +99,7 @@ def test_an_interpreter_without_sglang_is_named_with_what_to_do(make):
         start(make(python=sys.executable))
 
 
-def test_a_relative_folder_of_records_is_found_from_elsewhere(make, tmp_path, monkeypatch):
+def test_a_relative_state_folder_is_found_from_elsewhere(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     server = start(make(state="state"))
     assert Path(server.log).is_absolute()
@@ -109,7 +109,7 @@ def test_a_relative_folder_of_records_is_found_from_elsewhere(make, tmp_path, mo
     assert stop(server)
 
 
-def test_a_server_that_never_answers_is_stopped_after_its_time(make):
+def test_a_server_that_never_answers_is_stopped_after_the_timeout(make):
     config = make("hangs", start_timeout_seconds=1.0)
     with pytest.raises(
         ValueError, match=r"did not answer within start_timeout_seconds=1: .*server_args="
@@ -119,7 +119,7 @@ def test_a_server_that_never_answers_is_stopped_after_its_time(make):
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
 
 
-def test_an_interrupt_while_waiting_stops_what_was_started(make, monkeypatch):
+def test_an_interrupt_while_waiting_stops_the_servers(make, monkeypatch):
     config, sleep = make("hangs"), time.sleep
 
     def interrupted(seconds):
@@ -133,14 +133,14 @@ def test_an_interrupt_while_waiting_stops_what_was_started(make, monkeypatch):
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
 
 
-def test_if_one_of_several_does_not_come_up_none_stays(make):
+def test_if_one_of_several_servers_fails_all_are_stopped(make):
     configs = [make(), make("exits")]
     with pytest.raises(ValueError, match="exited while starting"):
         start_all(configs)
     assert servers(configs[0].state) == []
 
 
-def test_a_second_start_on_the_port_is_refused_and_the_first_goes_on(make):
+def test_a_second_start_on_a_port_is_refused(make):
     server = start(make())
     with pytest.raises(
         ValueError,
@@ -178,7 +178,7 @@ def test_a_port_that_another_program_holds_is_refused(make):
             start(make(port=port))
 
 
-def test_a_server_that_died_is_gone_and_its_port_is_used_again(make):
+def test_a_killed_server_is_gone_and_its_port_can_be_reused(make):
     config = make()
     server = start(config)
     for pid, _ in server.processes:
@@ -203,7 +203,7 @@ def test_children_that_outlive_their_server_are_stopped(make):
     assert not running(server)
 
 
-def test_a_killed_server_leaves_no_entry_in_the_table_of_processes(make):
+def test_a_killed_server_leaves_no_zombie(make):
     config = make()
     server = start(config)
     os.kill(server.pid, signal.SIGKILL)
@@ -215,7 +215,7 @@ def test_a_killed_server_leaves_no_entry_in_the_table_of_processes(make):
     assert not psutil.pid_exists(server.pid)
 
 
-def test_a_server_deaf_to_sigterm_is_killed(make):
+def test_a_server_that_ignores_sigterm_is_killed(make):
     config = make("stubborn")
     server = start(config)
     assert stop(server, timeout_seconds=0.5)
@@ -223,7 +223,7 @@ def test_a_server_deaf_to_sigterm_is_killed(make):
     assert not listens(server)
 
 
-def test_a_number_that_another_process_has_now_is_not_touched(make):
+def test_a_process_number_that_was_reused_is_not_signalled(make):
     config = make()
     server = start(config)
     stop(server)
@@ -241,7 +241,7 @@ def test_a_number_that_another_process_has_now_is_not_touched(make):
         other.communicate(b"\n", timeout=10)
 
 
-def test_another_nodes_server_is_shown_and_left_alone(make):
+def test_a_server_on_another_node_is_listed_and_not_stopped(make):
     config = make()
     server = start(config)
     stop(server)
@@ -254,7 +254,7 @@ def test_another_nodes_server_is_shown_and_left_alone(make):
     other.record.unlink()
 
 
-def test_the_key_guards_the_server_and_stands_nowhere(make, tmp_path, monkeypatch):
+def test_the_key_is_required_and_written_nowhere(make, tmp_path, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "sesame-7c1")
     config = make(api_key_env="SERVER_KEY")
     server = start(config)
@@ -267,10 +267,10 @@ def test_the_key_guards_the_server_and_stands_nowhere(make, tmp_path, monkeypatc
     assert not [text for text in [*listed, *written] if "sesame" in text]
     assert "'api_key': '**********'" in Path(server.log).read_text()
     assert Path(server.log).stat().st_mode & 0o077 == 0
-    assert "SERVER_KEY" not in Path(server.log).read_text()  # nor handed on in the environment
+    assert "SERVER_KEY" not in Path(server.log).read_text()  # and not in its environment
 
 
-def test_the_key_stands_in_no_message(make, tmp_path):
+def test_the_key_is_in_no_message(make, tmp_path):
     (tmp_path / "key").write_text("sesame-7c1\n")
     with pytest.raises(ValueError, match="exited while starting") as caught:
         start(make("exits", api_key_file=str(tmp_path / "key")))
@@ -278,7 +278,7 @@ def test_the_key_stands_in_no_message(make, tmp_path):
     assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
 
 
-def test_the_key_goes_with_the_record_of_a_start_that_was_killed(make, tmp_path):
+def test_stopping_a_server_whose_start_was_killed_removes_the_key(make, tmp_path):
     (tmp_path / "key").write_text("sesame-7c1\n")
     config = make("hangs", api_key_file=str(tmp_path / "key"))
     module._spawn(config, started := [])
@@ -289,7 +289,7 @@ def test_the_key_goes_with_the_record_of_a_start_that_was_killed(make, tmp_path)
     assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
 
 
-def test_what_a_launcher_of_ranks_sets_is_not_inherited(make, monkeypatch):
+def test_variables_of_rank_launchers_are_not_inherited(make, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "0")
     with serving(make(environment={"MINE": "1"})) as server:
@@ -310,13 +310,13 @@ def test_fields_become_sglangs_arguments(make):
     }
     command = " ".join(launch_command(make(**fields), "MODEL", 1)[1:])
     assert command == (
-        "-m sglang.launch_server --model-path MODEL --host 127.0.0.1 --port 1 --tp-size 2 --dp-size 3 "
-        "--mem-fraction-static 0.5 --log-level very quiet"
+        "-m sglang.launch_server --model-path MODEL --host 127.0.0.1 --port 1 --tp-size 2 "
+        "--dp-size 3 --mem-fraction-static 0.5 --log-level very quiet"
     )
     on_cpu = launch_command(make(device="cpu", mem_fraction=0.7), "MODEL", 1)
     assert on_cpu.index("cpu") < len(on_cpu) - on_cpu[::-1].index(
         "0.7"
-    )  # ours come first: what is asked for wins
+    )  # the configured arguments come last and take precedence
 
 
 @pytest.mark.parametrize(
