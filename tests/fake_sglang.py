@@ -1,4 +1,7 @@
-"""Stands in for sglang's server: takes its arguments, answers /model_info, and has a child. FAKE tells it what to do wrong."""
+"""Fake sglang server: accepts its arguments, answers /model_info, and has a child process.
+
+The environment variable FAKE selects its misbehaviour.
+"""
 
 import json
 import os

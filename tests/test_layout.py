@@ -91,7 +91,7 @@ ROOMS = {
     "report": set(),
 }
 # modules directly under core, which every sub-package may import
-SHARED = {"bounds", "files"}
+SHARED = {"bounds", "files", "http_library"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

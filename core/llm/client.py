@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import openai
 from tqdm import tqdm
 
+from ..http_library import httpx
 from .budget import BudgetSpent, Usage
 from .config import LLMConfig
 from .journal import Journal, content_key
@@ -18,7 +19,6 @@ from .transport import (
     OverBudget,
     Reply,
     UnreadableReply,
-    httpx,
     is_transient,
     num_retries,
 )

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import re
 from typing import Any, NamedTuple
 
 import openai
 
+from ..http_library import httpx
 from .budget import BudgetSpent, Meter, TokenCount, Usage
 from .config import LLMConfig
-
-# the HTTP library of the installed openai: httpx in version 2, httpx2 in version 3
-httpx: Any = importlib.import_module(
-    type(openai.DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0]
-)
 
 MAX_HOLD_SECONDS = 600.0
 """Longest delay that a server can impose by a Retry-After header."""

@@ -1,4 +1,4 @@
-"""Sampling in the training process: batched decoding, with new prompts entering as others finish."""
+"""Sampling in the training process: batched decoding; new prompts replace finished ones."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class ServedSampler(Sampler, Protocol):
         """Log-probs of given sequences under every copy of the weights.
 
         Returns:
-            Address of the copy -> for each sequence, the log-probs of its tokens from the second on,
-            at temperature 1 (nats).
+            Address of the copy -> for each sequence, the log-probs of its tokens from the second
+            on, at temperature 1 (nats).
         """
         ...
 

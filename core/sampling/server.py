@@ -1,8 +1,9 @@
-"""sglang servers as processes of ours: started, waited for, recorded, and stopped with all their children.
+"""Starts sglang servers as processes, waits for them, records them and stops them.
 
-Every server has `STATE/NODE-PORT.json` (the fields of a Server) and `STATE/NODE-PORT.log`. A process counts as ours only
-when both its number and its start time are those recorded: a number that the system gave to another process since is never
-signalled. sglang is never imported: its interpreter may be another environment's.
+Each server has a record `STATE/NODE-PORT.json`, with the fields of a Server, and a log
+`STATE/NODE-PORT.log`. A process is only signalled if both its number and its start time are those
+recorded, since the system may have given the number to another process. sglang is never imported:
+the interpreter that runs it may belong to another environment.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from ..http_library import httpx
 from .server_command import (
     STATE,
     ServerConfig,
@@ -32,33 +33,43 @@ from .server_command import (
     read_api_key,
 )
 
-DIRECT = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # a proxy has no business on the way to our own port
-
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A started server: what its record holds."""
+    """Record of a started server."""
 
     node: str
-    """name of the machine it runs on"""
+    """Name of the machine."""
     host: str
+    """Address on which the server listens."""
     port: int
     model: str
     log: str
+    """Absolute path of the log; the record is beside it."""
     command: list[str]
     processes: list[tuple[int, float]]
-    """(number, start in seconds since 1970) of the server's process, then of its children once it is ready"""
+    """Number and start time (seconds since 1970) of the server's process; once ready, of its
+    children too."""
 
     @property
     def pid(self) -> int:
+        """Number of the server's own process."""
         return self.processes[0][0]
 
     @property
     def url(self) -> str:
-        """Where clients find it, those on other nodes included if it listens for them."""
+        """Address for clients, on other nodes too if the server listens on all interfaces."""
         return f"http://{self.node if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    @property
+    def record(self) -> Path:
+        """File that holds this record."""
+        return Path(self.log).with_suffix(".json")
+
+    @property
+    def key_file(self) -> Path:
+        """Configuration file that gives the API key to the starting server."""
+        return Path(self.log).with_suffix(".yaml")
 
 
 def start(config: ServerConfig) -> Server:
@@ -67,10 +78,19 @@ def start(config: ServerConfig) -> Server:
 
 
 def start_all(configs: Sequence[ServerConfig]) -> list[Server]:
-    """Starts servers side by side and waits until all answer; if one does not come up, or on an interrupt, stops them all.
+    """Starts servers at the same time and waits until all answer.
 
-    Raises ValueError when a port is taken, a model or a key is not there, a server exits (with its log's last lines) or does
-    not answer in time.
+    If one fails to start, or on an interrupt, all of them are stopped.
+
+    Args:
+        configs: one configuration for each server.
+
+    Returns:
+        The servers, in order.
+
+    Raises:
+        ValueError: a port is taken, a model or API key cannot be read, or a server exits or does
+            not answer in time; the message has the last lines of its log.
     """
     started: list[Server] = []
     try:
@@ -78,50 +98,63 @@ def start_all(configs: Sequence[ServerConfig]) -> list[Server]:
             _spawn(config, started)
         return [_wait(server, config) for server, config in zip(started, configs, strict=True)]
     except BaseException:
-        for server, config in zip(started, configs, strict=False):
-            stop(server, state=config.state, timeout_seconds=5)
+        for server in started:
+            stop(server, timeout_seconds=5)
         raise
 
 
 @contextmanager
 def serving(config: ServerConfig) -> Iterator[Server]:
-    """A server for the length of a `with` block."""
+    """Runs a server for the duration of a `with` block."""
     server = start(config)
     try:
         yield server
     finally:
-        stop(server, state=config.state, timeout_seconds=config.stop_timeout_seconds)
+        stop(server, timeout_seconds=config.stop_timeout_seconds)
 
 
-def stop(server: Server, *, state: str = STATE, timeout_seconds: float = 60.0) -> bool:
-    """Ends the server, waits until it and its children are gone, and removes its record. Returns whether anything ran.
+def stop(server: Server, *, timeout_seconds: float = 60.0) -> bool:
+    """Stops a server and its children, waits for their end and removes the record.
 
-    SIGTERM lets it finish its requests; what is left after `timeout_seconds` is killed.
+    Args:
+        server: the server, on this node.
+        timeout_seconds: time to finish running requests after SIGTERM; what is left is killed.
+
+    Returns:
+        Whether any of its processes was running.
+
+    Raises:
+        ValueError: the server runs on another node.
     """
     if server.node != platform.node():
         raise ValueError(f"the server {server.url} runs on {server.node}: stop it there")
-    ours = running(server)
-    for process in [
-        p for p in ours if p.pid == server.pid
-    ] or ours:  # the server's own process ends its children
+    processes = running(server)
+    # the server's own process stops its children
+    for process in [p for p in processes if p.pid == server.pid] or processes:
         with suppress(psutil.Error):
-            process.terminate()  # psutil compares the start time again before it signals
-    left = _outlasting(ours, timeout_seconds)
-    for process in {*left, *running(server)}:
+            process.terminate()  # psutil compares the start time again
+    remaining = _wait_for_end(processes, timeout_seconds)
+    for process in {*remaining, *running(server)}:
         with suppress(psutil.Error):
             process.kill()
-    _outlasting(left, 10.0)
-    record = _record(server.node, server.port, state)
-    for file in (record, record.with_suffix(".yaml")):
-        file.unlink(missing_ok=True)
-    return bool(ours)
+    _wait_for_end(remaining, 10.0)
+    server.record.unlink(missing_ok=True)
+    server.key_file.unlink(missing_ok=True)
+    return bool(processes)
 
 
 def servers(state: str = STATE) -> list[tuple[Server, str]]:
-    """Every recorded server with its state: "ready", "not answering" (it starts, or hangs), "gone" (it ended without being
-    stopped), or "elsewhere" (on another node: ask there)."""
+    """Lists the recorded servers.
+
+    Args:
+        state: folder of the records.
+
+    Returns:
+        Each server with "ready", "not answering" (it is starting, or hangs), "gone" (it ended
+        without being stopped) or "elsewhere" (it belongs to another node).
+    """
     found = []
-    for server in map(_read, sorted(Path(state).expanduser().glob("*.json"))):
+    for server in map(_read_record, sorted(Path(state).expanduser().glob("*.json"))):
         if server.node != platform.node():
             found.append((server, "elsewhere"))
         elif not running(server):
@@ -132,27 +165,37 @@ def servers(state: str = STATE) -> list[tuple[Server, str]]:
 
 
 def running(server: Server) -> list[psutil.Process]:
-    """What runs of the server, its own process first: all of its session; when its own process is gone, and the session's
-    number may be another's by now, those that were recorded."""
+    """Processes of a server that are running.
 
-    def of_session(process: psutil.Process) -> bool:
-        with suppress(OSError):
-            return os.getsid(process.pid) == server.pid
-        return False
-
-    recorded = []
-    for pid, started in server.processes:
+    Returns:
+        Every process in the session of the server's own process, itself first. If its own process
+        is gone, the session's number may belong to another program: then the recorded ones only.
+    """
+    found = {}
+    for pid, start_time in server.processes:
         with suppress(psutil.Error):
-            if abs((process := psutil.Process(pid)).create_time() - started) < 2:
-                recorded.append(process)
-    found = {process.pid: process for process in recorded}
+            process = psutil.Process(pid)
+            if abs(process.create_time() - start_time) < 2:
+                found[pid] = process
     if server.pid in found:
-        found |= {process.pid: process for process in psutil.process_iter() if of_session(process)}
+        for process in psutil.process_iter():
+            with suppress(OSError):
+                if os.getsid(process.pid) == server.pid:
+                    found[process.pid] = process
     return _alive(found.values())
 
 
+def has_exited(server: Server) -> bool:
+    """Whether the server's own process has ended."""
+    return server.pid not in [process.pid for process in running(server)]
+
+
 def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended. A child of ours that has is collected; an orphan only init can, and in a container none may."""
+    """Processes that have not ended. Own children that have ended are collected.
+
+    Orphans that have ended count as ended too: only init can collect them, and in a container it
+    may not.
+    """
     alive = []
     for process in processes:
         with suppress(psutil.Error):
@@ -163,94 +206,97 @@ def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return alive
 
 
-def _outlasting(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that have not ended after that time; returns as soon as all have."""
+def _wait_for_end(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Waits until all processes have ended, or for `seconds`; returns those still running."""
     deadline = time.monotonic() + seconds
-    while (left := _alive(processes)) and time.monotonic() < deadline:
+    while (remaining := _alive(processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return left
+    return remaining
 
 
 def _spawn(config: ServerConfig, started: list[Server]) -> None:
-    """Starts the process, adds it to those that a failure stops, and records it."""
-    model, key = check_model(config.model), read_api_key(config)
+    """Starts and records a server, and appends it to the list of those that a failure stops."""
+    model = check_model(config.model)
+    key = read_api_key(config)
     folder = Path(config.state).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise ValueError(
-            f"state={config.state}: no folder can be made there: {error.strerror}"
+            f"state={config.state}: the folder cannot be created: {error.strerror}"
         ) from None
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once must not both find the port free
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once could find the same port free
         port = config.port or _free_port(config.host, 0)
-        record = _record(platform.node(), port, str(folder))
-        if record.exists() and running(there := _read(record)):
+        record = folder / f"{platform.node()}-{port}.json"
+        if record.exists() and running(other := _read_record(record)):
             raise ValueError(
-                f"port {port}: a server of ours runs there already (pid {there.pid}, {there.model}): stop it with "
-                "`verippo serve stop`, or take another --port"
+                f"port {port}: a server of verippo is running there (pid {other.pid}, "
+                f"{other.model}): stop it with `verippo serve stop`, or use another --port"
             )
         _free_port(config.host, port)
-        command, log, secret = (
-            launch_command(config, model, port),
-            record.with_suffix(".log"),
-            record.with_suffix(".yaml"),
-        )
-        if key:  # as sglang's own configuration file, for us alone: on the command line everybody could read it
-            command += ["--config", str(secret)]
-            with open(secret, "w", opener=_private) as file:
-                file.write(f"api-key: {json.dumps(key)}\n")
-        with open(
-            log, "wb", opener=lambda path, flags: _private(path, flags | os.O_APPEND)
-        ) as output:
-            try:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    env=launch_environment(config),
-                )
-            except OSError as error:
-                secret.unlink(missing_ok=True)
-                raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
         server = Server(
             node=platform.node(),
             host=config.host,
             port=port,
             model=model,
-            log=str(log),
-            command=command,
-            processes=[(process.pid, psutil.Process(process.pid).create_time())],
+            log=str(record.with_suffix(".log")),
+            command=launch_command(config, model, port),
+            processes=[],
         )
-        started.append(server)  # before its record: who reads that may end us at once
-        _write(record, server)
+        server = _launch(server, config, key)
+        started.append(server)  # first: a reader of the record may signal this process at once
+        _write_record(server)
+
+
+def _launch(server: Server, config: ServerConfig, key: str | None) -> Server:
+    """Starts the server's process. Returns the server with its process."""
+    command = server.command
+    if key:  # in a private file: every user can read a command line
+        command = [*command, "--config", str(server.key_file)]
+        with open(server.key_file, "w", opener=_open_private) as file:
+            file.write(f"api-key: {json.dumps(key)}\n")
+    Path(server.log).unlink(missing_ok=True)
+    with open(server.log, "ab", opener=_open_private) as log:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=launch_environment(config),
+            )
+        except OSError as error:
+            server.key_file.unlink(missing_ok=True)
+            raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
+    start_time = psutil.Process(process.pid).create_time()
+    return replace(server, command=command, processes=[(process.pid, start_time)])
 
 
 def _wait(server: Server, config: ServerConfig) -> Server:
-    """Returns the server once it answers, with its children in the record."""
-    key, record = read_api_key(config), _record(server.node, server.port, config.state)
+    """Waits until the server answers. Returns it with its children, and records them."""
+    key = read_api_key(config)
     deadline = time.monotonic() + config.start_timeout_seconds
+    problem = ""
     try:
-        while not _answers(server, key):
-            if server.pid not in [process.pid for process in running(server)]:
-                raise ValueError(
-                    f"the server on port {server.port} exited while starting: {_last_lines(server, key)}"
-                )
-            if time.monotonic() > deadline:
-                limit = f"start_timeout_seconds={config.start_timeout_seconds:g}"
-                raise ValueError(
-                    f"the server on port {server.port} did not answer in {limit}: {_last_lines(server, key)}"
-                )
-            time.sleep(0.5)
+        while not problem and not _answers(server, key):
+            if has_exited(server):
+                problem = "exited while starting"
+            elif time.monotonic() > deadline:
+                limit = config.start_timeout_seconds
+                problem = f"did not answer within start_timeout_seconds={limit:g}"
+            else:
+                time.sleep(0.5)
     finally:
-        record.with_suffix(".yaml").unlink(missing_ok=True)
-        _blank_out(server, key)
-    ready = replace(
-        server, processes=[(process.pid, process.create_time()) for process in running(server)]
-    )
-    _write(record, ready)
+        server.key_file.unlink(missing_ok=True)
+        if key:
+            _mask_key(server.log, key.encode())
+    if problem:
+        raise ValueError(f"the server on port {server.port} {problem}: {_last_lines(server.log)}")
+    processes = [(process.pid, process.create_time()) for process in running(server)]
+    ready = replace(server, processes=processes)
+    _write_record(ready)
     return ready
 
 
@@ -258,77 +304,61 @@ def _answers(server: Server, key: str | None) -> bool:
     host = "127.0.0.1" if server.host == "0.0.0.0" else server.host
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     for path in ("model_info", "get_model_info"):  # the second in older versions
+        url = f"http://{host}:{server.port}/{path}"
         try:
-            DIRECT.open(
-                urllib.request.Request(f"http://{host}:{server.port}/{path}", headers=headers),
-                timeout=5,
-            ).close()
-            return True
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                return error.code in (401, 403)  # it has a key that we do not know
-        except OSError:
+            status = httpx.get(url, headers=headers, timeout=5, trust_env=False).status_code
+        except httpx.HTTPError:
             return False
+        if status != 404:
+            return status < 400 or status in (401, 403)  # the key may be unknown here
     return False
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _mask_key(log: str, key: bytes) -> None:
+    """Masks the API key in a log: sglang prints its settings when it starts."""
+    with open(log, "r+b") as file:
+        for match in re.finditer(re.escape(key), file.read()):
+            file.seek(match.start())
+            file.write(b"*" * len(key))
 
 
-def _blank_out(server: Server, key: str | None) -> None:
-    """sglang prints its settings, the key among them, as it starts: stars take its place in the log."""
-    with open(server.log, "r+b") as log:
-        text, at = log.read(), -1
-        while key and (at := text.find(key.encode(), at + 1)) >= 0:
-            log.seek(at)
-            log.write(b"*" * len(key.encode()))
-
-
-def _last_lines(server: Server, key: str | None) -> str:
-    text = (
-        Path(server.log).read_text(encoding="utf-8", errors="replace").replace(key or "\0", "***")
-    )
+def _last_lines(log: str) -> str:
+    text = Path(log).read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text[-20_000:].splitlines() if line.strip()]
-    hint = (
-        "; give --python, the interpreter of an environment that has it"
-        if "No module named 'sglang'" in text
-        else ""
-    )
-    return (
-        f"{' | '.join(lines[-4:])[-700:] or 'nothing was printed'} (all of it: {server.log}){hint}"
-    )
+    summary = f"{' | '.join(lines[-4:])[-700:] or 'the log is empty'} (full log: {log})"
+    if "No module named 'sglang'" in text:
+        summary += "; give --python, the interpreter of an environment that has sglang"
+    return summary
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or any free one for 0. Raises ValueError when something listens there."""
+    """Checks that the port is free; port 0 stands for any. Returns the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"host={host} port={port}: cannot listen there ({error.strerror}): take another --port"
+                f"host={host} port={port}: cannot listen there ({error.strerror}): "
+                "use another --port"
             ) from None
         return probe.getsockname()[1]
 
 
-def _record(node: str, port: int, state: str) -> Path:
-    return Path(state).expanduser() / f"{node}-{port}.json"
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
-def _read(path: Path) -> Server:
+def _read_record(path: Path) -> Server:
     try:
-        fields = json.loads(path.read_text())
-        return Server(
-            **fields
-            | {"processes": [(int(pid), float(started)) for pid, started in fields["processes"]]}
-        )
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path}: not a server's record: remove it") from None
+        server = Server(**json.loads(path.read_text()))
+        processes = [(int(pid), float(start_time)) for pid, start_time in server.processes]
+        return replace(server, processes=processes)
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: not the record of a server: remove the file") from None
 
 
-def _write(path: Path, server: Server) -> None:
-    temporary = path.with_suffix(".tmp")
+def _write_record(server: Server) -> None:
+    temporary = server.record.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(server), indent=1))
-    temporary.replace(path)
+    temporary.replace(server.record)

@@ -12,17 +12,19 @@ from typing import Literal
 from ..bounds import CountingInt, PortInt, PositiveFloat, check_bounds
 
 STATE = "~/.cache/verippo/servers"
-
+"""Default folder of the records of servers."""
 
 CPU_ARGUMENTS = (
-    "--device cpu --attention-backend torch_native --sampling-backend pytorch --dtype float32 --skip-server-warmup "
-    "--disable-overlap-schedule --max-total-tokens 16384 --mem-fraction-static 0.1 --sleep-on-idle"
+    "--device cpu --attention-backend torch_native --sampling-backend pytorch --dtype float32 "
+    "--skip-server-warmup --disable-overlap-schedule --max-total-tokens 16384 "
+    "--mem-fraction-static 0.1 --sleep-on-idle"
 )
-"""Without AMX sglang's torch-native path is the only one that runs; an idle scheduler would keep a core busy."""
-
+"""Arguments for a CPU. Without AMX only sglang's torch-native backend runs; without
+--sleep-on-idle an idle scheduler would keep a core busy."""
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
-"""Prefixes of what torchrun and deepspeed set: a server that inherits them takes itself for one of their ranks."""
+"""Prefixes of the variables that torchrun and deepspeed set. A server that inherited them would
+take itself for one of their ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,15 @@ class ServerConfig:
 
 
 def launch_command(config: ServerConfig, model: str, port: int) -> list[str]:
-    """The command that starts the server.
+    """Command that starts a server.
 
     Args:
-        config: the server's configuration.
-        model: the model as `check_model` returned it.
-        port: the port to listen on.
+        config: configuration of the server.
+        model: folder or hub id, from `check_model`.
+        port: port to listen on.
+
+    Returns:
+        The program and its arguments; `config.arguments` come last, and so take precedence.
     """
     options = ["--model-path", model, "--host", config.host, "--port", str(port)]
     on_cpu = config.device == "cpu"
@@ -102,17 +107,23 @@ def launch_command(config: ServerConfig, model: str, port: int) -> list[str]:
 
 
 def launch_environment(config: ServerConfig) -> dict[str, str]:
-    """The environment of the server's process, without a launcher's variables and the API key."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(LAUNCHER_VARIABLES) and k != config.api_key_env
+    """Environment of a server: this process's, without launcher variables and the API key."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(LAUNCHER_VARIABLES) and name != config.api_key_env
     }
-    return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | config.environment
+    return inherited | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | config.environment
 
 
 def check_model(model: str) -> str:
-    """The model's folder as an absolute path, or its hub id.
+    """Checks that a model can be served.
+
+    Args:
+        model: folder with the weights, or a hub id.
+
+    Returns:
+        Absolute path of the folder, or the hub id.
 
     Raises:
         ValueError: there is no model in the folder.
@@ -128,23 +139,25 @@ def check_model(model: str) -> str:
 
 
 def read_api_key(config: ServerConfig) -> str | None:
-    """The API key of the server, or None.
+    """Reads the API key of a server.
+
+    Returns:
+        The key, or None if the configuration has none.
 
     Raises:
-        ValueError: it cannot be read, or is empty.
+        ValueError: the key cannot be read, or is empty.
     """
-    if not (config.api_key_env or config.api_key_file):
-        return None
-    place = f"api_key_env={config.api_key_env}"
     if config.api_key_file:
-        place = f"api_key_file={config.api_key_file}"
-    try:
-        if config.api_key_file:
+        source = f"api_key_file={config.api_key_file}"
+        try:
             key = Path(config.api_key_file).expanduser().read_text().strip()
-        else:
-            key = os.environ.get(config.api_key_env or "", "").strip()
-    except OSError as error:
-        raise ValueError(f"{place}: cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise ValueError(f"{source}: cannot be read: {error.strerror}") from None
+    elif config.api_key_env:
+        source = f"api_key_env={config.api_key_env}"
+        key = os.environ.get(config.api_key_env, "").strip()
+    else:
+        return None
     if not key:
-        raise ValueError(f"{place}: there is no key in it")
+        raise ValueError(f"{source}: the key is empty or not set")
     return key

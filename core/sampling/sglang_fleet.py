@@ -1,4 +1,4 @@
-"""The servers of a run: which are in use, how much each has to do, and asking all of them at once."""
+"""The sglang servers of a run: which are in use, how busy each is, and requests to all of them."""
 
 from __future__ import annotations
 
@@ -18,68 +18,107 @@ T = TypeVar("T")
 
 
 class Fleet:
-    """Servers, those that failed left out, each with the tokens that this rank has asked it for and not got yet."""
+    """The servers of a run. One that fails is excluded until `reset`.
+
+    For each server it counts the tokens that this rank is waiting for.
+    """
 
     def __init__(self, servers: Sequence[SglangServer], *, retries: int) -> None:
-        self.servers, self.retries = servers, retries
+        """Args:
+        servers: all servers of the run.
+        retries: consecutive failures after which a server is still used.
+        """
+        self.servers = servers
+        self.retries = retries
         self._tokens = dict.fromkeys((server.url for server in servers), 0)
         self._lock = threading.Lock()
-        self.start_again({})
+        self.reset({})
 
-    def start_again(self, failures: dict[str, str]) -> None:
-        """All servers are in use but these, each with the reason."""
+    def reset(self, failures: dict[str, str]) -> None:
+        """Sets which servers are excluded, and forgives the failures of all others.
+
+        Args:
+            failures: address of each excluded server -> reason.
+        """
         self.failures = failures
-        self._strikes = dict.fromkeys(self._tokens, 0)
-        self._struck_at = dict.fromkeys(self._tokens, 0.0)
+        self._num_failures = dict.fromkeys(self._tokens, 0)
+        self._failed_at = dict.fromkeys(self._tokens, 0.0)
 
-    def alive(self) -> list[SglangServer]:
-        return [server for server in self.servers if server.url not in self.failures]
+    def available(self) -> list[SglangServer]:
+        """Servers in use.
 
-    def obituary(self) -> str:
-        return f"no sglang server is left: {'; '.join(self.failures.values())}"
+        Raises:
+            RuntimeError: there is none; the message has the failure of each.
+        """
+        if servers := [server for server in self.servers if server.url not in self.failures]:
+            return servers
+        raise RuntimeError(f"no sglang server is left: {'; '.join(self.failures.values())}")
 
-    def leave_out(self, error: ServerError) -> None:
+    def exclude(self, error: ServerError) -> None:
+        """Excludes the server that failed, and prints the error."""
         self.failures[error.url] = str(error)
-        tqdm.write(f"verippo: left out: {error}", file=sys.stderr)
-
-    # --- all at once ---
+        tqdm.write(f"verippo: server excluded: {error}", file=sys.stderr)
 
     def ask(self, work: Callable[[SglangServer], T]) -> dict[str, T]:
-        """What `work` gives for each server in use, by address. One that fails is left out, as long as another is left;
-        else raises RuntimeError. A refusal is raised as it is: what one server refuses is at fault itself."""
-        given: dict[str, T] = {}
-        results = on_each(self.alive(), work)
-        for result in results:
-            if isinstance(result, ServerError) and result.kind == "refused":
-                raise result
-        for server, result in zip(self.alive(), results, strict=True):
-            if isinstance(result, ServerError):
-                self.leave_out(result)
-            else:
-                given[server.url] = result
-        if not given:
-            raise RuntimeError(self.obituary())
-        return given
+        """Calls a function for every server in use, at the same time, and excludes those that fail.
+
+        Args:
+            work: function to call.
+
+        Returns:
+            Address -> result, of the servers that did not fail.
+
+        Raises:
+            ServerError: a server refused a request; every server would.
+            RuntimeError: all servers failed.
+        """
+        results = call_each(self.available(), work)
+        errors = [result for result in results.values() if isinstance(result, ServerError)]
+        for error in errors:
+            if error.kind == "refused":
+                raise error
+        for error in errors:
+            self.exclude(error)
+        self.available()  # raises if none is left
+        return {
+            url: result for url, result in results.items() if not isinstance(result, ServerError)
+        }
 
     def ask_all(self, work: Callable[[SglangServer], T]) -> list[T]:
-        """What `work` gives for each server in use. Raises the first failure when all have answered."""
-        given: list[T] = []
-        for result in on_each(self.alive(), work):
+        """Calls a function for every server in use, at the same time; none may fail.
+
+        Args:
+            work: function to call.
+
+        Returns:
+            Results in the order of `available`.
+
+        Raises:
+            ServerError: a server failed; raised when all calls have ended.
+        """
+        completed: list[T] = []
+        for result in call_each(self.available(), work).values():
             if isinstance(result, ServerError):
                 raise result
-            given.append(result)
-        return given
-
-    # --- one at a time ---
+            completed.append(result)
+        return completed
 
     @contextmanager
     def lend(self, tokens: int) -> Iterator[SglangServer]:
-        """The server with the fewest outstanding tokens, which has these too meanwhile; one in doubt only if all are."""
+        """Chooses a server for a request: the one with the fewest outstanding tokens.
+
+        A server whose last request failed is only chosen if that holds for all.
+
+        Args:
+            tokens: tokens of the request, outstanding for the duration of the `with` block.
+
+        Raises:
+            RuntimeError: no server is left.
+        """
         with self._lock:
-            if not (alive := self.alive()):
-                raise RuntimeError(self.obituary())
             server = min(
-                alive, key=lambda server: (self._strikes[server.url] > 0, self._tokens[server.url])
+                self.available(),
+                key=lambda server: (self._num_failures[server.url] > 0, self._tokens[server.url]),
             )
             self._tokens[server.url] += tokens
         try:
@@ -88,36 +127,46 @@ class Fleet:
             with self._lock:
                 self._tokens[server.url] -= tokens
 
-    def praise(self, server: SglangServer) -> None:
-        self._strikes[server.url] = 0
+    def record_success(self, server: SglangServer) -> None:
+        """Forgives the earlier failures of a server."""
+        self._num_failures[server.url] = 0
 
-    def blame(
-        self,
-        server: SglangServer,
-        error: ServerError,
-        started: float,
-    ) -> float:
-        """Counts a failure of a request sent at `started` (time.monotonic). A server that hangs, or fails more than `retries`
-        times in a row, is left out. Returns how long to wait before the next attempt (seconds)."""
+    def record_failure(self, error: ServerError, started: float) -> float:
+        """Counts a failure, and excludes a server that hangs or has used up its retries.
+
+        Args:
+            error: the failure.
+            started: when the request was sent (time.monotonic).
+
+        Returns:
+            Delay before the next attempt, in seconds.
+        """
+        url = error.url
         with self._lock:
-            if (
-                started >= self._struck_at[server.url]
-            ):  # one outage fails all requests in flight, and counts once
-                self._strikes[server.url] += 1
-                self._struck_at[server.url] = time.monotonic()
-            if server.url not in self.failures and (
-                error.kind == "timeout" or self._strikes[server.url] > self.retries
-            ):
-                self.leave_out(error)
-            strikes = [self._strikes[server.url] for server in self.alive()]
-        fewest = min(strikes, default=0)
+            # one outage fails all requests in flight, and counts once
+            if started >= self._failed_at[url]:
+                self._num_failures[url] += 1
+                self._failed_at[url] = time.monotonic()
+            is_final = error.kind == "timeout" or self._num_failures[url] > self.retries
+            if is_final and url not in self.failures:
+                self.exclude(error)
+            counts = [n for name, n in self._num_failures.items() if name not in self.failures]
+        fewest = min(counts, default=0)
         return min(0.5 * 2**fewest, 8.0) if fewest else 0.0
 
 
-def on_each(
+def call_each(
     servers: Sequence[SglangServer], work: Callable[[SglangServer], T]
-) -> list[T | ServerError]:
-    """What `work` gives for each server, all at once; a ServerError is returned in its server's place."""
+) -> dict[str, T | ServerError]:
+    """Calls a function for each server, at the same time.
+
+    Args:
+        servers: servers to call it for.
+        work: function to call.
+
+    Returns:
+        Address -> result, or the ServerError that was raised.
+    """
 
     def attempt(server: SglangServer) -> T | ServerError:
         try:
@@ -127,8 +176,9 @@ def on_each(
 
     with ThreadPoolExecutor(max(len(servers), 1)) as pool:
         try:
-            return list(pool.map(attempt, servers))
-        except BaseException:  # an interrupt does not wait for the answers
+            results = list(pool.map(attempt, servers))
+        except BaseException:  # an interrupt must not wait for the answers
             for server in servers:
                 server.cut()
             raise
+    return {server.url: result for server, result in zip(servers, results, strict=True)}

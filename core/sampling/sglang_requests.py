@@ -1,4 +1,4 @@
-"""The requests to an sglang server, as plain data, one function for each."""
+"""Requests to an sglang server, as plain data: one function or constant for each."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 from .sampler import SamplingParams
 
 GROUP = "verippo"
-"""name of the process group that weights are broadcast in"""
-
+"""Name of the process group that weights are broadcast in."""
 
 ASLEEP = "asleep"
-"""weight version of a server whose memory we have released: whoever comes next must wake it first"""
+"""Weight version of a server whose memory was released; it must be resumed before use."""
 
 
 class Request(NamedTuple):
+    """An HTTP request."""
+
     path: str
     body: dict[str, Any] | None = None
-    """None: a GET"""
+    """JSON object of a POST; None for a GET."""
 
 
 def generate_request(
@@ -29,13 +30,21 @@ def generate_request(
     stop_token_ids: Sequence[int],
     rid: str,
 ) -> Request:
-    """Draws one response. The seed counts on servers started with --enable-deterministic-inference; others ignore it."""
+    """Request for one response.
+
+    Args:
+        token_ids: the prompt.
+        params: sampling parameters.
+        seed: 63 bits; ignored unless the server has --enable-deterministic-inference.
+        stop_token_ids: ids that end the response.
+        rid: id by which the request can be aborted.
+    """
     sampling = {
         "temperature": params.temperature,
         "max_new_tokens": params.max_new_tokens,
         "stop_token_ids": list(stop_token_ids),
         "sampling_seed": seed,
-        "top_p": 1.0,  # the server's defaults may come from the model's generation_config.json
+        "top_p": 1.0,  # the defaults may come from the model's generation_config.json
         "top_k": -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
@@ -50,7 +59,7 @@ def generate_request(
 
 
 def score_request(token_ids: Sequence[int]) -> Request:
-    """The log-probs of a given sequence; nothing is drawn."""
+    """Request for the log-probs of a given sequence; nothing is sampled."""
     sampling = {"temperature": 1.0, "max_new_tokens": 0}
     body = {
         "input_ids": list(token_ids),
@@ -62,22 +71,22 @@ def score_request(token_ids: Sequence[int]) -> Request:
 
 
 def abort_request(rid: str) -> Request:
-    """Ends a request of ours that still runs."""
+    """Request to end the running request with this id."""
     return Request("/abort_request", {"rid": rid})
 
 
 def flush_request(timeout_seconds: float) -> Request:
-    """Forgets cached keys and values once nothing runs any more."""
+    """Request to clear the key-value cache, after waiting until no request is running."""
     return Request(f"/flush_cache?timeout={timeout_seconds:g}", {})
 
 
 def version_request(version: str) -> Request:
-    """Names the weights that the server holds, touching neither them nor running requests."""
+    """Request to set the weight version, without changing weights or aborting requests."""
     return Request("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
 
 def disk_request(folder: str, version: str) -> Request:
-    """Loads the weights of a folder that the server can read."""
+    """Request to load the weights of a folder that the server can read."""
     return Request("/update_weights_from_disk", {"model_path": folder, "weight_version": version})
 
 
@@ -89,53 +98,69 @@ def join_request(
     world_size: int,
     backend: str,
 ) -> Request:
-    """Joins the process group of a weight broadcast: tensor-parallel rank r becomes rank_offset + r of world_size."""
-    place = {
+    """Request to join the process group of a weight broadcast.
+
+    Args:
+        address: host of rank 0.
+        port: port of rank 0.
+        rank_offset: rank in the group of the server's first tensor-parallel rank.
+        world_size: number of ranks in the group.
+        backend: nccl or gloo.
+    """
+    body = {
         "master_address": address,
         "master_port": port,
         "rank_offset": rank_offset,
         "world_size": world_size,
+        "group_name": GROUP,
+        "backend": backend,
     }
-    return Request("/init_weights_update_group", {**place, "group_name": GROUP, "backend": backend})
+    return Request("/init_weights_update_group", body)
 
 
 LEAVE = Request("/destroy_weights_update_group", {"group_name": GROUP})
-"""leaves that group"""
-
+"""Leaves that group."""
 
 BEGIN = Request("/begin_weight_update", {"selector": "all"})
-"""opens a weight update (0.5.21 on)"""
-
+"""Begins a weight update (version 0.5.21 or newer)."""
 
 END = Request("/end_weight_update", {})
-"""closes it"""
-
+"""Ends a weight update."""
 
 RELEASE = Request("/release_memory_occupation", {})
-"""gives the GPU's memory back; on a server that is not idle this is fatal: flush first"""
-
+"""Releases GPU memory. A server that is not idle would crash: flush its cache first."""
 
 RESUME = Request("/resume_memory_occupation", {})
-"""takes it again, its content lost; on a server that is not asleep this is fatal"""
+"""Allocates the memory again, without its contents. A server that is not asleep would crash."""
 
 
 def broadcast_request(weights: Sequence[tuple[str, str, Sequence[int]]], version: str) -> Request:
-    """Takes part in one broadcast for each (name, dtype such as "float32", shape), in order. The caller flushes at the end."""
-    names, dtypes, shapes = ([weight[part] for weight in weights] for part in range(3))
-    tensors = {
-        "names": names,
-        "dtypes": dtypes,
+    """Request to receive weights, by one broadcast for each tensor in order.
+
+    Args:
+        weights: name, dtype such as "float32" and shape of each tensor.
+        version: weight version to set. The caller flushes the cache at the end.
+    """
+    names, dtypes, shapes = zip(*weights, strict=True)
+    body = {
+        "names": list(names),
+        "dtypes": list(dtypes),
         "shapes": [list(shape) for shape in shapes],
         "group_name": GROUP,
+        "weight_version": version,
+        "flush_cache": False,
     }
-    return Request(
-        "/update_weights_from_distributed",
-        {**tensors, "weight_version": version, "flush_cache": False},
-    )
+    return Request("/update_weights_from_distributed", body)
 
 
 def tensor_request(pickled: str, version: str, *, tp: int) -> Request:
-    """Takes base64 of pickled (name, tensor) pairs, the same for each of `tp` tensor-parallel ranks."""
+    """Request to load tensors that are part of the request.
+
+    Args:
+        pickled: base64 of pickled (name, tensor) pairs.
+        version: weight version to set. The caller flushes the cache at the end.
+        tp: number of tensor-parallel ranks of the server; each gets the same tensors.
+    """
     body = {
         "serialized_named_tensors": [pickled] * tp,
         "weight_version": version,

@@ -1,9 +1,11 @@
-"""Three ways for weights to reach sglang servers. Rank 0 alone runs this; it never holds more than a bucket of them."""
+"""Sends weights to sglang servers from rank 0, holding no more than two buckets at a time.
+
+There are three ways: through a shared folder, a process group, or the requests themselves.
+"""
 
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import itertools
 import json
@@ -13,7 +15,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +28,8 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from ..training import dist
-from .sglang_client import PROBE_SECONDS, ServerError, SglangServer
-from .sglang_fleet import Fleet, on_each
+from .sglang_client import ServerError, SglangServer
+from .sglang_fleet import Fleet, call_each
 from .sglang_requests import (
     BEGIN,
     END,
@@ -42,7 +46,7 @@ Bucket = list[tuple[str, Tensor]]
 
 
 class WeightSync(Protocol):
-    """One way of sending weights."""
+    """A way of sending weights to servers. It runs on rank 0."""
 
     def push(
         self,
@@ -50,24 +54,45 @@ class WeightSync(Protocol):
         named_tensors: Iterable[tuple[str, Tensor]],
         version: str,
     ) -> None:
-        """Every server in use holds the tensors afterwards, under this version; those that failed are left out. Raises
-        ServerError when one refuses them, or when its failure leaves the others without."""
+        """Sends weights to every server in use; servers that fail may be excluded.
+
+        Args:
+            fleet: the servers.
+            named_tensors: Hugging Face names with full tensors.
+            version: weight version that the servers report afterwards.
+
+        Raises:
+            ServerError: a server refused the weights, or the others cannot go on without one.
+        """
         ...
 
     def close(self, fleet: Fleet) -> None:
-        """Leaves nothing behind. A push may follow, and must not come without it where other servers are in use than before."""
+        """Removes what was set up for the servers.
+
+        It must be called before a push to other servers than those of the last push.
+
+        Args:
+            fleet: the servers.
+        """
         ...
 
 
 def buckets(named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iterator[Bucket]:
-    """Copies of the tensors in portions of at most `num_bytes`, a larger tensor by itself: the originals of a sharded
-    engine last only until the next one is asked for."""
+    """Copies tensors into buckets.
+
+    Copies are needed since a sharded engine's gathered tensor lasts only until the next one.
+
+    Args:
+        named_tensors: names and tensors.
+        num_bytes: largest size of a bucket; a larger tensor has a bucket of its own.
+    """
     bucket: Bucket = []
     size = 0
     for name, tensor in named_tensors:
         if bucket and size + tensor.nbytes > num_bytes:
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append((name, tensor.detach().clone(memory_format=torch.contiguous_format)))
         size += tensor.nbytes
     if bucket:
@@ -76,7 +101,7 @@ def buckets(named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iter
 
 @dataclass
 class DiskSync:
-    """A folder of safetensors files that the servers can read too, a new one for each version."""
+    """Saves safetensors files in a folder that the servers can read, a new one for each version."""
 
     folder: Path
     bucket_bytes: int
@@ -89,16 +114,15 @@ class DiskSync:
         version: str,
     ) -> None:
         target = self.folder / f"weights-{version}"
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(target, ignore_errors=True)  # left by a killed run
         target.mkdir(parents=True)
-        places: dict[str, str] = {}
+        files: dict[str, str] = {}
         for number, bucket in enumerate(buckets(named_tensors, self.bucket_bytes)):
             file = f"model-{number:05d}.safetensors"
             save_file({name: tensor.cpu() for name, tensor in bucket}, target / file)
-            places |= {name: file for name, _ in bucket}
-        (target / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": places})
-        )
+            files |= {name: file for name, _ in bucket}
+        index = json.dumps({"metadata": {}, "weight_map": files})
+        (target / "model.safetensors.index.json").write_text(index)
         request = disk_request(str(target), version)
         fleet.ask(
             lambda server: server.ask(request, timeout_seconds=self.timeout_seconds, retries=2)
@@ -113,7 +137,7 @@ class DiskSync:
 
 @dataclass
 class DistributedSync:
-    """Broadcasts from rank 0 in a process group with every tensor-parallel rank of every server."""
+    """Broadcasts in a process group of rank 0 and every tensor-parallel rank of every server."""
 
     address: str | None
     port: int
@@ -129,19 +153,20 @@ class DistributedSync:
     ) -> None:
         if self.group is None:
             self.close(fleet)
-            self.group = self._joined(fleet)
-        servers = fleet.alive()
-        fleet.ask_all(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
+            self.group = self._create_group(fleet)
+        servers = fleet.available()
+        fleet.ask_all(partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
             request = broadcast_request(
                 [(name, _dtype(tensor), tensor.shape) for name, tensor in bucket], version
             )
-            send = functools.partial(self.group.send, [tensor for _, tensor in bucket])
-            self._together(servers, [request] * len(servers), send)
-        fleet.ask_all(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
+            send = partial(self.group.send, [tensor for _, tensor in bucket])
+            self._run_with_servers(servers, [request] * len(servers), send)
+        fleet.ask_all(partial(end_update, timeout_seconds=self.timeout_seconds))
 
-    def _joined(self, fleet: Fleet) -> dist.OuterGroup:
-        servers, sizes = fleet.alive(), fleet.ask_all(_tensor_parallel)
+    def _create_group(self, fleet: Fleet) -> dist.OuterGroup:
+        servers = fleet.available()
+        sizes = fleet.ask_all(_tensor_parallel)
         group = dist.OuterGroup(
             address=self.address or _own_address(servers[0]),
             port=self.port,
@@ -149,42 +174,47 @@ class DistributedSync:
             name=GROUP,
             timeout_seconds=self.timeout_seconds,
         )
-        join = functools.partial(
-            join_request,
-            address=group.address,
-            port=group.port,
-            world_size=group.world_size,
-            backend=group.backend,
-        )
-        firsts = itertools.accumulate(sizes[:-1], initial=1)
-        self._together(servers, [join(rank_offset=first) for first in firsts], group.join)
+        requests = [
+            join_request(
+                address=group.address,
+                port=group.port,
+                rank_offset=rank_offset,
+                world_size=group.world_size,
+                backend=group.backend,
+            )
+            for rank_offset in itertools.accumulate(sizes[:-1], initial=1)
+        ]
+        self._run_with_servers(servers, requests, group.join)
         return group
 
-    def _together(
+    def _run_with_servers(
         self,
         servers: Sequence[SglangServer],
         requests: Sequence[Request],
-        own_part: Callable[[], None],
+        work: Callable[[], None],
     ) -> None:
-        """Sends each server its request, which it answers once all have done their part, and does ours. The first failure
-        ends it, at once: those who wait for a server that refused would wait for the whole time-out."""
+        """Runs a collective operation: sends each server its request, and does rank 0's part.
+
+        No server answers before all have taken part. The first failure ends the operation at once:
+        the others would wait for the failed server until their timeout.
+        """
         pool = ThreadPoolExecutor(len(servers))
         answers = [
             pool.submit(server.ask, request, timeout_seconds=self.timeout_seconds)
             for server, request in zip(servers, requests, strict=True)
         ]
-        ours: Future[None] = Future()
-        threading.Thread(target=_fulfil, args=(ours, own_part), daemon=True).start()
+        own: Future[None] = Future()
+        # a daemon thread: it may hang for long, which must not delay the end of the process
+        threading.Thread(target=_run, args=(own, work), daemon=True).start()
         try:
-            done = wait([*answers, ours], return_when=FIRST_EXCEPTION).done
-            if (
-                ours in done and ours.exception()
-            ):  # mostly because a server left: then its own error says more
-                done = wait(answers, timeout=2, return_when=FIRST_EXCEPTION).done | {ours}
-            for part in sorted(done, key=lambda part: part is ours):
+            done = wait([*answers, own], return_when=FIRST_EXCEPTION).done
+            # a failure here is mostly due to a server, whose own error says more
+            if own in done and own.exception():
+                done = wait(answers, timeout=2, return_when=FIRST_EXCEPTION).done | {own}
+            for part in sorted(done, key=lambda part: part is own):
                 part.result()
         except BaseException:
-            self.group = None  # whoever is still in it, it is of no use
+            self.group = None  # unusable, even if some are still in it
             for server in servers:
                 server.cut()
             raise
@@ -192,8 +222,10 @@ class DistributedSync:
             pool.shutdown(wait=False)
 
     def close(self, fleet: Fleet) -> None:
-        """Also ends what an earlier run left behind: a server refuses a second group of the same name."""
-        on_each(fleet.alive(), lambda server: server.ask(LEAVE, timeout_seconds=PROBE_SECONDS))
+        """Leaves the group, and one that an earlier run left open: names must be unique."""
+        with suppress(RuntimeError):  # no server is left
+            leave = partial(SglangServer.ask, request=LEAVE)
+            call_each(fleet.available(), leave)
         if self.group is not None:
             self.group.leave()
         self.group = None
@@ -201,7 +233,7 @@ class DistributedSync:
 
 @dataclass
 class TensorSync:
-    """Hands tensors over on the same machine: GPU memory by handle, host memory by value."""
+    """Sends tensors in requests to servers on this machine: GPU memory by handle, else by value."""
 
     bucket_bytes: int
     timeout_seconds: float
@@ -212,36 +244,31 @@ class TensorSync:
         named_tensors: Iterable[tuple[str, Tensor]],
         version: str,
     ) -> None:
-        sizes = fleet.ask(_tensor_parallel)
-        fleet.ask(functools.partial(begin_update, timeout_seconds=self.timeout_seconds))
+        tp = fleet.ask(_tensor_parallel)
+        fleet.ask(partial(begin_update, timeout_seconds=self.timeout_seconds))
         for bucket in buckets(named_tensors, self.bucket_bytes):
             pickled = base64.b64encode(pickle_tensors(bucket)).decode()
-            fleet.ask(
-                functools.partial(self._hand_over, pickled=pickled, version=version, sizes=sizes)
-            )
-        fleet.ask(functools.partial(end_update, timeout_seconds=self.timeout_seconds))
+            requests = {url: tensor_request(pickled, version, tp=size) for url, size in tp.items()}
+            fleet.ask(partial(self._send, requests=requests))
+        fleet.ask(partial(end_update, timeout_seconds=self.timeout_seconds))
 
-    def _hand_over(
-        self,
-        server: SglangServer,
-        *,
-        pickled: str,
-        version: str,
-        sizes: dict[str, int],
-    ) -> None:
-        server.ask(
-            tensor_request(pickled, version, tp=sizes[server.url]),
-            timeout_seconds=self.timeout_seconds,
-        )
+    def _send(self, server: SglangServer, *, requests: dict[str, Request]) -> None:
+        server.ask(requests[server.url], timeout_seconds=self.timeout_seconds)
 
     def close(self, fleet: Fleet) -> None:
         pass
 
 
 def pickle_tensors(bucket: Bucket) -> bytes:
-    """(name, tensor) pairs as sglang's restricted unpickler takes them. Tensors on the host go by value: a handle to shared
-    memory with torch's default strategy ends the server. Those on a GPU go by handle, the GPU named by its UUID, since the
-    server may number the GPUs otherwise; keep them until the server has answered."""
+    """Pickles tensors for sglang's restricted unpickler.
+
+    Tensors on the host are pickled by value, since a handle to shared memory with torch's default
+    strategy crashes the server. Tensors on a GPU are pickled by handle; the caller must keep them
+    until the server has answered.
+
+    Args:
+        bucket: names and tensors.
+    """
     buffer = io.BytesIO()
     if bucket[0][1].is_cuda:
         pickler = ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL)
@@ -253,16 +280,25 @@ def pickle_tensors(bucket: Bucket) -> bytes:
 
 
 def _handle(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Handle of GPU memory, with the GPU's UUID: the server may number the GPUs differently."""
     reduced: Any = reductions.reduce_tensor(tensor)
     rebuild, arguments = reduced
-    device = 6  # which argument of rebuild_cuda_tensor numbers the GPU
+    device = 6  # position of the GPU's number in the arguments of rebuild_cuda_tensor
     assert arguments[device] == tensor.device.index
     uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)
     return rebuild, (*arguments[:device], uuid, *arguments[device + 1 :])
 
 
 def begin_update(server: SglangServer, *, timeout_seconds: float) -> None:
-    """Opens a weight update. One that a killed run left open is closed first."""
+    """Begins a weight update, after ending one that a killed run left open.
+
+    Args:
+        server: the server. Versions older than 0.5.21 lack the route, and do not need it.
+        timeout_seconds: limit of the request.
+
+    Raises:
+        ServerError: the request failed.
+    """
     try:
         _ask_if_known(server, BEGIN, timeout_seconds)
     except ServerError as error:
@@ -273,12 +309,11 @@ def begin_update(server: SglangServer, *, timeout_seconds: float) -> None:
 
 
 def end_update(server: SglangServer, *, timeout_seconds: float) -> None:
-    """Closes it."""
+    """Ends a weight update; see `begin_update`."""
     _ask_if_known(server, END, timeout_seconds)
 
 
 def _ask_if_known(server: SglangServer, request: Request, timeout_seconds: float) -> None:
-    """Servers older than 0.5.21 know no such thing, and need none."""
     try:
         server.ask(request, timeout_seconds=timeout_seconds)
     except ServerError as error:
@@ -286,13 +321,13 @@ def _ask_if_known(server: SglangServer, request: Request, timeout_seconds: float
             raise
 
 
-def _fulfil(promise: Future[None], work: Callable[[], None]) -> None:
+def _run(future: Future[None], work: Callable[[], None]) -> None:
     try:
         work()
     except BaseException as error:
-        promise.set_exception(error)
+        future.set_exception(error)
     else:
-        promise.set_result(None)
+        future.set_result(None)
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -304,10 +339,11 @@ def _tensor_parallel(server: SglangServer) -> int:
 
 
 def _own_address(server: SglangServer) -> str:
-    """The address under which this machine is known where the server runs."""
-    family, kind, protocol, _, where = socket.getaddrinfo(
-        server.host, server.port, type=socket.SOCK_DGRAM
-    )[0]
+    """Address of this machine in the network that connects it to the server."""
+    port = 9  # any: connecting a datagram socket sends nothing
+    family, kind, protocol, _, peer = socket.getaddrinfo(server.host, port, type=socket.SOCK_DGRAM)[
+        0
+    ]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(where)  # sends nothing
+        probe.connect(peer)
         return probe.getsockname()[0]

@@ -1,4 +1,4 @@
-"""`verippo serve start`, `status`, `stop`, with a small program in sglang's place."""
+"""`verippo serve start`, `status` and `stop`, with a small program in place of sglang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verippo.launch.serve import ServeConfig, ServedConfig
 
 @pytest.fixture
 def serve(fake_sglang, tmp_path, capsys):
-    """Runs `verippo serve WORD ...` on a state folder of the test's; returns (exit status, stdout lines, stderr)."""
+    """Runs `verippo serve WORD ...` in the test's state folder: (status, stdout lines, stderr)."""
 
     def run(word, *arguments):
         options = (
@@ -65,7 +65,9 @@ def test_several_servers_are_started_listed_and_stopped(serve):
 
     code, _, err = serve("start", "--port", str(port))
     assert code == 2
-    assert err.startswith(f"verippo: serve start: port {port}: a server of ours runs there already")
+    assert err.startswith(
+        f"verippo: serve start: port {port}: a server of verippo is running there"
+    )
 
     assert serve("stop", "--port", str(port)) == (0, [f"{urls[0]}  stopped"], "")
     assert [line.split()[0] for line in serve("status")[1]] == [urls[1]]
@@ -73,9 +75,12 @@ def test_several_servers_are_started_listed_and_stopped(serve):
     assert serve("status") == (0, [], "")
 
 
-def test_a_stop_does_not_wait_for_an_init_that_collects_nobody(fake_sglang, tmp_path):
-    init = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); "  # takes all orphans, as in a container
-    init += "[subprocess.run([sys.executable, '-m', 'verippo.launch.cli', 'serve', *w.split()]) for w in sys.argv[1:]]"
+def test_stop_does_not_wait_for_an_init_that_collects_no_zombies(fake_sglang, tmp_path):
+    init = (  # adopts all orphans, as init does in a container
+        "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0); "
+        "serve = [sys.executable, '-m', 'verippo.launch.cli', 'serve']; "
+        "[subprocess.run([*serve, *words.split()]) for words in sys.argv[1:]]"
+    )
     options = " ".join(f"--{name} {value}" for name, value in fake_sglang.items())
     words = [f"start {options} --port 0 --state {tmp_path}", f"stop --state {tmp_path}"]
     begun = time.monotonic()
@@ -93,9 +98,7 @@ def test_a_server_that_exits_gives_one_line_and_status_two(serve):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_in_the_foreground_it_stays_until_a_signal_and_then_stops_the_servers(
-    fake_sglang, tmp_path, sent, status
-):
+def test_in_the_foreground_a_signal_stops_the_servers(fake_sglang, tmp_path, sent, status):
     with foreground(fake_sglang, tmp_path) as process:
         server = started_by(process, tmp_path)
         assert process.poll() is None
@@ -106,7 +109,7 @@ def test_in_the_foreground_it_stays_until_a_signal_and_then_stops_the_servers(
 
 
 @pytest.mark.parametrize(("stays", "status"), [("true", 0), ("false", 1)])
-def test_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path, stays, status):
+def test_a_signal_while_servers_are_loading_stops_them(fake_sglang, tmp_path, stays, status):
     with foreground(
         fake_sglang, tmp_path, "--environment", '{"FAKE": "hangs"}', "--foreground", stays
     ) as process:
@@ -121,12 +124,12 @@ def test_a_signal_while_the_servers_load_stops_them(fake_sglang, tmp_path, stays
         assert not running(listed[0][0])
 
 
-def test_in_the_foreground_a_server_that_ends_by_itself_ends_the_command(fake_sglang, tmp_path):
+def test_in_the_foreground_a_server_that_exits_ends_the_command(fake_sglang, tmp_path):
     with foreground(fake_sglang, tmp_path) as process:
         server = started_by(process, tmp_path)
         os.kill(server.pid, signal.SIGKILL)
         assert process.wait(20) == 1
-        assert process.stderr.read() == f"verippo: {server.url} ended by itself: {server.log}\n"
+        assert process.stderr.read() == f"verippo: {server.url} exited unexpectedly: {server.log}\n"
         assert not running(server)
 
 
@@ -163,10 +166,12 @@ def started_by(process, state):
     return server
 
 
-def test_listening_to_all_without_a_key_is_warned_of(serve):
+def test_listening_on_all_interfaces_without_a_key_gives_a_warning(serve):
     code, out, err = serve("start", "--port", "0", "--host", "0.0.0.0")
     assert code == 0
-    assert err.startswith("warning: whoever reaches this machine can replace the model's weights")
+    assert err.startswith(
+        "warning: anyone who can reach this machine can replace the model's weights"
+    )
 
 
 def test_a_command_needs_no_options():
@@ -176,10 +181,10 @@ def test_a_command_needs_no_options():
 def test_a_port_without_a_server_is_named(serve):
     code, _, err = serve("stop", "--port", "3")
     assert code == 2
-    assert "port=3: no server of ours there; they are on no port at all" in err
+    assert "port=3: there is no server of verippo; ports in use: none" in err
 
 
-def test_each_server_has_gpus_of_its_own(monkeypatch):
+def test_each_server_has_its_own_gpus(monkeypatch):
     def gpus(**fields):
         return [
             c.environment.get("CUDA_VISIBLE_DEVICES")
@@ -194,7 +199,7 @@ def test_each_server_has_gpus_of_its_own(monkeypatch):
     assert [c.port for c in ServeConfig(model="m", num=3, port=9000).each()] == [9000, 9001, 9002]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert gpus(num=2) == ["3", "1"]
-    with pytest.raises(ValueError, match=r"gpus=3,1: 2 servers of tp=1, dp=2 need 4 of them"):
+    with pytest.raises(ValueError, match=r"gpus=3,1: 2 servers with tp=1, dp=2 need 4 GPUs"):
         gpus(num=2, dp=2)
 
 

@@ -1,4 +1,4 @@
-"""The parity gate. With a real server behind it: tests/sglang."""
+"""The parity gate. For a real server see tests/sglang."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = PPOConfig(
 
 
 class Elsewhere:
-    """A sampler whose weights live in two copies, `wrong` by that much in one place of the second copy."""
+    """A sampler with two copies of the weights; one log-prob of the second is off by `wrong`."""
 
     def __init__(self, path, wrong=0.0):
         self.model, self.wrong, self.version, self.slept, self.closed = (
@@ -82,7 +82,7 @@ def group():
     dist.init()
 
 
-def test_the_gate_reads_the_beginnings_of_the_first_prompts_from_the_second_token_on():
+def test_the_gate_uses_the_first_tokens_of_the_first_prompts():
     batch = sync.gate_batch(PROMPTS)
     assert batch.lengths == [4, 128, 2, 3]  # a lone token has no log-prob
     starts = batch.cu_seqlens[:-1].long()
@@ -91,7 +91,7 @@ def test_the_gate_reads_the_beginnings_of_the_first_prompts_from_the_second_toke
     assert batch.tokens[:4].tolist() == PROMPTS[0]
 
 
-def test_an_update_that_arrived_passes_with_its_version_and_gap_in_the_metrics(make_model):
+def test_a_successful_update_returns_version_and_gap(make_model):
     sampler = Elsewhere(make_model("llama", seed=1))  # other weights, until the update
     metrics = sync.push_weights(CONFIG, a_run(make_model("llama", seed=2), sampler), 7)
     assert metrics.keys() == {"weight_version", "weight_parity_gap"}
@@ -99,7 +99,7 @@ def test_an_update_that_arrived_passes_with_its_version_and_gap_in_the_metrics(m
     assert 0 <= metrics["weight_parity_gap"] < 1e-5
 
 
-def test_a_copy_that_differs_anywhere_stops_the_run_with_both_numbers_and_its_name(make_model):
+def test_a_copy_that_differs_anywhere_is_an_error(make_model):
     path = make_model("llama", seed=2)
     with pytest.raises(
         RuntimeError,
@@ -116,9 +116,7 @@ def test_a_copy_that_differs_anywhere_stops_the_run_with_both_numbers_and_its_na
         sync.push_weights(CONFIG, a_run(path, Elsewhere(path, wrong=float("nan"))), 7)
 
 
-def test_a_copy_that_missed_a_step_far_smaller_than_the_tolerance_is_told_by_answers_that_did_not_move(
-    make_model,
-):
+def test_a_copy_that_missed_a_small_update_is_detected(make_model):
     path = make_model("llama", seed=2)
     sampler = Elsewhere(path)
     run, config = a_run(path, sampler), replace(CONFIG, dtype="bf16")  # tolerance 0.5
@@ -145,12 +143,15 @@ def test_the_gap_worked_by_hand():
     batch = sync.gate_batch([[5, 6, 7], [8, 9]])
     ours = torch.tensor([0.0, -1.0, -2.0, 0.0, -3.0])
     assert sync.parity_gap(ours, batch, [[-1.0, -2.25], [-3.125]], name="x", limit=0.5) == 0.25
-    message = "x .*: token 2 of gate sequence 0 has log-prob -2.250000 there, -2.000000 in the trainer, a gap of 0.25"
+    message = (
+        "x .*: token 2 of gate sequence 0 has log-prob -2.250000 there, -2.000000 in the trainer, "
+        "a gap of 0.25"
+    )
     with pytest.raises(RuntimeError, match=message):
         sync.parity_gap(ours, batch, [[-1.0, -2.25], [-3.125]], name="x", limit=0.2)
 
 
-def test_a_sampler_of_the_users_own_that_tells_no_log_probs_is_not_gated(make_model):
+def test_a_custom_sampler_without_log_probs_is_not_gated(make_model):
     path = make_model("llama", seed=2)
     plain = SimpleNamespace(
         update_weights=lambda tensors, version: len(list(tensors)), generate=None
@@ -160,7 +161,7 @@ def test_a_sampler_of_the_users_own_that_tells_no_log_probs_is_not_gated(make_mo
     sync.close(plain)
 
 
-def test_a_sampler_sleeps_only_if_it_is_told_to(make_model):
+def test_a_sampler_sleeps_only_if_configured(make_model):
     sampler = Elsewhere(make_model("llama"))
     sync.sleep(CONFIG, sampler)
     assert sampler.slept == 0

@@ -1,4 +1,4 @@
-"""`verippo ppo` on two ranks with ZeRO-3, its responses from a real sglang server that its weights follow."""
+"""`verippo ppo` on two ranks with ZeRO-3, sampling from a real sglang server."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def logprobs(folder, ids):
 
 
 def check_run(folder, url):
-    """Every step's update arrived, and the weights moved; the server ends with those of the exported model."""
+    """Checks that every update arrived and changed the weights, and the last equals the export."""
     found = rows(folder)
     assert (
         [row["step"] for row in found]

@@ -32,7 +32,7 @@ def generate(url, **headers):
 
 
 def alive(server):
-    """Of its processes those that have not ended: of an orphan's end init takes note when it likes."""
+    """Processes of the server that run; ended orphans stay listed until init collects them."""
     pids = {pid for pid, _ in server.processes}
     return [
         p
@@ -62,7 +62,7 @@ def test_serve_starts_lists_refuses_a_second_start_and_stops_with_nothing_left(
             cli.main(["serve", "start", *arguments, "--port", str(server.port)])
         assert caught.value.code == 2
         assert (
-            f"port {server.port}: a server of ours runs there already (pid {server.pid}"
+            f"port {server.port}: a server of verippo is running there (pid {server.pid}"
             in capsys.readouterr().err
         )
         assert len(generate(url)) == 4
@@ -102,5 +102,5 @@ def test_the_key_guards_a_real_server_and_a_killed_one_leaves_no_children(
     assert "'api_key': '**********'" in Path(server.log).read_text()
 
     os.kill(server.pid, signal.SIGKILL)
-    stop(server, state=state, timeout_seconds=20)
+    stop(server, timeout_seconds=20)
     assert not alive(server)

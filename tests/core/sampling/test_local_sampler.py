@@ -44,7 +44,7 @@ def llama(make_model):
 
 
 def often_ending(model, num_stops):
-    """Stop ids that a random model draws now and then, so that rows leave the batch at different times."""
+    """Stop ids that a random model draws at times, so that rows leave the batch separately."""
     return tuple(range(0, model.config.vocab_size, model.config.vocab_size // num_stops))
 
 
@@ -163,7 +163,7 @@ def test_successive_positions_of_one_seed_are_samples_too():
 
 
 def test_generated_tokens_are_a_sample_from_the_policy(make_model):
-    """First and second tokens over a vocabulary of 8, against all paths' probabilities by transformers."""
+    """First and second tokens over a vocabulary of 8, against probabilities of transformers."""
     folder = make_model("llama", vocab=8)
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32
@@ -380,7 +380,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(llama):
         ([3, -1], "prompt 1 has token id -1, vocabulary is 320"),
         (
             [3] * 2045,
-            "prompt 1 has 2045 tokens, with max_new_tokens=4 over the model's context of 2048: lower",
+            "prompt 1 has 2045 tokens, with max_new_tokens=4 over the model's context of 2048: low",
         ),
     ],
 )

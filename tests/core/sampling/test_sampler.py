@@ -12,7 +12,8 @@ parts = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5)
 
 
 def test_draw_seed_is_stable_across_machines_and_versions():
-    # blake2b of the little-endian 64-bit integers, 8 bytes, read little-endian, top bit dropped: written out by hand
+    # computed independently: 8-byte blake2b of the little-endian 64-bit integers, read as a
+    # little-endian integer without the top bit
     packed = b"".join(part.to_bytes(8, "little", signed=True) for part in (42, 7, 3, 0))
     assert int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") // 2 == SEED
     assert draw_seed(42, 7, 3, 0) == SEED

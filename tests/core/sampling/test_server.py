@@ -1,4 +1,4 @@
-"""What happens to a server's processes, with a small program in sglang's place."""
+"""Server processes, with a small program in place of sglang."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from verippo.core.sampling.server_command import ServerConfig, launch_command
 
 @pytest.fixture
 def make(fake_sglang, tmp_path):
-    """Makes a configuration of the stand-in: `fault` tells it what to do wrong."""
+    """Makes a configuration of the fake server; `fault` selects its misbehaviour."""
 
     def config(fault="", **fields):
         environment = {"FAKE": fault} | fields.pop("environment", {})
@@ -38,11 +38,7 @@ def make(fake_sglang, tmp_path):
 
     yield config
     for record in (tmp_path / "state").glob("*.json"):
-        stop(module._read(record), state=str(tmp_path / "state"), timeout_seconds=0)
-
-
-def record_of(server, config):
-    return Path(config.state) / f"{server.node}-{server.port}.json"
+        stop(module._read_record(record), timeout_seconds=0)
 
 
 def running(server):
@@ -58,7 +54,7 @@ def listens(server):
         return probe.connect_ex((server.host, server.port)) == 0
 
 
-def test_a_started_server_answers_and_a_stopped_one_leaves_nothing_behind(make):
+def test_a_started_server_answers_and_a_stopped_one_leaves_nothing(make):
     config = make()
     server = start(config)
     assert servers(config.state) == [(server, "ready")]
@@ -70,25 +66,25 @@ def test_a_started_server_answers_and_a_stopped_one_leaves_nothing_behind(make):
     with urllib.request.urlopen(f"{server.url}/model_info") as answer:
         assert json.load(answer) == {"model_path": config.model}
 
-    assert stop(server, state=config.state)
+    assert stop(server)
     assert not running(server)
     assert not listens(server)
     assert servers(config.state) == []
-    assert not stop(server, state=config.state)
+    assert not stop(server)
 
 
-def test_it_answers_whatever_proxy_is_set_and_with_the_older_route(make, monkeypatch):
+def test_readiness_ignores_proxies_and_knows_the_older_route(make, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with serving(make("old")) as server:
         assert listens(server)
 
 
-def test_a_server_that_exits_is_reported_with_what_it_said_last(make):
+def test_a_server_that_exits_is_reported_with_its_last_lines(make):
     config = make("exits")
     begun = time.monotonic()
     with pytest.raises(
-        ValueError, match="exited while starting: .*RuntimeError: out of memory .*all of it: .*log"
+        ValueError, match="exited while starting: .*RuntimeError: out of memory .*full log: .*log"
     ):
         start(config)
     assert time.monotonic() - begun < 5
@@ -103,27 +99,27 @@ def test_an_interpreter_without_sglang_is_named_with_what_to_do(make):
         start(make(python=sys.executable))
 
 
-def test_a_relative_folder_of_records_is_found_from_elsewhere(make, tmp_path, monkeypatch):
+def test_a_relative_state_folder_is_found_from_elsewhere(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     server = start(make(state="state"))
     assert Path(server.log).is_absolute()
     monkeypatch.chdir("/")
     assert servers(str(tmp_path / "state")) == [(server, "ready")]
     monkeypatch.chdir(tmp_path)
-    assert stop(server, state="state")
+    assert stop(server)
 
 
-def test_a_server_that_never_answers_is_stopped_after_its_time(make):
+def test_a_server_that_never_answers_is_stopped_after_the_timeout(make):
     config = make("hangs", start_timeout_seconds=1.0)
     with pytest.raises(
-        ValueError, match=r"did not answer in start_timeout_seconds=1: .*server_args="
+        ValueError, match=r"did not answer within start_timeout_seconds=1: .*server_args="
     ):
         start(config)
     assert servers(config.state) == []
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
 
 
-def test_an_interrupt_while_waiting_stops_what_was_started(make, monkeypatch):
+def test_an_interrupt_while_waiting_stops_the_servers(make, monkeypatch):
     config, sleep = make("hangs"), time.sleep
 
     def interrupted(seconds):
@@ -137,18 +133,18 @@ def test_an_interrupt_while_waiting_stops_what_was_started(make, monkeypatch):
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
 
 
-def test_if_one_of_several_does_not_come_up_none_stays(make):
+def test_if_one_of_several_servers_fails_all_are_stopped(make):
     configs = [make(), make("exits")]
     with pytest.raises(ValueError, match="exited while starting"):
         start_all(configs)
     assert servers(configs[0].state) == []
 
 
-def test_a_second_start_on_the_port_is_refused_and_the_first_goes_on(make):
+def test_a_second_start_on_a_port_is_refused(make):
     server = start(make())
     with pytest.raises(
         ValueError,
-        match=rf"port {server.port}: a server of ours runs there already \(pid {server.pid}, ",
+        match=rf"port {server.port}: a server of verippo is running there \(pid {server.pid}, ",
     ):
         start(make(port=server.port))
     assert listens(server)
@@ -165,7 +161,7 @@ def test_of_two_starts_at_once_on_a_port_one_succeeds(make):
         ]
     refused = [result for result in results if isinstance(result, ValueError)]
     assert len(refused) == 1
-    assert "a server of ours runs there already" in str(refused[0])
+    assert "a server of verippo is running there" in str(refused[0])
     (server,) = [result for result in results if result not in refused]
     assert servers(config.state) == [(server, "ready")]
 
@@ -177,12 +173,12 @@ def test_a_port_that_another_program_holds_is_refused(make):
         port = other.getsockname()[1]
         with pytest.raises(
             ValueError,
-            match=rf"port={port}: cannot listen there \(Address already in use\): take another",
+            match=rf"port={port}: cannot listen there \(Address already in use\): use another",
         ):
             start(make(port=port))
 
 
-def test_a_server_that_died_is_gone_and_its_port_is_used_again(make):
+def test_a_killed_server_is_gone_and_its_port_can_be_reused(make):
     config = make()
     server = start(config)
     for pid, _ in server.processes:
@@ -203,11 +199,11 @@ def test_children_that_outlive_their_server_are_stopped(make):
     psutil.Process(server.pid).wait(5)
     assert len(running(server)) == 1
     assert servers(config.state) == [(server, "not answering")]
-    assert stop(server, state=config.state)
+    assert stop(server)
     assert not running(server)
 
 
-def test_a_killed_server_leaves_no_entry_in_the_table_of_processes(make):
+def test_a_killed_server_leaves_no_zombie(make):
     config = make()
     server = start(config)
     os.kill(server.pid, signal.SIGKILL)
@@ -215,50 +211,50 @@ def test_a_killed_server_leaves_no_entry_in_the_table_of_processes(make):
         psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE
     ):  # ended, and nobody has asked how
         time.sleep(0.01)
-    assert stop(server, state=config.state)
+    assert stop(server)
     assert not psutil.pid_exists(server.pid)
 
 
-def test_a_server_deaf_to_sigterm_is_killed(make):
+def test_a_server_that_ignores_sigterm_is_killed(make):
     config = make("stubborn")
     server = start(config)
-    assert stop(server, state=config.state, timeout_seconds=0.5)
+    assert stop(server, timeout_seconds=0.5)
     assert not running(server)
     assert not listens(server)
 
 
-def test_a_number_that_another_process_has_now_is_not_touched(make):
+def test_a_process_number_that_was_reused_is_not_signalled(make):
     config = make()
     server = start(config)
-    stop(server, state=config.state)
+    stop(server)
     with subprocess.Popen(
         [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
     ) as other:
         started = psutil.Process(other.pid).create_time()
         fields = module.asdict(server) | {"processes": [(other.pid, started - 60.0)]}
-        record_of(server, config).write_text(json.dumps(fields))
+        server.record.write_text(json.dumps(fields))
         ((record, state),) = servers(config.state)
         assert state == "gone"
-        assert not stop(record, state=config.state)
+        assert not stop(record)
         assert other.poll() is None
         assert servers(config.state) == []
         other.communicate(b"\n", timeout=10)
 
 
-def test_another_nodes_server_is_shown_and_left_alone(make):
+def test_a_server_on_another_node_is_listed_and_not_stopped(make):
     config = make()
     server = start(config)
-    stop(server, state=config.state)
+    stop(server)
     other = module.replace(server, node="another-node", host="0.0.0.0")
-    module._write(record_of(other, config), other)
+    module._write_record(other)
     assert servers(config.state) == [(other, "elsewhere")]
     assert other.url == f"http://another-node:{server.port}"
     with pytest.raises(ValueError, match=r"runs on another-node: stop it there"):
-        stop(other, state=config.state)
-    record_of(other, config).unlink()
+        stop(other)
+    other.record.unlink()
 
 
-def test_the_key_guards_the_server_and_stands_nowhere(make, tmp_path, monkeypatch):
+def test_the_key_is_required_and_written_nowhere(make, tmp_path, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "sesame-7c1")
     config = make(api_key_env="SERVER_KEY")
     server = start(config)
@@ -271,10 +267,10 @@ def test_the_key_guards_the_server_and_stands_nowhere(make, tmp_path, monkeypatc
     assert not [text for text in [*listed, *written] if "sesame" in text]
     assert "'api_key': '**********'" in Path(server.log).read_text()
     assert Path(server.log).stat().st_mode & 0o077 == 0
-    assert "SERVER_KEY" not in Path(server.log).read_text()  # nor handed on in the environment
+    assert "SERVER_KEY" not in Path(server.log).read_text()  # and not in its environment
 
 
-def test_the_key_stands_in_no_message(make, tmp_path):
+def test_the_key_is_in_no_message(make, tmp_path):
     (tmp_path / "key").write_text("sesame-7c1\n")
     with pytest.raises(ValueError, match="exited while starting") as caught:
         start(make("exits", api_key_file=str(tmp_path / "key")))
@@ -282,18 +278,18 @@ def test_the_key_stands_in_no_message(make, tmp_path):
     assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
 
 
-def test_the_key_goes_with_the_record_of_a_start_that_was_killed(make, tmp_path):
+def test_stopping_a_server_whose_start_was_killed_removes_the_key(make, tmp_path):
     (tmp_path / "key").write_text("sesame-7c1\n")
     config = make("hangs", api_key_file=str(tmp_path / "key"))
     module._spawn(config, started := [])
     (server,) = started
     (carrier,) = (tmp_path / "state").glob("*.yaml")
     assert carrier.stat().st_mode & 0o077 == 0
-    assert stop(server, state=config.state, timeout_seconds=0)
+    assert stop(server, timeout_seconds=0)
     assert {path.suffix for path in (tmp_path / "state").iterdir()} == {"", ".log"}
 
 
-def test_what_a_launcher_of_ranks_sets_is_not_inherited(make, monkeypatch):
+def test_variables_of_rank_launchers_are_not_inherited(make, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(name, "0")
     with serving(make(environment={"MINE": "1"})) as server:
@@ -314,13 +310,13 @@ def test_fields_become_sglangs_arguments(make):
     }
     command = " ".join(launch_command(make(**fields), "MODEL", 1)[1:])
     assert command == (
-        "-m sglang.launch_server --model-path MODEL --host 127.0.0.1 --port 1 --tp-size 2 --dp-size 3 "
-        "--mem-fraction-static 0.5 --log-level very quiet"
+        "-m sglang.launch_server --model-path MODEL --host 127.0.0.1 --port 1 --tp-size 2 "
+        "--dp-size 3 --mem-fraction-static 0.5 --log-level very quiet"
     )
     on_cpu = launch_command(make(device="cpu", mem_fraction=0.7), "MODEL", 1)
     assert on_cpu.index("cpu") < len(on_cpu) - on_cpu[::-1].index(
         "0.7"
-    )  # ours come first: what is asked for wins
+    )  # the configured arguments come last and take precedence
 
 
 @pytest.mark.parametrize(
@@ -330,11 +326,11 @@ def test_fields_become_sglangs_arguments(make):
         ({"model": "no-such-folder"}, "model='no-such-folder': no model there"),
         ({"model": "."}, "config.json is missing"),
         ({"python": "/no/python"}, "python=/no/python: cannot be run: No such file"),
-        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env=NO_SUCH_KEY: there is no key in it"),
-        ({"api_key_file": os.devnull}, "api_key_file=/dev/null: there is no key in it"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env=NO_SUCH_KEY: the key is empty or not set"),
+        ({"api_key_file": os.devnull}, "api_key_file=/dev/null: the key is empty or not set"),
         ({"api_key_file": "/no/key"}, "api_key_file=/no/key: cannot be read: No such file"),
         ({"host": "192.0.2.1"}, "host=192.0.2.1 port=[0-9]+: cannot listen there"),
-        ({"state": os.devnull}, "state=/dev/null: no folder can be made there: File exists"),
+        ({"state": os.devnull}, "state=/dev/null: the folder cannot be created: File exists"),
         ({"arguments": "--log-level 'quiet"}, "No closing quotation"),
         ({"port": 70000}, "port=70000: must be"),
         ({"tp": 0}, "tp=0: must be at least 1"),
@@ -349,5 +345,5 @@ def test_a_mistake_is_named(make, fields, message):
 
 def test_a_broken_record_is_named(tmp_path):
     (tmp_path / f"{platform.node()}-1.json").write_text('{"node": 1')
-    with pytest.raises(ValueError, match=r"-1\.json: not a server's record: remove it"):
+    with pytest.raises(ValueError, match=r"-1\.json: not the record of a server: remove the file"):
         servers(str(tmp_path))

@@ -1,7 +1,8 @@
-"""Every request that we send to sglang, held against what its servers take.
+"""Every request to sglang is checked against what its servers accept.
 
-tests/sglang/openapi-0.5.23.json is what a server of that version says of itself; fields.json has, for more versions, the
-names of the fields that their request classes declare. A server ignores a top-level field that it does not know, without a word.
+tests/sglang/openapi-0.5.23.json is the OpenAPI document of a server of that version; fields.json
+has, for more versions, the names of the fields that the request classes declare. A server silently
+ignores an unknown top-level field.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WEIGHTS = [
     ("model.embed_tokens.weight", "float32", [320, 32]),
     ("model.norm.weight", "bfloat16", (32,)),
 ]
-# each request that is always the same, and each function that makes one, called as the sampler calls it
+# every constant request, and the result of every function that makes one
 REQUESTS = {
     "generate_request": client.generate_request(
         (1, 5, 7),
@@ -50,7 +51,7 @@ REQUESTS = {
     "RELEASE": client.RELEASE,
     "RESUME": client.RESUME,
 }
-# routes that came later; the sampler goes without them where they are not there
+# newer routes, which the sampler does not need on older servers
 NEWER = {
     "0.5.5": {"/begin_weight_update", "/end_weight_update"},
     "0.5.9": {"/begin_weight_update", "/end_weight_update"},
@@ -62,7 +63,7 @@ def request_sent(request):
     return REQUESTS[request.param]
 
 
-def test_every_kind_of_request_is_looked_at():
+def test_every_kind_of_request_is_checked():
     makers = {
         name
         for name, function in inspect.getmembers(client, inspect.isfunction)
@@ -72,7 +73,7 @@ def test_every_kind_of_request_is_looked_at():
     assert makers | constants == set(REQUESTS)
 
 
-def test_a_request_is_what_the_server_describes(request_sent):
+def test_a_request_matches_the_openapi_document(request_sent):
     path, query = urlsplit(request_sent.path)[2:4]
     operation = DOCUMENT["paths"][path]["get" if request_sent.body is None else "post"]
     parameters = {
@@ -91,9 +92,7 @@ def test_a_request_is_what_the_server_describes(request_sent):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_request_has_only_fields_that_the_version_knows_and_all_that_it_needs(
-    version, request_sent
-):
+def test_a_request_has_all_required_and_no_unknown_fields(version, request_sent):
     path = urlsplit(request_sent.path).path
     if path in NEWER.get(version, ()):
         assert path not in VERSIONS[version]["routes"]
@@ -106,9 +105,7 @@ def test_a_request_has_only_fields_that_the_version_knows_and_all_that_it_needs(
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("question", ["info", "version"])
-def test_a_server_of_any_version_is_asked_for_its_facts_by_a_route_it_has(
-    version, question, monkeypatch
-):
+def test_facts_are_requested_by_a_route_that_the_version_has(version, question, monkeypatch):
     asked = []
 
     def ask(server, request, **_):
@@ -125,7 +122,7 @@ def test_a_server_of_any_version_is_asked_for_its_facts_by_a_route_it_has(
     assert len(asked) == 1
 
 
-def test_the_check_sees_a_misspelt_a_missing_and_an_ill_typed_field():
+def test_the_check_detects_wrong_fields():
     good = REQUESTS["disk_request"].body
     schema = {
         "$ref": "#/components/schemas/UpdateWeightFromDiskReqInput",

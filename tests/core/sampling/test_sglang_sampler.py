@@ -1,4 +1,4 @@
-"""The sampler over HTTP against scripted servers: what a real one does not do on demand. The real one: tests/sglang."""
+"""SglangSampler with scripted servers, which fail on demand. For a real one see tests/sglang."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ WEIGHTS = {
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Answers as sglang does, or as `script` says: path, body -> None for the usual answer, or (status, bytes).
+    """A fake sglang server that records every request and has a weight version.
 
-    It holds its weight version, and records every request. A response to a prompt is [prompt's last id, stop token].
+    `script(path, body)` returns (status, bytes), or None for the usual answer. The usual response
+    to a prompt is [last id of the prompt, stop token].
     """
 
     daemon_threads = True
@@ -95,7 +96,7 @@ class ScriptedServer(ThreadingHTTPServer):
         return [body["input_ids"] for path, body in self.asked if path == "/generate"]
 
     def handle_error(self, request, client_address):
-        pass  # connections that the test cut
+        pass  # connections closed by the test
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -138,7 +139,7 @@ def serve():
 
 @pytest.fixture
 def connect(tmp_path):
-    """A sampler of these servers which has sent its weights once, as version 0."""
+    """Makes a sampler of these servers, which has sent version 0 of the weights."""
 
     def make(*servers, push=True, context=100, **fields):
         fields = {
@@ -163,7 +164,7 @@ def connect(tmp_path):
 
 
 def prompts(*lengths):
-    """Of these lengths; the last id says which one it is."""
+    """Prompts of these lengths; the last id identifies the prompt."""
     return [
         Prompt(token_ids=[7] * (length - 1) + [10 + n], seed=n) for n, length in enumerate(lengths)
     ]
@@ -185,7 +186,7 @@ def refused_port():
 # --- responses ---
 
 
-def test_responses_come_in_the_prompts_order_and_the_longest_prompt_is_sent_first(serve, connect):
+def test_responses_are_in_order_and_the_longest_prompt_is_sent_first(serve, connect):
     server = serve()
     sampler = connect(server, concurrency=1)
     completions = sampler.generate(prompts(3, 5, 4, 5), GREEDY)
@@ -197,7 +198,7 @@ def test_responses_come_in_the_prompts_order_and_the_longest_prompt_is_sent_firs
     assert sampler.generate([], GREEDY) == []
 
 
-def test_a_request_says_all_that_the_draw_depends_on(serve, connect):
+def test_a_request_has_all_sampling_parameters(serve, connect):
     server = serve()
     prompt = Prompt(token_ids=[5, 6], seed=2**63 - 1)
     connect(server, api_key_env="HOME", context=None).generate(
@@ -220,7 +221,7 @@ def test_a_request_says_all_that_the_draw_depends_on(serve, connect):
     assert server.headers["Authorization"].startswith("Bearer /")
 
 
-def test_a_response_that_fills_max_new_tokens_counts_as_cut(serve, connect):
+def test_a_response_of_max_new_tokens_counts_as_truncated(serve, connect):
     def answer(body):
         return as_json(server.completion(body, ids=[9] * 8, reason={"type": "length", "length": 8}))
 
@@ -229,7 +230,7 @@ def test_a_response_that_fills_max_new_tokens_counts_as_cut(serve, connect):
     assert (completion.finish_reason, len(completion.token_ids)) == ("length", 8)
 
 
-def test_the_next_prompt_goes_where_the_fewest_tokens_are_outstanding(serve, connect):
+def test_the_server_with_the_fewest_outstanding_tokens_is_chosen(serve, connect):
     first, second = serve(), serve()
     fleet = connect(first, second).fleet
     with fleet.lend(100) as server:
@@ -253,9 +254,7 @@ def test_the_next_prompt_goes_where_the_fewest_tokens_are_outstanding(serve, con
         ([5] * 33, "prompt 1 has 33 tokens, with max_new_tokens=8 over the model's context of 40"),
     ],
 )
-def test_a_prompt_that_the_server_would_refuse_or_die_of_is_never_sent(
-    serve, connect, prompt, message
-):
+def test_an_invalid_prompt_is_never_sent(serve, connect, prompt, message):
     server = serve(
         lambda path, body: as_json({"context_length": 40}) if path == "/server_info" else None
     )
@@ -264,7 +263,7 @@ def test_a_prompt_that_the_server_would_refuse_or_die_of_is_never_sent(
     assert server.prompts() == []
 
 
-def test_the_progress_bar_counts_responses_and_says_tokens_a_second(serve, connect, capsys):
+def test_the_progress_bar_shows_responses_and_tokens_per_second(serve, connect, capsys):
     server = serve(on_generate(lambda body: time.sleep(0.12)))
     sampler = connect(server, concurrency=1)
     sampler.progress = True
@@ -282,10 +281,10 @@ def broken_answers(server, body):
             (500, b'{"error": {"message": "out of memory"}}'),
             "answered /generate with 500: out of memory",
         ),
-        "garbage": ((200, b"<html>proxy"), "what is not JSON: '<html>proxy'"),
-        "torn": ((200, json.dumps(good).encode()[:-9]), "what is not JSON"),
-        "list": (as_json([good]), "lacks what was asked for"),
-        "no log-probs": (as_json(good | {"meta_info": {}}), "lacks what was asked for"),
+        "garbage": ((200, b"<html>proxy"), "is not JSON: '<html>proxy'"),
+        "torn": ((200, json.dumps(good).encode()[:-9]), "the answer to /generate is not JSON"),
+        "list": (as_json([good]), "the answer is incomplete"),
+        "no log-probs": (as_json(good | {"meta_info": {}}), "the answer is incomplete"),
         "too few log-probs": (
             as_json(server.completion(body, logprobs=[-1.0])),
             "1 log-probs for 2 tokens",
@@ -293,7 +292,7 @@ def broken_answers(server, body):
         "no tokens": (as_json(server.completion(body, ids=[])), "0 log-probs for 0 tokens"),
         "other log-probs": (
             as_json(good | {"output_ids": [9, STOP]}),
-            "its log-probs are of other tokens than its response",
+            "the log-probs belong to other tokens than those of the response",
         ),
         "not finite": (
             as_json(server.completion(body, logprobs=[-1.0, -math.inf])),
@@ -331,9 +330,7 @@ def broken_answers(server, body):
         "cut short",
     ],
 )
-def test_a_server_that_answers_wrongly_is_left_out_and_its_prompts_go_to_the_others(
-    serve, connect, capsys, fault
-):
+def test_prompts_of_a_server_with_invalid_answers_go_to_the_others(serve, connect, capsys, fault):
     bad = serve(on_generate(lambda body: broken_answers(bad, body)[fault][0]))
     message = broken_answers(bad, {"input_ids": [1]})[fault][1]
     good = serve()
@@ -342,12 +339,12 @@ def test_a_server_that_answers_wrongly_is_left_out_and_its_prompts_go_to_the_oth
     assert [c.token_ids[0] for c in completions] == [10, 11, 12, 13]
     assert sorted(ids[-1] for ids in good.prompts()) == [10, 11, 12, 13]
     assert list(sampler.fleet.failures) == [bad.url]
-    assert f"left out: {bad.url}: " in capsys.readouterr().err
+    assert f"server excluded: {bad.url}: " in capsys.readouterr().err
     with pytest.raises(RuntimeError, match=f"no sglang server is left: {bad.url}: .*{message}"):
         connect(bad).generate(prompts(3, 4), GREEDY)
 
 
-def test_a_failure_that_passes_is_tried_again(serve, connect):
+def test_a_transient_failure_is_retried(serve, connect):
     failures = iter([(503, b"busy"), (200, b"{")])
     server = serve(on_generate(lambda body: next(failures, None)))
     (completion,) = connect(server, retries=2).generate(prompts(3), GREEDY)
@@ -368,7 +365,7 @@ def test_failures_in_flight_at_the_same_time_count_once(serve, connect):
     assert len(connect(server, retries=1).generate(prompts(*[3] * 8), GREEDY)) == 8
 
 
-def test_a_request_that_the_server_refuses_ends_the_rollout_with_its_reason(serve, connect):
+def test_a_refused_request_ends_the_rollout_with_the_reason(serve, connect):
     server = serve(
         on_generate(lambda body: (400, b'{"error": {"message": "max_new_tokens is\\n too large"}}'))
     )
@@ -395,19 +392,15 @@ def test_a_request_that_the_server_refuses_ends_the_rollout_with_its_reason(serv
         ),
     ],
 )
-def test_responses_of_other_weights_are_refused_naming_server_found_and_wanted(
-    serve, connect, answer, found
-):
+def test_responses_of_another_weight_version_are_refused(serve, connect, answer, found):
     server = serve(on_generate(lambda body: as_json(server.completion(body, **answer))))
-    message = f"{server.url}: drew with weight version {found}, the last one sent is 0"
+    message = f"{server.url}: used weight version {found}, the last one sent is 0"
     with pytest.raises(RuntimeError, match=message):
         connect(server, retries=5).generate(prompts(3), GREEDY)
     assert len(server.prompts()) == 1
 
 
-def test_a_server_that_hangs_is_left_out_after_the_time_out_and_each_prompt_is_answered_once(
-    serve, connect
-):
+def test_a_server_that_hangs_is_excluded_after_the_timeout(serve, connect):
     never = threading.Event()
     hanging = serve(on_generate(lambda body: never.wait(20)))
     good = serve()
@@ -423,19 +416,20 @@ def test_a_server_that_hangs_is_left_out_after_the_time_out_and_each_prompt_is_a
     never.set()
 
 
-def test_with_no_server_left_the_error_says_which_addresses_failed_and_how(serve, connect, capsys):
+def test_with_no_server_left_the_error_lists_all_failures(serve, connect, capsys):
     first, second = serve(), serve(on_generate(lambda body: (500, b"boom")))
     sampler = connect(first, second)
     first.shutdown()
     first.server_close()
     with pytest.raises(
-        RuntimeError, match=f"no sglang server is left: .*{first.url}: /generate failed: Connection"
+        RuntimeError,
+        match=f"no sglang server is left: .*{first.url}: /generate failed: ConnectError: .*refused",
     ):
         sampler.generate(prompts(3, 4, 5), GREEDY)
     assert {first.url, second.url} == set(sampler.fleet.failures)
 
 
-def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_start(serve, connect):
+def test_addresses_without_an_sglang_server_are_refused(serve, connect):
     nothing = refused_port()
     with pytest.raises(
         ValueError,
@@ -444,10 +438,11 @@ def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_st
         connect(nothing)
     other = serve(lambda path, body: (404, b"not here"))
     with pytest.raises(
-        ValueError, match=f"{other.url}: answers, but it is no sglang server from 0.5.5 on"
+        ValueError,
+        match=f"{other.url}: answers, but is not an sglang server of version 0.5.5 or newer",
     ):
         connect(other)
-    with pytest.raises(ValueError, match="'ftp://x' is not an address such as"):
+    with pytest.raises(ValueError, match="'ftp://x': this is not an address such as"):
         SglangServer("ftp://x")
     with pytest.raises(
         ValueError, match="sampler.urls: 'http://host:3000O': Port could not be cast"
@@ -456,10 +451,12 @@ def test_addresses_where_nothing_or_something_else_answers_are_refused_at_the_st
     with pytest.raises(ValueError, match="sampler.urls=', ': there is no address in it"):
         connect(urls=", ")
     good = serve()
-    assert [server.url for server in connect(nothing, good, push=False).fleet.alive()] == [good.url]
+    assert [server.url for server in connect(nothing, good, push=False).fleet.available()] == [
+        good.url
+    ]
 
 
-def test_after_an_error_the_requests_that_still_run_are_aborted(serve, connect):
+def test_after_an_error_running_requests_are_aborted(serve, connect):
     never = threading.Event()
 
     def answer(body):
@@ -483,9 +480,7 @@ def test_after_an_error_the_requests_that_still_run_are_aborted(serve, connect):
     never.set()
 
 
-def test_a_prompt_that_waits_to_be_tried_again_is_not_sent_after_the_rollout_has_ended(
-    serve, connect
-):
+def test_no_prompt_is_retried_after_the_rollout_has_ended(serve, connect):
     def answer(body):
         if body["input_ids"][-1] == 10:
             return 500, b""
@@ -500,7 +495,7 @@ def test_a_prompt_that_waits_to_be_tried_again_is_not_sent_after_the_rollout_has
     assert sorted(ids[-1] for ids in server.prompts()) == [10, 11]
 
 
-def test_an_interrupt_during_an_update_does_not_wait_for_a_server_that_hangs(serve, connect):
+def test_an_interrupted_update_does_not_wait_for_a_hanging_server(serve, connect):
     never = threading.Event()
 
     def hang(path, body):
@@ -518,9 +513,7 @@ def test_an_interrupt_during_an_update_does_not_wait_for_a_server_that_hangs(ser
 # --- weights ---
 
 
-def test_weights_on_disk_are_those_sent_in_portions_and_only_the_newest_are_kept(
-    serve, connect, tmp_path
-):
+def test_disk_sync_saves_the_weights_and_keeps_only_the_newest(serve, connect, tmp_path):
     def look(path, body):
         if path == "/update_weights_from_disk":
             folder = tmp_path / "sync" / f"weights-{body['weight_version']}"
@@ -546,7 +539,7 @@ def test_weights_on_disk_are_those_sent_in_portions_and_only_the_newest_are_kept
     assert not (tmp_path / "sync").exists()
 
 
-def test_a_shared_folder_is_left_as_it_was(serve, connect, tmp_path):
+def test_closing_leaves_other_files_in_a_shared_folder(serve, connect, tmp_path):
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "weights-7").write_text("of somebody else")
     sampler = connect(serve(), sync_folder=str(tmp_path / "shared"))
@@ -555,19 +548,17 @@ def test_a_shared_folder_is_left_as_it_was(serve, connect, tmp_path):
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["weights-7"]
 
 
-def test_a_folder_for_the_weights_that_cannot_be_made_is_named_at_once(serve, connect):
+def test_a_sync_folder_that_cannot_be_created_is_named(serve, connect):
     server = serve()
     with pytest.raises(
         ValueError,
-        match="sampler.sync_folder: no folder can be made at /dev/null/verippo-.*: Not a directory",
+        match="sampler.sync_folder: the folder /dev/null/verippo-.* cannot be created: Not a dir",
     ):
         connect(server, sync_folder="/dev/null", push=False)
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_tensors_are_handed_over_within_an_update_session_where_the_server_has_one(
-    serve, connect, old
-):
+def test_tensor_sync_uses_an_update_session_if_the_server_has_one(serve, connect, old):
     server = serve(old=old)
     connect(server, sync="tensor", bucket_mib=1, push=False).update_weights(WEIGHTS.items(), 3)
     sent = [path for path in server.paths() if "update" in path]
@@ -584,7 +575,7 @@ def test_tensors_are_handed_over_within_an_update_session_where_the_server_has_o
     assert server.version == "3"
 
 
-def test_an_update_session_that_a_killed_run_left_open_is_closed_first(serve, connect):
+def test_an_update_session_left_open_by_a_killed_run_is_closed(serve, connect):
     state = {"open": True}
 
     def script(path, body):
@@ -599,12 +590,12 @@ def test_an_update_session_that_a_killed_run_left_open_is_closed_first(serve, co
 
 
 @pytest.mark.parametrize("path", ["/init_weights_update_group", "/begin_weight_update"])
-def test_a_server_that_refuses_to_take_part_in_a_broadcast_ends_it_at_once(serve, connect, path):
+def test_a_server_that_refuses_to_prepare_a_broadcast_ends_it_at_once(serve, connect, path):
     refusal = (400, b'{"success": false, "message": "already been created"}')
     server = serve(lambda asked, body: refusal if asked == path else None)
     sampler = connect(server, sync="distributed", push=False, timeout_seconds=60.0)
     if path != "/init_weights_update_group":
-        sampler.sync._joined = lambda fleet: SimpleNamespace(leave=lambda: None)
+        sampler.sync._create_group = lambda fleet: SimpleNamespace(leave=lambda: None)
     start = time.monotonic()
     with pytest.raises(
         RuntimeError,
@@ -615,14 +606,14 @@ def test_a_server_that_refuses_to_take_part_in_a_broadcast_ends_it_at_once(serve
     assert server.paths().index("/destroy_weights_update_group") < server.paths().index(path)
 
 
-def test_a_broadcast_that_a_server_refuses_is_given_up_at_once(serve, connect):
+def test_a_refused_broadcast_ends_at_once(serve, connect):
     server = serve(
         lambda path, body: (
             (400, b'{"message": "no"}') if path == "/update_weights_from_distributed" else None
         )
     )
     sampler = connect(server, sync="distributed", push=False, timeout_seconds=60.0)
-    sampler.sync._joined = lambda fleet: SimpleNamespace(
+    sampler.sync._create_group = lambda fleet: SimpleNamespace(
         send=lambda tensors: time.sleep(60), leave=lambda: None
     )
     start = time.monotonic()
@@ -633,7 +624,7 @@ def test_a_broadcast_that_a_server_refuses_is_given_up_at_once(serve, connect):
     assert time.monotonic() - start < 10
 
 
-def test_a_broadcast_names_each_tensor_with_dtype_and_shape():
+def test_a_broadcast_request_has_names_dtypes_and_shapes():
     request = broadcast_request(
         [("a", "float32", torch.Size([2, 3])), ("b", "bfloat16", (4,))], "7"
     )
@@ -650,7 +641,7 @@ def test_a_broadcast_names_each_tensor_with_dtype_and_shape():
     )
 
 
-def test_several_weight_copies_behind_one_address_need_the_way_over_disk(serve, connect):
+def test_data_parallel_servers_need_disk_sync(serve, connect):
     server = serve(
         lambda path, body: as_json({"tp_size": 1, "dp_size": 2}) if path == "/server_info" else None
     )
@@ -663,7 +654,7 @@ def test_several_weight_copies_behind_one_address_need_the_way_over_disk(serve, 
             connect(server, sync=sync)
 
 
-def test_weights_come_in_portions_of_a_size_that_outlive_their_source():
+def test_buckets_copy_tensors_up_to_their_size():
     def source():
         held = torch.zeros(
             4
@@ -683,10 +674,10 @@ def test_weights_come_in_portions_of_a_size_that_outlive_their_source():
 
 
 @pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
-def test_no_more_than_a_portion_of_the_weights_is_held_at_a_time(serve, connect, sync):
+def test_no_more_than_two_buckets_are_held_at_a_time(serve, connect, sync):
     sampler = connect(serve(), sync=sync, push=False)
     sampler.sync.bucket_bytes = 40
-    sampler.sync._joined = lambda fleet: SimpleNamespace(
+    sampler.sync._create_group = lambda fleet: SimpleNamespace(
         send=lambda tensors: None, leave=lambda: None
     )
     copies, held = [], []
@@ -709,7 +700,7 @@ def test_no_more_than_a_portion_of_the_weights_is_held_at_a_time(serve, connect,
     assert 2 <= max(held) <= 4  # the portion that was sent, and the one being filled
 
 
-def test_a_failed_update_says_why_once_every_tensor_was_taken(serve, connect):
+def test_a_failed_update_still_iterates_all_tensors(serve, connect):
     taken = []
 
     def tensors():
@@ -728,7 +719,7 @@ def test_a_failed_update_says_why_once_every_tensor_was_taken(serve, connect):
     assert taken == list(WEIGHTS)
 
 
-def test_only_a_first_update_that_fails_asks_whether_the_servers_run_such_a_model(serve, connect):
+def test_only_a_failed_first_update_mentions_the_model(serve, connect):
     full = threading.Event()
     full.set()
 
@@ -739,7 +730,7 @@ def test_only_a_first_update_that_fails_asks_whether_the_servers_run_such_a_mode
 
     sampler, hint = (
         connect(serve(answer), sync="tensor", push=False),
-        "what they were started with, /models/70b",
+        "does the policy differ in shape from the servers' model, /models/70b",
     )
     with pytest.raises(RuntimeError, match=hint):
         sampler.update_weights(WEIGHTS.items(), 1)
@@ -751,19 +742,19 @@ def test_only_a_first_update_that_fails_asks_whether_the_servers_run_such_a_mode
     assert hint not in str(caught.value)
 
 
-def test_a_server_that_keeps_its_old_version_after_an_update_is_refused(serve, connect):
+def test_a_server_with_its_old_version_after_an_update_is_refused(serve, connect):
     server = serve(
         lambda path, body: (
             as_json({"success": True}) if path == "/update_weights_from_disk" else None
         )
     )
     with pytest.raises(
-        RuntimeError, match=f"{server.url}: holds weight version default after the update to 0"
+        RuntimeError, match=f"{server.url}: reports weight version default after the update to 0"
     ):
         connect(server)
 
 
-def test_a_server_left_out_is_taken_back_by_the_update_that_finds_it_well(serve, connect):
+def test_an_excluded_server_is_used_again_after_an_update(serve, connect):
     ill = threading.Event()
     first, second = (
         serve(on_generate(lambda body: (500, b"ill") if ill.is_set() else None)),
@@ -780,14 +771,14 @@ def test_a_server_left_out_is_taken_back_by_the_update_that_finds_it_well(serve,
     assert (first.version, second.version) == ("2", "2")
 
 
-def test_a_server_that_was_started_again_joins_a_new_group(serve, connect):
+def test_a_restarted_server_joins_a_new_group(serve, connect):
     def joined(fleet):
-        groups.append([server.url for server in fleet.alive()])
+        groups.append([server.url for server in fleet.available()])
         return SimpleNamespace(send=lambda tensors: None, leave=lambda: None)
 
     groups, first, second = [], serve(), serve()
     sampler = connect(first, second, sync="distributed", push=False)
-    sampler.sync._joined = joined
+    sampler.sync._create_group = joined
     for version in (1, 2):
         sampler.update_weights(WEIGHTS.items(), version)
     assert groups == [[first.url, second.url]]
@@ -804,9 +795,7 @@ def test_a_server_that_was_started_again_joins_a_new_group(serve, connect):
 
 
 @pytest.mark.parametrize("sync", ["disk", "tensor"])
-def test_a_server_that_fails_during_an_update_is_left_out_and_the_others_get_all_of_it(
-    serve, connect, sync
-):
+def test_a_server_that_fails_during_an_update_is_excluded(serve, connect, sync):
     bad, good = (
         serve(lambda path, body: (500, b"lost") if "update_weights" in path else None),
         serve(),
@@ -823,7 +812,7 @@ def test_a_server_that_fails_during_an_update_is_left_out_and_the_others_get_all
         connect(bad, sync=sync)
 
 
-def test_what_one_server_refuses_of_an_update_is_not_passed_over(serve, connect):
+def test_an_update_refused_by_one_server_fails(serve, connect):
     blind = serve(
         lambda path, body: (400, b'{"message": "no such folder"}') if "from_disk" in path else None
     )
@@ -834,7 +823,7 @@ def test_what_one_server_refuses_of_an_update_is_not_passed_over(serve, connect)
         connect(serve(), blind)
 
 
-def test_log_probs_of_fixed_sequences_are_asked_of_every_server(serve, connect):
+def test_log_probs_come_from_every_server(serve, connect):
     first, second = serve(), serve()
     sampler = connect(first, second)
     assert isinstance(sampler, ServedSampler)
@@ -848,14 +837,12 @@ def test_log_probs_of_fixed_sequences_are_asked_of_every_server(serve, connect):
     )
     second.version = "9"
     with pytest.raises(
-        RuntimeError, match=f"{second.url}: drew with weight version 9, the last one sent is 0"
+        RuntimeError, match=f"{second.url}: used weight version 9, the last one sent is 0"
     ):
         sampler.logprobs([[3, 4]])
 
 
-def test_asleep_servers_are_woken_before_weights_come_even_those_that_another_run_left_so(
-    serve, connect
-):
+def test_sleeping_servers_are_woken_before_an_update(serve, connect):
     server = serve()
     sampler = connect(server)
     sampler.sleep()
@@ -875,7 +862,7 @@ def test_asleep_servers_are_woken_before_weights_come_even_those_that_another_ru
     assert "/resume_memory_occupation" not in server.paths()
 
 
-def test_a_server_woken_for_weights_that_did_not_come_is_not_woken_again(serve, connect):
+def test_a_server_is_not_woken_twice_after_a_failed_update(serve, connect):
     server = serve()
     sampler = connect(server)
     sampler.sleep()
@@ -887,7 +874,7 @@ def test_a_server_woken_for_weights_that_did_not_come_is_not_woken_again(serve, 
     assert server.paths().count("/resume_memory_occupation") == 1
 
 
-def test_a_server_that_still_runs_something_is_not_put_to_sleep(serve, connect):
+def test_a_server_with_running_requests_is_not_put_to_sleep(serve, connect):
     server = serve()
     sampler = connect(server)
     server.script = lambda path, body: (
@@ -900,7 +887,7 @@ def test_a_server_that_still_runs_something_is_not_put_to_sleep(serve, connect):
     assert "/release_memory_occupation" not in server.paths()
 
 
-def test_an_api_key_that_is_not_set_is_refused(serve, connect):
+def test_a_missing_api_key_is_refused(serve, connect):
     with pytest.raises(
         ValueError,
         match="sampler.api_key_env=NOT_SET_ANYWHERE: that environment variable is not set",
@@ -908,14 +895,14 @@ def test_an_api_key_that_is_not_set_is_refused(serve, connect):
         connect(serve(), api_key_env="NOT_SET_ANYWHERE")
 
 
-def test_a_key_may_end_in_a_newline(serve, connect, monkeypatch):
+def test_an_api_key_may_end_in_a_newline(serve, connect, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "sesame\n")
     server = serve()
     connect(server, api_key_env="SERVER_KEY")
     assert server.headers["Authorization"] == "Bearer sesame"
 
 
-def test_a_request_cut_off_is_sent_again_only_where_that_is_safe(serve):
+def test_an_interrupted_request_is_retried_only_if_that_is_allowed(serve):
     def cut(path, body):
         calls.append(path)
         if len(calls) < 3:
@@ -927,9 +914,16 @@ def test_a_request_cut_off_is_sent_again_only_where_that_is_safe(serve):
         "weight_version": "default"
     }
     calls.clear()
-    with pytest.raises(ServerError, match="/begin_weight_update failed: RemoteDisconnected"):
+    with pytest.raises(ServerError, match="/begin_weight_update failed: RemoteProtocolError"):
         server.ask(Request("/begin_weight_update", {}), timeout_seconds=5)
     assert calls == ["/begin_weight_update"]
+
+
+def test_a_password_in_an_address_is_not_shown():
+    server = SglangServer("http://user:sesame@127.0.0.1:1")
+    with pytest.raises(ServerError, match="^http://127.0.0.1:1: /x failed: ConnectError") as caught:
+        server.ask(Request("/x"), timeout_seconds=5)
+    assert "sesame" not in str(caught.value)
 
 
 def test_pickled_tensors_hold_their_values_and_no_handle_to_shared_memory():
