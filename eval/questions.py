@@ -139,7 +139,7 @@ def _problem(item: Any) -> str | None:
     if not isinstance(answer, str | None):
         return f"answer is {type(answer).__name__}, expected text"
     if (named := _named(item)) and letter not in named:
-        return f"answer_idx {letter} and answer {answer[:60]!r} name different options"
+        return f"answer_idx {letter} and answer {str(answer)[:60]!r} name different options"
     return None
 
 
