@@ -70,7 +70,7 @@ class EvalConfig:
     """auto: reuse the answers in the journal of `output`; never: refuse a folder that has a
     journal."""
     retry_failed: bool = False
-    """Ask again the items that failed for good in an earlier run."""
+    """Ask again about the items that failed for good in an earlier run."""
 
     dtype: Dtype = "bf16"
     """Data type of the weights (local engine)."""
