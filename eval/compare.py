@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from .accuracy_report import percent, print_rows, render_page
 from .config import CompareConfig, Scoring
@@ -49,13 +50,13 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
 
     Args:
         config: The comparison's configuration.
-        resolved: The same as plain values.
+        resolved: The configuration as plain values, written to compare.json.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: an evaluation cannot be read, or they share no item.
+        ValueError: an evaluation cannot be read, or the two share no item.
     """
     first_settings, first = load_results(config.first)
     second_settings, second = load_results(config.second)
@@ -83,7 +84,7 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
     folder = prepare_output(config.output, resume="auto")
     record = {**resolved, **vars(comparison)}
     text = json.dumps(record, ensure_ascii=False, indent=1, default=vars)
-    (folder / "compare.json").write_text(text, encoding="utf-8")
+    replace_file(folder / "compare.json", text)
     page = render_page(
         folder / "compare.html",
         _differing(pairs, config.scoring),
