@@ -188,7 +188,7 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
     stages = files.json_object("stages.json")
     means, block_size = average_blocks(train, MAX_POINTS)
     data = {"train": means, "eval": evals}
-    reliability = draw_reliability(calibration.get("curve") or [], name="reliability")
+    reliability = draw_reliability(calibration.get("curve") or [])
     expected = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "config.yaml", "environment.json")
     return write_page(
         output or folder / "report.html",
@@ -200,7 +200,7 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
         metric_names=list(dict.fromkeys(chain(*train))),
         block_size=block_size,
         charts=list(draw_charts("training", data)),
-        score_charts=[*draw_charts("score", data), *([reliability] if reliability else [])],
+        score_charts=[*draw_charts("score", data), *reliability],
         calibration=calibration,
         environment=environment,
         stages=stages,
