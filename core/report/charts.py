@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
 from .html_page import format_number, number
@@ -26,7 +27,7 @@ VARIABLES = {f"#01020{i}": name for i, name in enumerate(NAMES)}
 and dark pages."""
 MUTED, GRID, *LINE_COLOURS = VARIABLES
 STYLE: Any = {
-    "axes.prop_cycle": matplotlib.cycler(color=LINE_COLOURS),
+    "axes.prop_cycle": cycler(color=LINE_COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
