@@ -23,8 +23,8 @@ Row = dict[str, Any]
 
 NAMES = ("muted", "grid", "c1", "c2", "c3", "c4", "c5")
 VARIABLES = {f"#01020{i}": name for i, name in enumerate(NAMES)}
-"""Colour that matplotlib draws -> CSS variable that replaces it in the SVG, which then suits light
-and dark pages."""
+"""Colour that matplotlib draws -> CSS variable that replaces it in the SVG, so that the chart suits
+light and dark pages."""
 MUTED, GRID, *LINE_COLOURS = VARIABLES
 STYLE: Any = {
     "axes.prop_cycle": cycler(color=LINE_COLOURS),
@@ -48,7 +48,7 @@ STYLE: Any = {
 
 
 class Line(NamedTuple):
-    """Definition of a curve; charts.yaml explains the fields."""
+    """Definition of a curve; charts.yaml describes the fields."""
 
     key: str
     label: str = "train"
@@ -62,7 +62,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Definition of one pair of axes; charts.yaml explains the fields."""
+    """Definition of one pair of axes; charts.yaml describes the fields."""
 
     unit: str
     lines: list[Line]
@@ -99,11 +99,11 @@ class Chart(NamedTuple):
     note: str
     svg: str
     legend: dict[str, Mark]
-    """Marks by label; empty when there is nothing to tell apart."""
+    """Label -> mark; empty for a chart with a single label."""
 
 
 def draw_charts(section: str, data: dict[str, list[Row]]) -> Iterator[Chart]:
-    """Draws the charts of a section of charts.yaml, without panels and lines that lack values.
+    """Draws the charts of a section of charts.yaml, leaving out panels and lines without values.
 
     Args:
         section: Key in charts.yaml.
