@@ -90,9 +90,9 @@ def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
     # Chinese characters take two columns of a terminal
     widths = [max(map(disp_len, column)) for column in zip(*table, strict=True)]
     for cells in table:
-        pads = [" " * (width - disp_len(x)) for width, x in zip(widths, cells, strict=True)]
-        first = cells[0] + pads[0]
-        print(first, *map("".join, zip(pads[1:], cells[1:], strict=True)), sep="  ")
+        padding = [" " * (width - disp_len(x)) for width, x in zip(widths, cells, strict=True)]
+        numbers = [pad + cell for pad, cell in zip(padding[1:], cells[1:], strict=True)]
+        print(cells[0] + padding[0], *numbers, sep="  ")
 
 
 def write_report(output: Path, results: EvaluationResults, texts: Sequence[str]) -> Path:
@@ -116,7 +116,11 @@ def write_report(output: Path, results: EvaluationResults, texts: Sequence[str])
     return render_page(output, wrong, title=title, results=results, models=[results.config])
 
 
-def render_page(output: Path, wrong: list[dict[str, Any]], **values: Any) -> Path:
+def render_page(
+    output: Path,
+    wrong: list[dict[str, Any]],
+    **values: Any,
+) -> Path:
     """Renders accuracy_report.html.jinja.
 
     Args:

@@ -134,8 +134,8 @@ def check_weights(journal: Journal, model: str) -> None:
     """
     folder = Path(model)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if model else []
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    found = content_key(facts)
+    states = [(file, file.stat()) for file in files]
+    found = content_key([(file.name, state.st_size, state.st_mtime_ns) for file, state in states])
     key = content_key("weights", model)
     recorded = journal.get(key)
     if recorded is None:
@@ -205,7 +205,11 @@ async def _ask_server(
 
     async def answer_one(item: AskedQuestion) -> Answer:
         messages = build_messages(config, item.question)
-        draw: dict[str, Any] = {"draw": item.run, "seed": item.seed, "top_p": config.nucleus}
+        draw: dict[str, Any] = {
+            "draw": item.run,
+            "seed": item.seed,
+            "top_p": config.nucleus,
+        }
         try:
             if tokenizer:
                 reply = await llm.complete(prompt_text(tokenizer, messages), **draw)

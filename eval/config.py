@@ -10,7 +10,15 @@ from ..core.llm.config import LLMConfig
 from ..core.sampling.server_command import ServerConfig
 from ..core.training.engine import Dtype
 
-NucleusFloat = Annotated[float, Bounds(low=0, high=1, low_excluded=True, rule="must lie in (0, 1]")]
+NucleusFloat = Annotated[
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        low_excluded=True,
+        rule="must lie in (0, 1]",
+    ),
+]
 Scoring = Literal["strict_cascade", "original"]
 
 

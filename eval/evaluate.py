@@ -105,7 +105,11 @@ def _progress(bar: tqdm[Any]) -> OnAnswer:
     return update
 
 
-def write_answers(path: Path, asked: Sequence[AskedQuestion], answers: Sequence[Answer]) -> None:
+def write_answers(
+    path: Path,
+    asked: Sequence[AskedQuestion],
+    answers: Sequence[Answer],
+) -> None:
     """Writes one JSON line for each answer, with its whole text.
 
     Args:

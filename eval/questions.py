@@ -34,7 +34,11 @@ class Question:
     file: str
 
 
-def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Question], list[str]]:
+def load_questions(
+    sources: str,
+    *,
+    limit: int | None = None,
+) -> tuple[list[Question], list[str]]:
     """Reads the questions of one or several files.
 
     A .json file holds {"source": [items]}, or a list whose source is the file's name; JSONL,

@@ -247,7 +247,10 @@ def _score_answer(
     )
 
 
-def group_by(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def group_by(
+    rows: Iterable[Row],
+    key: Callable[[Row], str],
+) -> dict[str, list[Row]]:
     """Groups the rows by their keys, in the order in which the keys first occur.
 
     Args:
@@ -356,13 +359,13 @@ def _original_accuracy(items: Sequence[ItemRow], runs: int) -> Accuracy:
 
 def _position(items: Sequence[ItemRow], scoring: Scoring) -> Position:
     shown = [(answer.shown, list(item.options)) for item in items for answer in item.answers]
-    orders = 1 + max(answer.permutation for answer in items[0].answers)
+    first_runs = [
+        [answer.letters[scoring] for answer in item.answers if answer.run == 0] for item in items
+    ]
+    orders = len(first_runs[0])
     accuracies = [
         accuracy_interval([item.right(scoring, permutation=order) for item in items])
         for order in range(orders)
-    ]
-    first_runs = [
-        [answer.letters[scoring] for answer in item.answers if answer.run == 0] for item in items
     ]
     agreement = agreement_rate(first_runs) if orders > 1 else None
     bias = position_bias(*zip(*shown, strict=True))

@@ -193,7 +193,10 @@ def bootstrap_difference(
     return Estimate(float(differences.mean()), float(low), float(high))
 
 
-def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]]) -> PositionBias:
+def position_bias(
+    letters: Sequence[str | None],
+    options: Sequence[Sequence[str]],
+) -> PositionBias:
     """Performs Pearson's chi-square test of whether the answers prefer some letters.
 
     The expected counts spread each answer evenly over its item's letters. The p-value is only an
