@@ -99,7 +99,7 @@ class EvalConfig:
             )
         for name in ("base_url", "temperature", "max_new_tokens"):
             value = getattr(self.llm, name)
-            if value != getattr(LLMConfig(), name):
+            if value != getattr(LLMConfig, name):
                 raise ValueError(f"llm.{name}={value}: use --{name} instead")
         if self.server.model:
             raise ValueError(f"server.model={self.server.model}: use --model instead")

@@ -142,11 +142,13 @@ def average_blocks(rows: list[Row], max_rows: int) -> tuple[list[Row], int]:
     size = max(1, math.ceil(len(rows) / max_rows))
     means = []
     for start in range(0, len(rows), size):
-        columns: dict[str, list[float]] = {}
-        for key, cell in chain.from_iterable(row.items() for row in rows[start : start + size]):
-            if (value := number(cell)) is not None:
-                columns.setdefault(key, []).append(value)
-        means.append({key: sum(values) / len(values) for key, values in columns.items()})
+        block = rows[start : start + size]
+        mean = {}
+        for key in dict.fromkeys(chain(*block)):
+            values = [value for row in block if (value := number(row.get(key))) is not None]
+            if values:
+                mean[key] = sum(values) / len(values)
+        means.append(mean)
     return means, size
 
 
