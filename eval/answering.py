@@ -15,7 +15,9 @@ from ..core.llm.client import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_o
 from ..core.llm.journal import Journal, content_key
 from ..core.sampling.sampler import Prompt, SamplingParams, draw_seed
 from ..core.sampling.server import serving
-from ..core.text.chat import render_messages, render_text
+from ..core.text.chat import opens_thought, render_text
+from ..core.text.encoding import decode, encode, is_protected, special_ids
+from ..core.text.stop_tokens import server_stop_ids, stop_token_ids
 from .config import EvalConfig
 from .questions import Question, permute_options
 
@@ -196,9 +198,13 @@ async def _ask_server(
     journal: Journal,
     on_answer: OnAnswer,
 ) -> list[Answer]:
-    from ..core.training.pretrained import load_tokenizer
+    from ..core.training.pretrained import has_tokenizer, load_tokenizer
 
-    tokenizer = load_tokenizer(config.model) if config.endpoint == "completions" else None
+    completes = config.endpoint == "completions"
+    tokenizer: Any = None
+    if completes or config.engine == "serve" and has_tokenizer(config.model):
+        tokenizer = load_tokenizer(config.model)
+    extra = server_fields(config.model, tokenizer) if tokenizer else {}
     llm = LLM(client, journal=journal, retry_failed=config.retry_failed, may_be_empty=True)
     num_first = min(client.concurrency, len(asked))
     finished: list[Answer] = []
@@ -209,13 +215,17 @@ async def _ask_server(
             "draw": item.run,
             "seed": item.seed,
             "top_p": config.nucleus,
+            "extra": extra,
         }
         try:
-            if tokenizer:
-                reply = await llm.complete(prompt_text(tokenizer, messages), **draw)
+            if completes:
+                text = render_text(tokenizer, messages, add_generation_prompt=True)
+                reply = await llm.complete(server_prompt(tokenizer, text), **draw)
             else:
+                text = ""
                 reply = await llm.ask(messages, **draw)
-            answer = Answer(reply.text, reply.finish_reason, reply.completion_tokens)
+            output = with_open_thought(text, reply.text)
+            answer = Answer(output, reply.finish_reason, reply.completion_tokens)
         except LLMError as error:
             answer = Answer(error=str(error))
         except BudgetSpent as error:
@@ -241,18 +251,51 @@ async def _ask_server(
     return answers
 
 
-def prompt_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Renders the conversation to the text that a server tokenizes into the ids used in training.
-
-    The template's begin token is left out if the tokenizer adds one to every text.
+def server_fields(model: str, tokenizer: Any) -> dict[str, Any]:
+    """Lists the request fields that a server needs to end and decode the model's answers correctly.
 
     Args:
-        tokenizer: The model's tokenizer, with its chat template.
-        messages: The conversation.
+        model: Folder or hub id of the model.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        Fields that sglang and vLLM know; empty for most models.
     """
-    text = render_text(tokenizer, messages, add_generation_prompt=True)
+    fields: dict[str, Any] = {}
+    if own := {*stop_token_ids(model, tokenizer)} - server_stop_ids(model, tokenizer):
+        fields["stop_token_ids"] = sorted(own)
+    if "</think>" in special_ids(tokenizer):
+        fields["skip_special_tokens"] = False
+    return fields
+
+
+def server_prompt(tokenizer: Any, text: str) -> str | list[int]:
+    """Converts a rendered prompt to a form that a server reads as the token ids used in training.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt, from `render_text`.
+
+    Returns:
+        The text, without its begin token if the tokenizer adds one to every text; or the ids
+        themselves if the question contains strings of special tokens.
+    """
+    if is_protected(text):
+        return encode(tokenizer, text)
     doubled = tokenizer.encode(text)[:2] == [tokenizer.bos_token_id] * 2
     return text.removeprefix(tokenizer.bos_token) if doubled else text
+
+
+def with_open_thought(prompt: str, output: str) -> str:
+    """Prepends `<think>` to the output if the prompt ends with one.
+
+    Without it, truncated reasoning could not be told from an answer.
+
+    Args:
+        prompt: The rendered prompt.
+        output: The model's output.
+    """
+    return f"<think>\n{output}" if opens_thought(prompt) else output
 
 
 def _ask_local(
@@ -261,13 +304,14 @@ def _ask_local(
     journal: Journal,
     on_answer: OnAnswer,
 ) -> list[Answer]:
-    from ..core.sampling.local_sampler import LocalSampler
+    from ..core.sampling.local_sampler import LocalSampler, check_sampling
     from ..core.training import dist, pretrained
 
     tokenizer: Any = pretrained.load_tokenizer(config.model)
     network: Any = pretrained.load_causal_lm(config.model, dtype=config.dtype)
     pretrained.check_embedding(network.config, tokenizer, config.model)
-    stops = pretrained.stop_token_ids(config.model, tokenizer)
+    check_sampling(network.config, config.model)
+    stops = stop_token_ids(config.model, tokenizer)
     sampler = LocalSampler(
         network.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch
     )
@@ -277,27 +321,28 @@ def _ask_local(
     prompts = []
     for item in asked:
         messages = build_messages(config, item.question)
-        ids = render_messages(tokenizer, messages, add_generation_prompt=True)
+        text = render_text(tokenizer, messages, add_generation_prompt=True)
+        ids = encode(tokenizer, text)
         key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
-        prompts.append((key, Prompt(token_ids=ids, seed=item.seed)))
+        prompts.append((key, text, ids))
     answers: list[Answer] = []
     chunk_size = 4 * config.max_batch  # answers that are lost when the process is killed
     for start in range(0, len(asked), chunk_size):
         chunk = slice(start, start + chunk_size)
         waiting = {
-            key: prompt
-            for key, prompt in prompts[chunk]
-            if len(prompt.token_ids) <= room and not journal.get(key)
+            key: (text, Prompt(token_ids=ids, seed=item.seed))
+            for item, (key, text, ids) in zip(asked[chunk], prompts[chunk], strict=True)
+            if len(ids) <= room and not journal.get(key)
         }
-        completions = sampler.generate(list(waiting.values()), params)
-        for key, completion in zip(waiting, completions, strict=True):
+        completions = sampler.generate([prompt for _, prompt in waiting.values()], params)
+        for (key, (text, _)), completion in zip(waiting.items(), completions, strict=True):
             ids = list(completion.token_ids)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            answer = Answer(text, completion.finish_reason, len(ids))
+            output = with_open_thought(text, decode(tokenizer, ids))
+            answer = Answer(output, completion.finish_reason, len(ids))
             asyncio.run(journal.record(key, vars(answer)))
-        for item, (key, prompt) in zip(asked[chunk], prompts[chunk], strict=True):
+        for item, (key, _, ids) in zip(asked[chunk], prompts[chunk], strict=True):
             recorded = journal.get(key) or {
-                "error": f"{len(prompt.token_ids)} tokens of prompt leave no room for "
+                "error": f"{len(ids)} tokens of prompt leave no room for "
                 f"max_new_tokens={config.max_new_tokens}"
             }
             answers.append(Answer(**recorded))

@@ -16,17 +16,13 @@ from typing import Any, Literal
 import torch
 
 from ..core.bounds import CountingInt, SeedInt, check_bounds
-from ..core.sampling.local_sampler import LocalSampler
+from ..core.sampling.local_sampler import LocalSampler, check_sampling
 from ..core.sampling.sampler import Prompt, Sampler, SamplingParams
 from ..core.sampling.sglang_sampler import SglangConfig, SglangSampler
+from ..core.text.stop_tokens import stop_token_ids
 from ..core.training import dist
 from ..core.training.metrics import environment
-from ..core.training.pretrained import (
-    context_length,
-    load_causal_lm,
-    load_tokenizer,
-    stop_token_ids,
-)
+from ..core.training.pretrained import context_length, load_causal_lm, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +58,7 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
         ValueError: The model cannot be loaded, or no server answers.
     """
     model: Any = load_causal_lm(config.model, dtype=config.dtype)
+    check_sampling(model.config, config.model)
     stops = stop_token_ids(config.model, load_tokenizer(config.model))
     facts = environment(1) | {
         "model": config.model,

@@ -13,7 +13,7 @@ import docstring_parser
 GROUPS = {
     "model": "model policy critic reference llm dtype",
     "data": """
-        data eval_data eval_fraction limit question_key answer_key system_prompt max_prompt_tokens
+        data eval_data eval_fraction limit columns question_key answer_key system_prompt max_prompt_tokens
         max_seq_len overlong tokenize_workers wrong_per_question language prompts min_length unique
         difficulty decontaminate mix split skip_bad first second num_train num_eval findings""",
     "optimisation": """

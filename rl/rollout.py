@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from ..core.sampling.sampler import Prompt, Sampler, SamplingParams, draw_seed
 from ..core.text.chat import parse_response, render_prompt
 from ..core.text.data import Problem
+from ..core.text.encoding import decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def rollout(
             prompt_ids=prompt.token_ids,
             response_ids=completion.token_ids,
             sampler_logprobs=completion.logprobs,
-            text=_text(tokenizer, completion.token_ids),
+            text=decode(tokenizer, completion.token_ids),
             truncated=completion.finish_reason == "length",
             sample=prompt.sample,
             version=completion.version,
@@ -139,11 +140,6 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
             raise ValueError(
                 f"rollout {number} has a token id outside the vocabulary of {vocabulary}"
             )
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    text: Any = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-    return text
 
 
 def prompt_ids(

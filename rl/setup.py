@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.sampling.local_sampler import LocalSampler
+from ..core.sampling.local_sampler import LocalSampler, check_sampling
 from ..core.sampling.sampler import Sampler
 from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.text.data import Order, Problem, load_problems, split
+from ..core.text.stop_tokens import stop_token_ids
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
 from ..core.training.engine import FrozenEngine, TrainEngine
@@ -28,7 +29,6 @@ from ..core.training.pretrained import (
     load_critic,
     load_policy,
     load_tokenizer,
-    stop_token_ids,
 )
 from ..core.training.schedule import learning_rate
 from .advantages import (
@@ -96,6 +96,8 @@ class Components:
     advantages: AdvantageFunction
     policy_loss: PolicyLossFunction
     tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    """Ids that end a response, in sampling and in the exported model."""
     train_set: ProblemSet
     eval_set: ProblemSet
     order: Order
@@ -123,7 +125,8 @@ def set_up(config: PPOConfig) -> Components:
     tokenizer = load_tokenizer(config.policy)
     train_set, eval_set = _problem_sets(config, tokenizer)
     verifier = _verifier(config)
-    sampler = _sampler(config, tokenizer)
+    stops = stop_token_ids(config.policy, tokenizer)
+    sampler = _sampler(config, tokenizer, stops)
     critic = _critic(config, critic_path, tokenizer)
     policy = load_policy(config.policy, dtype=config.dtype)
     reference = load_policy(reference_path, dtype=config.dtype)
@@ -140,6 +143,7 @@ def set_up(config: PPOConfig) -> Components:
         advantages=advantage_function(config),
         policy_loss=policy_loss_function(config),
         tokenizer=tokenizer,
+        stop_token_ids=stops,
         train_set=train_set,
         eval_set=eval_set,
         order=Order(len(train_set.problems), seed=config.seed),
@@ -252,7 +256,9 @@ def _verifier(config: PPOConfig) -> Verifier:
     )
 
 
-def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+def _sampler(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, stops: tuple[int, ...]
+) -> Sampler:
     model = load_config(config.policy)
     check_embedding(model, tokenizer, config.policy)
     context = context_length(model)
@@ -262,7 +268,6 @@ def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
             f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of "
             f"{config.policy} ({context}): lower one of them"
         )
-    stops = stop_token_ids(config.policy, tokenizer)
     if config.sampler.kind == "factory":
         assert config.sampler.factory
         factory = load_function(config.sampler.factory, option="sampler.factory")
@@ -276,6 +281,7 @@ def _sampler(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Sampler:
             folder=Path(config.output) / "sync",
             progress=dist.is_main(),
         )
+    check_sampling(model, config.policy)
     hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     return LocalSampler(

@@ -13,7 +13,7 @@ from ..core.text.verifier_text import (
     Tiers,
     check_template,
     normalise_answer,
-    verifier_ids,
+    verifier_input,
 )
 from ..core.training import dist
 from ..core.training.engine import EngineConfig, FrozenEngine
@@ -144,7 +144,14 @@ class ClassifierVerifier:
     ) -> ClassifierVerifier:
         """Loads the model and its tokenizer; `options` as for the constructor."""
         engine = FrozenEngine(load_classifier(path, dtype=config.dtype), config)
-        return cls(engine, load_tokenizer(path), **options)  # type: ignore[arg-type]
+        verifier = cls(engine, load_tokenizer(path), **options)  # type: ignore[arg-type]
+        eos = verifier.tokenizer.eos_token
+        if verifier.template != TEMPLATE and not verifier.template.endswith(eos) and dist.is_main():
+            print(
+                f"note: the verifier's template does not end in {eos}, its tokenizer's end token; "
+                "published verifiers were trained on text that does"
+            )
+        return verifier
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One tier per rollout, in order. Every rank calls it, with its own rollouts."""
@@ -164,8 +171,12 @@ class ClassifierVerifier:
         """
         rows = []
         for final, reference in pairs:
-            ids, num_cut = verifier_ids(
-                self._encode, final, reference, template=self.template, max_tokens=self.max_tokens
+            ids, num_cut = verifier_input(
+                self.tokenizer,
+                final,
+                reference,
+                template=self.template,
+                max_tokens=self.max_tokens,
             )
             self.num_cut += num_cut > 0
             rows.append(ids)
@@ -180,6 +191,3 @@ class ClassifierVerifier:
             for number, p in zip(numbers, logits.softmax(-1)[:, 1].tolist(), strict=False):
                 result[number] = p
         return result
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)

@@ -10,6 +10,7 @@ from ..core.bounds import CountingInt, NonNegativeFloat, PositiveInt, UnitFloat
 from ..core.llm.client import LLMConfig
 from ..core.training.run_config import RunConfig
 from ..core.training.schedule import ScheduleKind
+from .conversations import Columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,10 @@ class TrainingConfig(RunConfig):
 class SFTConfig(TrainingConfig):
     """Configuration of stage 1: packed fine-tuning on the assistant's turn."""
 
+    columns: Columns = field(default_factory=Columns)
+    """Keys of question, reasoning and response in a data row."""
     system_prompt: str | None = None
-    """System turn placed before the question of Question / Complex_CoT / Response rows."""
+    """System turn of rows that have none of their own."""
     tokenize_workers: CountingInt = 1
     """Processes that tokenise rows; the result is cached by content."""
 

@@ -1,4 +1,4 @@
-"""Training conversations: reading, checking and tokenising, with a cache keyed by content."""
+"""Tokenised training conversations, with a cache keyed by content."""
 
 from __future__ import annotations
 
@@ -13,17 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..core.text.chat import DEFAULT_TEMPLATE, render_example, render_response
-from ..core.text.data import load_rows, text_field
+from ..core.text.chat import DEFAULT_TEMPLATE, TEMPLATE_DATE, render_example
+from ..core.text.data import load_rows
 from ..core.training import dist
-
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-}
+from .conversations import Columns, Turn, read_conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,50 +31,6 @@ class Example:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def conversation(
-    row: dict[str, Any], *, where: str, system: str | None = None
-) -> list[dict[str, str]]:
-    """The turns of one row.
-
-    A row holds `messages` (role, content), `conversations` (from, value), or Question,
-    Complex_CoT and Response; a missing or blank Complex_CoT makes an answer without reasoning.
-
-    Args:
-        row: the row as loaded.
-        where: source and row number, for errors.
-        system: system turn put before a Question.
-
-    Raises:
-        ValueError: the row has none of these forms.
-    """
-    if "messages" in row or "conversations" in row:
-        turns = row.get("messages") or row.get("conversations")
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"{where}: its turns are not a list of objects")
-        return [_turn(turn, where=f"{where}, turn {n}") for n, turn in enumerate(turns)]
-    question = text_field(row, "Question", where=where)
-    final = text_field(row, "Response", where=where)
-    thinking = row.get("Complex_CoT") or ""
-    if not isinstance(thinking, str):
-        raise ValueError(f"{where}: 'Complex_CoT' is {type(thinking).__name__}, expected text")
-    messages = [{"role": "system", "content": system}] if system else []
-    answer = render_response(thinking.strip(), final)
-    return [
-        *messages,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-def _turn(turn: dict[str, Any], *, where: str) -> dict[str, str]:
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
-        known = ", ".join(sorted(set(ROLES.values())))
-        raise ValueError(f"{where}: needs a role of {known} and text content")
-    return {"role": ROLES[role], "content": content}
-
-
 def load_examples(
     sources: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,36 +38,44 @@ def load_examples(
     limit: int | None,
     system: str | None,
     workers: int,
+    columns: Columns = Columns(),  # noqa: B008 immutable
 ) -> list[Example]:
     """Reads and tokenises all rows of the sources, in order.
+
+    Rows whose answer has weight 0 are left out; their number is printed.
 
     Args:
         sources: comma-separated files, folders or hub ids.
         tokenizer: its chat template renders the turns.
         limit: rows to read of each source; None for all.
-        system: system turn put before every Question.
+        system: system turn of rows without one of their own.
         workers: processes that tokenise.
+        columns: keys of question, reasoning and response.
 
     Raises:
         ValueError: a row cannot be trained on; the message names the first one.
     """
     conversations = [
-        conversation(row, where=f"data {sources}: row {n}", system=system)
+        read_conversation(row, where=f"data {sources}: row {n}", system=system, columns=columns)
         for n, row in enumerate(load_rows(sources, limit=limit))
     ]
-    for n, messages in enumerate(conversations):  # before any worker process starts
-        if not messages or messages[-1]["role"] != "assistant":
-            raise ValueError(f"data {sources}: row {n}: the last turn is not the assistant's")
-        if not messages[-1]["content"].strip():
-            raise ValueError(f"data {sources}: row {n}: the assistant's turn is empty")
-    tokenised = _tokenise(conversations, tokenizer, sources=sources, workers=workers)
+    kept = {n: each.turns for n, each in enumerate(conversations) if not each.skipped}
+    if dist.is_main():
+        if num_skipped := len(conversations) - len(kept):
+            print(f"{sources}: left out {num_skipped} rows whose answer has weight 0")
+        if not any(each.has_thinking for each in conversations):
+            print(
+                f"note: no row of {sources} has {columns.thinking!r}: "
+                "all answers are trained without reasoning"
+            )
+    tokenised = _tokenise(kept, tokenizer, sources=sources, workers=workers)
     return [
         Example(prompt_ids=row["prompt_ids"], response_ids=row["response_ids"]) for row in tokenised
     ]
 
 
 def _tokenise(
-    conversations: list[list[dict[str, str]]],
+    conversations: dict[int, list[Turn]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sources: str,
@@ -128,18 +85,16 @@ def _tokenise(
     import datasets
 
     datasets.disable_progress_bars()
-    cache = _cache_folder(conversations, tokenizer)
+    turns = [json.dumps(each) for each in conversations.values()]
+    cache = _cache_folder(turns, tokenizer)
     # nodes may share a cache folder: then the first to finish wins
     if dist.local_rank() == 0 and not cache.exists():
-        table = datasets.Dataset.from_dict(
-            {"turns": [json.dumps(turns) for turns in conversations]}
-        )
+        table = datasets.Dataset.from_dict({"turns": turns, "row": list(conversations)})
         table = table.map(
             _encode_row,
-            with_indices=True,
             fn_kwargs={"tokenizer": tokenizer, "sources": sources},
             num_proc=workers if workers > 1 else None,
-            remove_columns=["turns"],
+            remove_columns=["turns", "row"],
             keep_in_memory=True,
             new_fingerprint=cache.name,
         )
@@ -154,8 +109,7 @@ def _tokenise(
 
 
 def _encode_row(
-    row: dict[str, str],
-    index: int,
+    row: dict[str, Any],
     *,
     tokenizer: PreTrainedTokenizerBase,
     sources: str,
@@ -163,13 +117,11 @@ def _encode_row(
     try:
         prompt, response = render_example(tokenizer, json.loads(row["turns"]))
     except ValueError as error:
-        raise ValueError(f"data {sources}: row {index}: {error}") from None
+        raise ValueError(f"data {sources}: row {row['row']}: {error}") from None
     return {"prompt_ids": prompt, "response_ids": response}
 
 
-def _cache_folder(
-    conversations: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
-) -> Path:
+def _cache_folder(turns: list[str], tokenizer: PreTrainedTokenizerBase) -> Path:
     """Where the tokenised conversations are cached."""
     from datasets import config
 
@@ -180,11 +132,11 @@ def _cache_folder(
         backend.to_str(),
         json.dumps(template),
         str(tokenizer.eos_token),
-        "1",
+        TEMPLATE_DATE.isoformat(),
+        "2",
+        *turns,
     ):
         digest.update(part.encode())
-    for turns in conversations:
-        digest.update(json.dumps(turns).encode())
     folder = Path(config.HF_DATASETS_CACHE) / "verippo"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"sft-{digest.hexdigest()}"

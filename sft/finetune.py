@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.report.run_report import try_report
 from ..core.text.data import split
+from ..core.text.stop_tokens import stop_token_ids
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
 from ..core.training.packing import PackedBatch, empty_batch, pack, share_out
@@ -50,6 +51,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
             limit=config.limit,
             system=config.system_prompt,
             workers=config.tokenize_workers,
+            columns=config.columns,
         )
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
         policy = load_policy(config.model, dtype=config.dtype)
@@ -123,6 +125,8 @@ def _within_length(
 
 
 def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example]:
+    stops = stop_token_ids(config.model, tokenizer)
+
     def loss_sum(engine: TrainEngine, rows: Sequence[Example]) -> Tensor:
         return -engine(packed(rows)).sum()
 
@@ -132,7 +136,7 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
     def export(engine: TrainEngine, folder: Path) -> None:
         weights = engine.full_state()
         if dist.is_main():
-            save_model(folder, engine.module.hf, weights, tokenizer)
+            save_model(folder, engine.module.hf, weights, tokenizer, stop_token_ids=stops)
 
     return Task(
         length=lambda row: row.num_tokens,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.llm.judge import JudgedAnswer
 from ..core.text.chat import parse_response
 from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
-from ..core.text.verifier_text import verifier_ids
+from ..core.text.verifier_text import verifier_input
 
 PHRASES = (
     "{}",
@@ -289,15 +289,15 @@ def tokenise(
     Returns:
         The rows, and the number of responses that were cut in the middle to fit `max_tokens`.
     """
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
     rows = []
     num_cut = 0
     for answer in answers:
-        ids, cut = verifier_ids(
-            encode, answer.response, answer.reference, template=template, max_tokens=max_tokens
+        ids, cut = verifier_input(
+            tokenizer,
+            answer.response,
+            answer.reference,
+            template=template,
+            max_tokens=max_tokens,
         )
         rows.append(
             LabelledIds(

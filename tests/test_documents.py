@@ -12,7 +12,7 @@ import torch
 from verippo.core.text.data import load_problems, load_rows
 from verippo.eval.questions import load_questions
 from verippo.search.problems import exam_question
-from verippo.sft.examples import conversation
+from verippo.sft.conversations import read_conversation
 from verippo.sft.verifier_examples import load_answers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ def test_the_example_rows_load(example_rows, tmp_path):
     assert exam_question(example_rows["problems"][0], where="row 0").answer == "Vitamin C"
     assert load_problems(write(example_rows["search"]))[0].answer == "Vitamin C"
     for row in load_rows(write(example_rows["sft"])):
-        assert conversation(row, where="row 0")[-1]["role"] == "assistant"
+        assert read_conversation(row, where="row 0").turns[-1]["role"] == "assistant"
     options = {"limit": None, "seed": 0, "wrong_per_question": 1}
     answers, _ = load_answers(write(example_rows["verifier"]), **options)
     assert answers[0].label is True

@@ -109,6 +109,7 @@ class LLM:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> Reply:
         """Requests the assistant's answer to a conversation.
 
@@ -119,6 +120,7 @@ class LLM:
             temperature: sampling temperature; None: that of the configuration.
             top_p: probability mass to sample from; None: the server's default.
             seed: sampling seed; None: the server's choice.
+            extra: further fields of the request, which the server must know.
 
         Raises:
             LLMError: the call failed permanently, now or according to the journal.
@@ -126,19 +128,24 @@ class LLM:
             ValueError: the server refused the API key or does not know the model.
             OSError: the journal cannot be written.
         """
-        body = self._body(temperature=temperature, top_p=top_p, seed=seed) | {"messages": messages}
+        body = self._body(temperature=temperature, top_p=top_p, seed=seed)
+        body |= {"messages": messages} | (extra or {})
         return await self._shared_call(content_key("chat", body, schema, draw), body, schema)
 
     async def complete(
         self,
-        prompt: str,
+        prompt: str | list[int],
         *,
         draw: int = 0,
         top_p: float | None = None,
         seed: int | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> Reply:
-        """Requests the continuation of a text, which may be empty. Otherwise as `ask`."""
-        body = self._body(top_p=top_p, seed=seed) | {"prompt": prompt}
+        """Requests the continuation of a text or of token ids, which may be empty.
+
+        Otherwise as `ask`.
+        """
+        body = self._body(top_p=top_p, seed=seed) | {"prompt": prompt} | (extra or {})
         return await self._shared_call(content_key("completion", body, draw), body, None)
 
     async def close(self) -> None:

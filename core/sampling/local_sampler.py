@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...kernels.attention import varlen_attention
-from ..training.model import decoder_pass
+from ..training.model import decoder_pass, logit_scale
 from ..training.packing import PackedBatch
 from ..training.pretrained import context_length
+from ..training.self_check import check_decoding, own_outputs
 from .sampler import Completion, Prompt, SamplingParams, check_prompts
 
 
@@ -115,6 +117,28 @@ class LocalSampler:
         return [done[i] for i in range(len(prompts))]
 
 
+def check_sampling(config: PretrainedConfig, path: str) -> None:
+    """Checks that this sampler's log-probs are those of transformers, for a family of models.
+
+    Raises:
+        ValueError: they are not, or the family cannot be decoded.
+    """
+    check_decoding(_decoding_difference, config, path)
+
+
+def _decoding_difference(model: Any, rows: list[list[int]]) -> Tensor:
+    sampler = LocalSampler(model, stop_token_ids=[])
+    prompts = [Prompt(token_ids=row, seed=number) for number, row in enumerate(rows)]
+    completions = sampler.generate(prompts, SamplingParams(temperature=1.0, max_new_tokens=4))
+    model.set_attn_implementation("eager")
+    differences = []
+    for row, completion in zip(rows, completions, strict=True):
+        logprobs = own_outputs(model, [*row, *completion.token_ids])[len(row) - 1 : -1]
+        own = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1)
+        differences.append((own - torch.tensor(completion.logprobs)).abs().max())
+    return torch.stack(differences).max()
+
+
 class _Rows:
     """The responses being decoded, in slots 0..n-1: their tokens so far, keys and values."""
 
@@ -174,7 +198,7 @@ class _Rows:
 
     def _draw(self, hidden: Tensor, slots: slice) -> None:
         drawn = self.drawn[slots]
-        logits = self.model.lm_head(hidden)
+        logits = self.model.lm_head(hidden) * logit_scale(self.model.config)
         tokens, logprobs = draw(logits, self.seeds[slots], drawn, self.params.temperature)
         self.tokens[slots].scatter_(1, drawn[:, None], tokens[:, None])
         self.logprobs[slots].scatter_(1, drawn[:, None], logprobs[:, None])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
+
+from .encoding import encode, protect, split_at_special
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +25,22 @@ DEFAULT_TEMPLATE = (
 )
 """Template for tokenizers without one: Llama-3's, with the tokenizer's own end token."""
 
-END_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
-"""Tokens by which Llama-3 and Qwen end a turn."""
+TEMPLATE_DATE = datetime(2026, 1, 1)
+"""Today, to templates that write the date: the same in every run, so that equal conversations have
+equal token ids on any day."""
+_DATE_CODES = {f"%{code}": TEMPLATE_DATE.strftime(f"%{code}") for code in "aAbBcdfHIjmMpSxXyY"}
+# a macro, since transformers gives its own function this name and passes on plain data alone
+_FIXED_DATE = """\
+{%- macro strftime_now(format) -%}
+{%- set date = namespace(text=format) -%}
+{%- for code, text in date_codes.items() -%}
+{%- set date.text = date.text.replace(code, text) -%}
+{%- endfor -%}
+{{- date.text -}}
+{%- endmacro -%}
+"""
+THOUGHT_KEYS = ("reasoning_content", "thinking")
+"""Keys of a message under which some templates expect the thinking part of an answer."""
 
 
 class ParsedResponse(NamedTuple):
@@ -64,7 +81,7 @@ def render_prompt(
         system: the system message, if there is one.
 
     Raises:
-        ValueError: the chat template refuses the conversation.
+        ValueError: the chat template refuses the conversation, or leaves out a part of it.
     """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
@@ -79,25 +96,51 @@ def render_text(
 ) -> str:
     """Writes a conversation by the tokenizer's chat template, or by DEFAULT_TEMPLATE.
 
+    Special tokens in the messages are replaced by codes: see `encoding.protect`.
+
     Args:
         tokenizer: the model's tokenizer.
         messages: the conversation, each with role and content.
         add_generation_prompt: whether the text ends with the beginning of an assistant's turn.
 
     Raises:
-        ValueError: the chat template refuses the conversation.
+        ValueError: the chat template refuses the conversation, or leaves out a part of it.
     """
-    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
+    messages = [
+        {key: part if key == "role" else protect(tokenizer, part) for key, part in message.items()}
+        for message in messages
+    ]
     try:
         text: Any = tokenizer.apply_chat_template(
             messages,
-            chat_template=template,
+            chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            date_codes=_DATE_CODES,
         )
-    except TemplateError as error:  # such as a template without a system turn
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # such as a template without a system turn; or its own faults, which are of any kind
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the chat template refuses the conversation: {reason}") from None
+    _check_complete(text, messages)
     return text
+
+
+def _check_complete(text: str, messages: list[dict[str, str]]) -> None:
+    """Checks that the rendered text holds every message.
+
+    Templates may drop the thoughts of earlier answers, as they do when the model is used.
+    """
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and number < len(messages) - 1:
+            continue
+        for key, part in message.items():
+            if key != "role" and part.strip() not in text:
+                raise ValueError(
+                    f"the chat template drops or rewrites part of the {message['role']} turn "
+                    f"({key} {part.strip()[:40]!r})"
+                )
 
 
 def render_messages(
@@ -108,7 +151,12 @@ def render_messages(
 ) -> list[int]:
     """Token ids of the text that `render_text` writes."""
     text = render_text(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode(tokenizer, text)
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside a thought, so that the answer begins in it."""
+    return prompt.rstrip().endswith("<think>")
 
 
 def render_example(
@@ -120,19 +168,22 @@ def render_example(
 
     Args:
         tokenizer: the model's tokenizer.
-        messages: the conversation; the last message is the assistant's.
+        messages: the conversation; the last message is the assistant's. It may have its thinking
+            part under one of THOUGHT_KEYS, for templates that read it.
 
     Returns:
-        The ids before the last turn, and those of the last turn. These end with an end token, which
-        is added if the template writes none.
+        The ids before the last turn, and those of the last turn. These end with the special token
+        that the template writes after the content, or with the end-of-sequence token if it writes
+        none.
 
     Raises:
-        ValueError: the last turn is not the assistant's or is blank, or the template renders the
-            earlier turns differently when an answer follows.
+        ValueError: the last turn is not the assistant's or is blank, the template leaves out a part
+            of the conversation, or it renders the earlier turns differently when an answer follows.
     """
     if not messages or messages[-1].get("role") != "assistant":
         raise ValueError("the last turn is not the assistant's")
-    if not messages[-1]["content"].strip():
+    content = messages[-1]["content"]
+    if not content.strip():
         raise ValueError("the assistant's turn is empty")
     prompt = render_text(tokenizer, messages[:-1], add_generation_prompt=True)
     whole = render_text(tokenizer, messages)
@@ -141,19 +192,20 @@ def render_example(
             "the chat template rewrites the prompt when an answer follows: "
             "the prompt is no prefix of the whole"
         )
-    response = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
-    end_ids = _end_ids(tokenizer)
-    ends = [n for n, token in enumerate(response) if token in end_ids]
-    response = response[: ends[-1] + 1] if ends else [*response, tokenizer.eos_token_id]
-    return tokenizer.encode(prompt, add_special_tokens=False), response
+    content = protect(tokenizer, content).strip()
+    # the prompt may hold the content's first characters, such as <think>
+    start = whole.find(content, max(0, len(prompt) - len(content) + 1))
+    if start < 0:
+        raise ValueError("the chat template writes the assistant's turn before its place")
+    end = start + len(content)
+    ending, end_id = split_at_special(tokenizer, whole[end:])
+    if end_id is None:
+        end_id = tokenizer.eos_token_id
+    response = encode(tokenizer, whole[len(prompt) : end] + ending)
+    return encode(tokenizer, prompt), [*response, end_id]
 
 
-def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokenizer's end token and of those END_TOKENS that it knows."""
-    end: Any = tokenizer.eos_token_id
-    end_ids: set[int] = {end}
-    for token in END_TOKENS:
-        number = tokenizer.convert_tokens_to_ids(token)  # an unknown token gets another's id
-        if isinstance(number, int) and tokenizer.convert_ids_to_tokens(number) == token:
-            end_ids.add(number)
-    return end_ids
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token with which a rendered answer ends, and so an answer of a trained model."""
+    question = {"role": "user", "content": "Question"}
+    return render_example(tokenizer, [question, {"role": "assistant", "content": "Answer"}])[1][-1]

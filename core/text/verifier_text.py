@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from .encoding import encode, protect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = (
     "A model answered a medical question. Decide whether its answer agrees with the reference.\n\n"
@@ -57,8 +63,33 @@ def load_template(path: str | None) -> str:
         template = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"verifier template {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"verifier template {path}: is not UTF-8 text") from None
+    template = template.rstrip("\r\n")  # an editor's last newline is not part of the text
     check_template(template)
     return template
+
+
+def verifier_input(
+    tokenizer: PreTrainedTokenizerBase,
+    response: str,
+    reference: str,
+    *,
+    template: str,
+    max_tokens: int,
+) -> tuple[list[int], int]:
+    """Token ids that a verifier reads: `verifier_ids` with its tokenizer.
+
+    Only the template's own special tokens are control tokens; in the response and the reference
+    they are ordinary text.
+    """
+    return verifier_ids(
+        partial(encode, tokenizer),
+        protect(tokenizer, response),
+        protect(tokenizer, reference),
+        template=template,
+        max_tokens=max_tokens,
+    )
 
 
 def verifier_ids(
@@ -71,10 +102,11 @@ def verifier_ids(
 ) -> tuple[list[int], int]:
     """Token ids of the filled-in template.
 
-    A response that is too long is cut in the middle; the reference and the template never are.
+    The text is encoded as a whole if it fits. Otherwise the response is cut in the middle, and the
+    parts are encoded one by one; the reference and the template are never cut.
 
     Args:
-        encode: text -> token ids, without special tokens.
+        encode: text -> token ids.
         response: the response to verify.
         reference: the reference answer.
         template: see check_template.
@@ -87,8 +119,12 @@ def verifier_ids(
         ValueError: template and reference leave no room for the response.
     """
     before, after = template.split("{response}")
+    after = after.replace("{reference}", reference)
+    whole = encode(before + response + after)
+    if len(whole) <= max_tokens:
+        return whole, 0
     head = encode(before)
-    tail = encode(after.replace("{reference}", reference))
+    tail = encode(after)
     body = encode(response)
     room = max_tokens - len(head) - len(tail)
     num_cut = max(0, len(body) - room)

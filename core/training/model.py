@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -64,13 +65,14 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature, [1, heads, tokens, dim] each, over the packed form."""
-    assert attention_mask is None
-    assert sliding_window is None
+    if attention_mask is not None or sliding_window is not None:
+        raise ValueError("its layers give attention a mask or a window of their own")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if kv_cache is not None:
         out = kv_cache.attend(module.layer_idx, q, k, v, scaling)  # type: ignore[arg-type]
     else:
-        assert cu_seqlens is not None
+        if cu_seqlens is None:
+            raise ValueError("its layers do not pass the boundaries of sequences on to attention")
         out = varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale=scaling)
     return out.unsqueeze(0), None
 
@@ -81,9 +83,10 @@ AttentionInterface.register(ATTENTION, _attention)
 class LogprobHead(nn.Module):
     """The language-model head, a module so that ZeRO-3 gathers its weight around both passes."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, *, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = weight  # the embedding's own parameter if they are tied
+        self.scale = scale
 
     def forward(
         self,
@@ -104,7 +107,8 @@ class LogprobHead(nn.Module):
             with_greedy: return too whether each target is the most likely token.
         """
         if targets is None:
-            return F.linear(hidden, self.weight)
+            return F.linear(hidden, self.weight) * self.scale
+        temperature /= self.scale
         weight = self.weight
         if with_entropy:
             both = linear_logprobs(
@@ -123,7 +127,7 @@ class Policy(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         _check_head(hf)
-        hf.lm_head = LogprobHead(hf.lm_head.weight)
+        hf.lm_head = LogprobHead(hf.lm_head.weight, scale=logit_scale(hf.config))
         self.hf = hf
 
     def forward(self, batch: PackedBatch, **options: Any) -> Any:
@@ -218,8 +222,9 @@ def _check_head(hf: PreTrainedModel) -> None:
             f"model type {name}: its head is not a plain lm_head without bias, "
             "which the log-prob kernel needs"
         )
-    for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(hf.config, scaling, None) not in (None, 1.0):
-            raise ValueError(
-                f"model type {name}: {scaling} is not supported by the log-prob kernel"
-            )
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """Factor by which a family multiplies its logits: Granite divides them, Cohere scales them."""
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return (getattr(config, "logit_scale", None) or 1.0) / divisor

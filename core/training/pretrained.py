@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from .checkpoint import explain_full_disk
 from .model import ATTENTION, Classifier, Critic, Policy
+from .self_check import check_config, check_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -67,6 +69,13 @@ def _load_scored(
     dtype: str,
     need_head: bool = False,
 ) -> PreTrainedModel:
+    config = load_config(path)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"model {path}: transformers has no classification model of type {config.model_type}: "
+            "choose another model, or for a critic --advantage rloo, grpo or reinforce++, which "
+            "need none"
+        )
     hf, missing = _load(
         AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels
     )
@@ -91,6 +100,11 @@ def _load(
 
     Any other missing weight is an error: transformers would fill it with random numbers.
     """
+    config = load_config(path)
+    check_config(config, path)
+    for name, value in options.items():
+        setattr(config, name, value)
+    check_family(auto, config, path)
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # hides the warning of a new head
     hf_logging.disable_progress_bar()
@@ -105,7 +119,6 @@ def _load(
         raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
     finally:
         hf_logging.set_verbosity(verbosity)
-    _check_supported(hf.config, path)
     missing = set(info["missing_keys"])
     misshapen = {name for name, *_ in info["mismatched_keys"]}
     if missing - {"score.weight"} or misshapen:
@@ -116,17 +129,6 @@ def _load(
         )
     _silence_dropout(hf)
     return hf.eval(), bool(missing)
-
-
-def _check_supported(config: PretrainedConfig, path: str) -> None:
-    # without a list of layer types (Mistral) the window applies to every layer
-    layers = getattr(config, "layer_types", None)
-    windowed = layers is None or "sliding_attention" in layers
-    if getattr(config, "sliding_window", None) and windowed:
-        raise ValueError(
-            f"model {path}: sliding-window attention is not supported; "
-            "use a model with full attention"
-        )
 
 
 def _silence_dropout(hf: PreTrainedModel) -> None:
@@ -156,17 +158,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: those of the tokenizer and of generation_config.json."""
-    end: Any = tokenizer.eos_token_id
-    stops = {end}
-    try:
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        configured = None
-    if configured is not None:
-        stops.update(configured if isinstance(configured, list) else [configured])
-    return tuple(sorted(stops))
+def has_tokenizer(path: str) -> bool:
+    """Whether a model's folder has a tokenizer; true for a hub id."""
+    folder = Path(path)
+    return not folder.is_dir() or any(folder.glob("token*"))
 
 
 def check_same_vocabulary(first: str, second: str) -> None:
@@ -205,9 +200,9 @@ def check_embedding(
     Raises:
         ValueError: it has fewer.
     """
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > config.get_text_config().vocab_size:
         raise ValueError(
-            f"model {path}: has {config.vocab_size} embeddings, its tokenizer {len(tokenizer)} "
+            f"model {path}: has {config.get_text_config().vocab_size} embeddings, its tokenizer {len(tokenizer)} "
             "tokens"
         )
 
@@ -222,6 +217,8 @@ def save_model(
     hf: PreTrainedModel,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_ids: Sequence[int] = (),
 ) -> None:
     """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
 
@@ -230,7 +227,11 @@ def save_model(
         hf: the model, for its configuration.
         state: gathered weights by name.
         tokenizer: saved beside the weights.
+        stop_token_ids: ids that end a response, for generation_config.json; empty for a model that
+            generates none.
     """
+    if stop_token_ids and hf.generation_config is not None:
+        hf.generation_config.eos_token_id = list(stop_token_ids)
     if getattr(hf.config, "tie_word_embeddings", False) and "lm_head.weight" in state:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     attention = hf.config._attn_implementation

@@ -20,9 +20,10 @@ import pytest
 
 from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.server import servers
-from verippo.core.text.chat import render_messages
+from verippo.core.text.chat import render_text
+from verippo.core.text.encoding import encode
 from verippo.core.training.pretrained import load_tokenizer
-from verippo.eval.answering import build_messages, list_questions_to_ask, prompt_text
+from verippo.eval.answering import build_messages, list_questions_to_ask, server_prompt
 from verippo.eval.config import EvalConfig
 from verippo.eval.evaluate import evaluate
 from verippo.eval.questions import Question, load_questions
@@ -215,7 +216,7 @@ def test_empty_answer_is_no_answer_and_not_retried(ask, llm_server, endpoint):
     assert results["all"]["scorings"]["original"]["value"] == 1.0
 
 
-def test_prompt_text_tokenizes_to_the_training_ids(tokenizer_folder):
+def test_server_prompt_tokenizes_to_the_training_ids(tokenizer_folder):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
@@ -231,13 +232,14 @@ def test_prompt_text_tokenizes_to_the_training_ids(tokenizer_folder):
     config = EvalConfig(data="", output="", model="x", base_url="http://x/v1", prompt="free")
     conversation = build_messages(config, question)
     assert "{options} or 1 < 2?\n\nA. alpha" in conversation[0]["content"]
-    ids = render_messages(tokenizer, conversation, add_generation_prompt=True)
-    assert tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
+    text = render_text(tokenizer, conversation, add_generation_prompt=True)
+    ids = encode(tokenizer, text)
+    assert tokenizer.encode(server_prompt(tokenizer, text)) == ids
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     # the begin token that the tokenizer adds replaces the template's
-    assert tokenizer.encode(prompt_text(tokenizer, conversation)) == ids
+    assert tokenizer.encode(server_prompt(tokenizer, text)) == ids
     assert ids[:2] != [1, 1]
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from verippo.core.text.chat import render_prompt
 from verippo.core.training.pretrained import load_tokenizer
-from verippo.sft.examples import conversation, load_examples
+from verippo.sft.conversations import read_conversation
+from verippo.sft.examples import load_examples
 
 
 def load(path: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
@@ -49,7 +50,7 @@ def test_a_record_becomes_the_published_target_text_and_ends_with_one_end_token(
 
 
 def test_a_record_without_reasoning_keeps_the_format() -> None:
-    turns = conversation({"Question": "q", "Response": "a"}, where="row 0")
+    turns = read_conversation({"Question": "q", "Response": "a"}, where="row 0").turns
     assert turns[-1]["content"] == "## Thinking\n\n\n\n## Final Response\n\na"
 
 
@@ -60,7 +61,7 @@ def test_both_conversation_forms_give_the_same_turns() -> None:
     shared_form = {
         "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     }
-    assert conversation(messages, where="") == conversation(shared_form, where="")
+    assert read_conversation(messages, where="") == read_conversation(shared_form, where="")
 
 
 @pytest.mark.parametrize(
@@ -134,3 +135,34 @@ def test_tokenising_is_cached_by_content_and_in_parallel_gives_the_same(
     assert len(list(own_cache.iterdir())) == 2
     assert changed[:-1] == first[:-1]
     assert changed[-1] != first[-1]
+
+
+def test_rows_of_weight_zero_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = {"role": "user", "content": "q"}
+    rows = [
+        {"messages": [user, {"role": "assistant", "content": "bad", "weight": 0}]},
+        {"messages": [user, {"role": "assistant", "content": "good"}]},
+    ]
+    (example,) = load(tmp_path / "d.json", tokenizer, rows)
+    assert tokenizer.decode(example.response_ids) == "good</s>"
+    assert "left out 1 rows whose answer has weight 0" in capsys.readouterr().out
+
+
+def test_column_that_no_row_has_is_mentioned(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"Question": "q", "Complex_Cot": "misspelt", "Response": "a"}] * 2
+    load(tmp_path / "d.json", tokenizer, rows)
+    assert "has 'Complex_CoT': all answers are trained without reasoning" in capsys.readouterr().out
+    load(tmp_path / "e.json", tokenizer, [*rows, rows[0] | {"Complex_CoT": "t"}])
+    assert "has 'Complex_CoT'" not in capsys.readouterr().out
+
+
+def test_rows_are_cached_whatever_the_day(tmp_path: Path, tokenizer: Any, own_cache: Path) -> None:
+    tokenizer.chat_template = (
+        "{{ strftime_now('%H:%M:%S.%f') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    (example,) = load(tmp_path / "d.json", tokenizer, [{"Question": "q", "Response": "a"}])
+    assert list(example.prompt_ids) == render_prompt(tokenizer, "q")

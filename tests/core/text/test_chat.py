@@ -172,3 +172,81 @@ def test_template_that_rewrites_the_prompt_is_refused(tokenizer_folder):
     )
     with pytest.raises(ValueError, match="rewrites the prompt"):
         render_example(tokenizer, [QUESTION, ANSWER])
+
+
+def with_template(tokenizer_folder, template):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+DROPS_THOUGHTS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[U]{{ m['content'] }}"
+    "{% else %}[A]{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[A]{% endif %}"
+)
+
+
+def test_answer_that_the_template_cuts_is_refused(tokenizer_folder):
+    tokenizer = with_template(tokenizer_folder, DROPS_THOUGHTS)
+    answer = ANSWER | {"content": "<think>\nFever.\n</think>\n\nAspirin"}
+    with pytest.raises(ValueError, match="drops or rewrites part of the assistant turn"):
+        render_example(tokenizer, [QUESTION, answer])
+    assert tokenizer.decode(render_example(tokenizer, [QUESTION, ANSWER])[1]) == "Aspirin</s>"
+
+
+def test_earlier_answers_may_lose_their_thoughts(tokenizer_folder):
+    tokenizer = with_template(tokenizer_folder, DROPS_THOUGHTS)
+    earlier = ANSWER | {"content": "<think>Fever.</think>Paracetamol"}
+    prompt, _ = render_example(tokenizer, [QUESTION, earlier, QUESTION, ANSWER])
+    assert tokenizer.decode(prompt).count("Fever.") == 0
+
+
+def test_system_turn_that_the_template_leaves_out_is_refused(tokenizer_folder):
+    tokenizer = with_template(
+        tokenizer_folder,
+        "{% for m in messages if m['role'] != 'system' %}{{ m.content }}{% endfor %}",
+    )
+    with pytest.raises(ValueError, match=r"part of the system turn \(content 'Be brief.'\)"):
+        render_prompt(tokenizer, "q", system="Be brief.")
+
+
+def test_answer_may_begin_inside_the_generation_prompt(tokenizer_folder):
+    tokenizer = with_template(
+        tokenizer_folder,
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}",
+    )
+    answer = ANSWER | {"content": "<think>\nFever.\n</think>\n\nAspirin"}
+    prompt, response = render_example(tokenizer, [QUESTION, answer])
+    assert tokenizer.decode(prompt).endswith("[assistant]<think>\n")
+    assert tokenizer.decode(response) == "Fever.\n</think>\n\nAspirin</s>"
+
+
+def test_thinking_part_of_a_message_is_rendered_or_refused(tokenizer, tokenizer_folder):
+    answer = ANSWER | {"reasoning_content": "Fever."}
+    with pytest.raises(ValueError, match=r"\(reasoning_content 'Fever.'\)"):
+        render_example(tokenizer, [QUESTION, answer])
+    reads_it = with_template(
+        tokenizer_folder,
+        "{% for m in messages %}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+        "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    )
+    _, response = render_example(reads_it, [QUESTION, answer])
+    assert reads_it.decode(response) == "<think>Fever.</think>Aspirin</s>"
+
+
+def test_template_that_writes_the_date_gives_equal_ids_on_any_day(tokenizer_folder):
+    tokenizer = with_template(
+        tokenizer_folder, "{{ strftime_now('%d %b %Y %H:%M:%S') }} {{ messages[0].content }}"
+    )
+    assert tokenizer.decode(render_prompt(tokenizer, "q")) == "01 Jan 2026 00:00:00 q"
+
+
+@pytest.mark.parametrize(
+    "fault", ["{{ 1 // 0 }}", "{{ messages.x.y }}", "{{ 'a' + 1 }}", "{{ a('b') }}"]
+)
+def test_fault_of_a_template_is_a_value_error(tokenizer_folder, fault):
+    tokenizer = with_template(tokenizer_folder, fault)
+    with pytest.raises(ValueError, match="the chat template refuses the conversation: "):
+        render_prompt(tokenizer, "q")

@@ -14,6 +14,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from verippo.core.text.stop_tokens import stop_token_ids
 from verippo.core.training.packing import empty_batch, pack
 from verippo.core.training.pretrained import (
     check_same_vocabulary,
@@ -24,7 +25,6 @@ from verippo.core.training.pretrained import (
     load_policy,
     load_tokenizer,
     save_model,
-    stop_token_ids,
 )
 
 FAMILIES = [
