@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unicodedata import east_asian_width
+
+from tqdm.utils import disp_len
 
 from ..core.report.html_page import format_number, write_page
 from .results import EvaluationResults, Summary
 
 MAX_SHOWN = 500
-"""Largest number of answers shown on a page; of more, an even selection is shown."""
+"""Maximum number of answers on a page; of more, an evenly spaced selection is shown."""
+percent = partial(format_number, percent=True)
+"""Formats a share as a percentage."""
 SCRIPT = """
 const filters = [...document.querySelectorAll("[data-filter]")];
 const items = [...document.querySelectorAll(".item")];
@@ -33,7 +37,11 @@ show();
 
 
 def print_table(results: EvaluationResults) -> None:
-    """Prints a row for each source, and one for all of them when there are several."""
+    """Prints a row for each source, a row for all sources if there are several, and the failures.
+
+    Args:
+        results: Results of the evaluation.
+    """
     groups = results.sources
     if len(groups) > 1:
         groups = {"all sources": results.all, **groups}
@@ -70,27 +78,21 @@ def _table_row(source: str, group: Summary, scoring: str) -> dict[str, object]:
 
 
 def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
-    """Prints the rows in columns under their keys; the first is aligned left, the others right."""
-    columns: list[Iterable[str]] = []
-    for name in rows[0]:
-        values = (row[name] for row in rows)
-        cells = [name, *(x if isinstance(x, str) else format_number(x) for x in values)]
-        widest = max(map(_width, cells))
-        blanks = [" " * (widest - _width(cell)) for cell in cells]
-        pairs = zip(blanks, cells, strict=True) if columns else zip(cells, blanks, strict=True)
-        columns.append(map("".join, pairs))
-    for line in zip(*columns, strict=True):
-        print("  ".join(line))
+    """Prints a table with the rows' keys as its head.
 
-
-def _width(text: str) -> int:
-    """Columns that the text takes in a terminal; Chinese characters take two."""
-    return len(text) + sum(east_asian_width(character) in "WF" for character in text)
-
-
-def percent(value: object) -> str:
-    """The share as a percentage."""
-    return format_number(value, percent=True)
+    Args:
+        rows: Rows with equal keys; texts are printed as they are, numbers are formatted. The first
+            column is aligned left, the others right.
+    """
+    table = [list(rows[0])]
+    for row in rows:
+        table.append([x if isinstance(x, str) else format_number(x) for x in row.values()])
+    # Chinese characters take two columns of a terminal
+    widths = [max(map(disp_len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padding = [" " * (width - disp_len(x)) for width, x in zip(widths, cells, strict=True)]
+        numbers = [pad + cell for pad, cell in zip(padding[1:], cells[1:], strict=True)]
+        print(cells[0] + padding[0], *numbers, sep="  ")
 
 
 def write_report(output: Path, results: EvaluationResults, texts: Sequence[str]) -> Path:
@@ -100,6 +102,9 @@ def write_report(output: Path, results: EvaluationResults, texts: Sequence[str])
         output: Path of the page.
         results: Results of the evaluation.
         texts: Text of every answer, item by item.
+
+    Returns:
+        `output`.
     """
     answers = [(item, answer) for item in results.items for answer in item.answers]
     wrong = [
@@ -111,13 +116,21 @@ def write_report(output: Path, results: EvaluationResults, texts: Sequence[str])
     return render_page(output, wrong, title=title, results=results, models=[results.config])
 
 
-def render_page(output: Path, wrong: list[dict[str, Any]], **values: Any) -> Path:
+def render_page(
+    output: Path,
+    wrong: list[dict[str, Any]],
+    **values: Any,
+) -> Path:
     """Renders accuracy_report.html.jinja.
 
     Args:
         output: Path of the page.
-        wrong: Template values of each wrong answer, or of each item that two models differ on.
+        wrong: Template values of each wrong answer, or of each item that only one of two models
+            answers correctly.
         **values: Other values of the template.
+
+    Returns:
+        `output`.
     """
     num = min(len(wrong), MAX_SHOWN)
     shown = [wrong[n * len(wrong) // num] for n in range(num)]

@@ -58,7 +58,7 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, which may be empty, or the error that ended the last try."""
+    """An answer, which may be empty, or the error of the call that failed."""
 
     text: str = ""
     finish_reason: str = ""
@@ -79,13 +79,17 @@ def list_questions_to_ask(
 ) -> list[AskedQuestion]:
     """Lists every question in every order of its options and every run.
 
-    Seeds and orders depend on (seed, item, run, permutation) alone, not on the other questions.
+    The seed and the order of the options depend on (seed, item, run, permutation) alone, not on
+    the other questions.
 
     Args:
         questions: Questions in the file's order of options.
         runs: Answers per question and order.
-        permutations: Number of orders besides the file's.
+        permutations: Number of random orders besides the file's.
         seed: Seed of the evaluation.
+
+    Returns:
+        [questions * orders * runs] in this nesting, the runs innermost.
     """
     asked = []
     for question in questions:
@@ -103,7 +107,15 @@ def list_questions_to_ask(
 
 
 def build_messages(config: EvalConfig, question: Question) -> list[dict[str, str]]:
-    """Builds the conversation that asks the question, with its options as shown."""
+    """Builds the conversation that asks the question.
+
+    Args:
+        config: Configuration with the prompt and the system prompt.
+        question: Question with its options in the order to show.
+
+    Returns:
+        The messages, each with role and content.
+    """
     options = "\n".join(f"{letter}. {text}" for letter, text in question.options.items())
     # not str.format, because a question may contain braces
     text = PROMPTS[config.prompt].replace("{options}", options, 1)
@@ -113,15 +125,19 @@ def build_messages(config: EvalConfig, question: Question) -> list[dict[str, str
 
 
 def check_weights(journal: Journal, model: str) -> None:
-    """Checks that the journal's answers come from the model's present weights.
+    """Checks that the weights have not changed since the journal was begun.
+
+    Args:
+        journal: Journal of answers, in which the first call records the state of the weights.
+        model: Folder of the model; anything else has no files to check.
 
     Raises:
-        ValueError: the weights in the folder have changed since.
+        ValueError: a file of weights has another size or modification time than recorded.
     """
     folder = Path(model)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if model else []
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    found = content_key(facts)
+    states = [(file, file.stat()) for file in files]
+    found = content_key([(file.name, state.st_size, state.st_mtime_ns) for file, state in states])
     key = content_key("weights", model)
     recorded = journal.get(key)
     if recorded is None:
@@ -144,14 +160,14 @@ def ask(
     Args:
         config: The evaluation's configuration.
         asked: Questions to ask.
-        journal: Journal of answers; a question that it answers is not asked again.
+        journal: Journal of answers; a question whose answer it holds is not asked again.
         on_answer: Called with each answer as it arrives.
 
     Returns:
         One answer for each question, in order.
 
     Raises:
-        ValueError: the server answers none of the first calls, or the budget is spent.
+        ValueError: the server answered none of the first calls, or the budget is spent.
     """
     if config.engine == "local":
         return _ask_local(config, asked, journal, on_answer)
@@ -161,11 +177,11 @@ def ask(
 
 @contextmanager
 def _server(config: EvalConfig) -> Iterator[LLMConfig]:
-    """Client configuration of the given server, or of one that runs for the time of the context."""
+    """Yields the client's configuration; engine serve runs a server until the context ends."""
     if config.engine == "openai":
         yield config.client
         return
-    # a batch system ends a job with SIGTERM: the server must stop then, too
+    # batch systems end a job with SIGTERM; exiting normally stops the server too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = replace(config.server, model=config.model)
     names = ("api_key_env", "api_key_file")
@@ -195,8 +211,12 @@ async def _ask_server(
 
     async def answer_one(item: AskedQuestion) -> Answer:
         messages = build_messages(config, item.question)
-        draw: dict[str, Any] = {"draw": item.run, "seed": item.seed, "top_p": config.nucleus}
-        draw["extra"] = extra
+        draw: dict[str, Any] = {
+            "draw": item.run,
+            "seed": item.seed,
+            "top_p": config.nucleus,
+            "extra": extra,
+        }
         try:
             if completes:
                 text = render_text(tokenizer, messages, add_generation_prompt=True)
@@ -214,7 +234,7 @@ async def _ask_server(
         finished.append(answer)
         if len(finished) == num_first and all(each.error for each in finished):
             raise ValueError(
-                f"none of the first {num_first} calls got an answer; the last: {answer.error}"
+                f"none of the first {num_first} calls got an answer; last error: {answer.error}"
             )
         on_answer(item, answer)
         return answer
@@ -225,16 +245,21 @@ async def _ask_server(
         await llm.close()
     usage = llm.usage
     print(
-        f"asked {usage.calls} calls, {usage.cached_calls} more were in the journal; "
+        f"made {usage.calls} calls, {usage.cached_calls} more were in the journal; "
         f"{usage.usd:.4f} USD in this run"
     )
     return answers
 
 
 def server_fields(model: str, tokenizer: Any) -> dict[str, Any]:
-    """Fields of a request without which a server would end or decode the model's answers wrongly.
+    """Lists the request fields that a server needs to end and decode the model's answers correctly.
 
-    Empty for most models; sglang and vLLM know the fields.
+    Args:
+        model: Folder or hub id of the model.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        Fields that sglang and vLLM know; empty for most models.
     """
     fields: dict[str, Any] = {}
     if own := {*stop_token_ids(model, tokenizer)} - server_stop_ids(model, tokenizer):
@@ -245,10 +270,15 @@ def server_fields(model: str, tokenizer: Any) -> dict[str, Any]:
 
 
 def server_prompt(tokenizer: Any, text: str) -> str | list[int]:
-    """A rendered prompt in a form that a server reads as the token ids used in training.
+    """Converts a rendered prompt to a form that a server reads as the token ids used in training.
 
-    That is the text, without its begin token where the tokenizer itself adds one to every text; or
-    the ids themselves if the question holds strings of special tokens.
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt, from `render_text`.
+
+    Returns:
+        The text, without its begin token if the tokenizer adds one to every text; or the ids
+        themselves if the question contains strings of special tokens.
     """
     if is_protected(text):
         return encode(tokenizer, text)
@@ -257,9 +287,13 @@ def server_prompt(tokenizer: Any, text: str) -> str | list[int]:
 
 
 def with_open_thought(prompt: str, output: str) -> str:
-    """The output, after the `<think>` of its prompt if the prompt ends with one.
+    """Prepends `<think>` to the output if the prompt ends with one.
 
-    Without it, a thought that was cut off could not be told from an answer.
+    Without it, truncated reasoning could not be told from an answer.
+
+    Args:
+        prompt: The rendered prompt.
+        output: The model's output.
     """
     return f"<think>\n{output}" if opens_thought(prompt) else output
 
@@ -284,37 +318,33 @@ def _ask_local(
     params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     room = (pretrained.context_length(network.config) or sys.maxsize) - config.max_new_tokens
     settings = (config.temperature, config.max_new_tokens)
+    prompts = []
+    for item in asked:
+        messages = build_messages(config, item.question)
+        text = render_text(tokenizer, messages, add_generation_prompt=True)
+        ids = encode(tokenizer, text)
+        key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
+        prompts.append((key, text, ids))
     answers: list[Answer] = []
     chunk_size = 4 * config.max_batch  # answers that are lost when the process is killed
     for start in range(0, len(asked), chunk_size):
-        chunk = asked[start : start + chunk_size]
-        found: dict[str, Answer] = {}
-        waiting: dict[str, Prompt] = {}
-        prompts: dict[str, str] = {}
-        keys = []
-        for item in chunk:
-            messages = build_messages(config, item.question)
-            text = render_text(tokenizer, messages, add_generation_prompt=True)
-            ids = encode(tokenizer, text)
-            key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
-            keys.append(key)
-            if len(ids) > room:
-                found[key] = Answer(
-                    error=f"{len(ids)} tokens of prompt leave no room for "
-                    f"max_new_tokens={config.max_new_tokens}"
-                )
-            elif recorded := journal.get(key):
-                found[key] = Answer(**recorded)
-            else:
-                waiting[key] = Prompt(token_ids=ids, seed=item.seed)
-                prompts[key] = text
-        completions = sampler.generate(list(waiting.values()), params)
-        for key, completion in zip(waiting, completions, strict=True):
+        chunk = slice(start, start + chunk_size)
+        waiting = {
+            key: (text, Prompt(token_ids=ids, seed=item.seed))
+            for item, (key, text, ids) in zip(asked[chunk], prompts[chunk], strict=True)
+            if len(ids) <= room and not journal.get(key)
+        }
+        completions = sampler.generate([prompt for _, prompt in waiting.values()], params)
+        for (key, (text, _)), completion in zip(waiting.items(), completions, strict=True):
             ids = list(completion.token_ids)
-            text = with_open_thought(prompts[key], decode(tokenizer, ids))
-            found[key] = Answer(text, completion.finish_reason, len(ids))
-            asyncio.run(journal.record(key, vars(found[key])))
-        for item, key in zip(chunk, keys, strict=True):
-            on_answer(item, found[key])
-            answers.append(found[key])
+            output = with_open_thought(text, decode(tokenizer, ids))
+            answer = Answer(output, completion.finish_reason, len(ids))
+            asyncio.run(journal.record(key, vars(answer)))
+        for item, (key, _, ids) in zip(asked[chunk], prompts[chunk], strict=True):
+            recorded = journal.get(key) or {
+                "error": f"{len(ids)} tokens of prompt leave no room for "
+                f"max_new_tokens={config.max_new_tokens}"
+            }
+            answers.append(Answer(**recorded))
+            on_answer(item, answers[-1])
     return answers

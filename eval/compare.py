@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from .accuracy_report import percent, print_rows, render_page
 from .config import CompareConfig, Scoring
-from .results import AnswerRow, ItemRow
+from .results import AnswerRow, ItemRow, group_by
 from .significance import Estimate, McNemar, accuracy_interval, bootstrap_difference, mcnemar
 
 Pair = tuple[ItemRow, ItemRow]
@@ -28,7 +29,7 @@ class Difference(McNemar):
     accuracies: list[Estimate]
     """Accuracy of each evaluation, over all runs."""
     difference: Estimate
-    """Accuracy of the second less that of the first."""
+    """Accuracy of the second minus that of the first."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
 
     Args:
         config: The comparison's configuration.
-        resolved: The same as plain values.
+        resolved: The configuration as plain values, written to compare.json.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: an evaluation cannot be read, or they share no item.
+        ValueError: an evaluation cannot be read, or the two share no item.
     """
     first_settings, first = load_results(config.first)
     second_settings, second = load_results(config.second)
@@ -64,9 +65,7 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
         raise ValueError(
             f"{config.first} and {config.second} share no item: evaluate both on the same --data"
         )
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair[0].source, []).append(pair)
+    groups = group_by(pairs, lambda pair: pair[0].source)
     if len(groups) > 1:
         groups = {"all sources": pairs, **groups}
     comparison = Comparison(
@@ -85,12 +84,10 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
     folder = prepare_output(config.output, resume="auto")
     record = {**resolved, **vars(comparison)}
     text = json.dumps(record, ensure_ascii=False, indent=1, default=vars)
-    (folder / "compare.json").write_text(text, encoding="utf-8")
-    page = folder / "compare.html"
-    differing = _differing(pairs, config.scoring)
-    render_page(
-        page,
-        differing,
+    replace_file(folder / "compare.json", text)
+    page = render_page(
+        folder / "compare.html",
+        _differing(pairs, config.scoring),
         title="Two evaluations",
         models=[first_settings, second_settings],
         comparison=record,
@@ -105,6 +102,9 @@ def load_results(path: str) -> tuple[dict[str, Any], list[ItemRow]]:
 
     Args:
         path: Output folder of the evaluation, or its results.json.
+
+    Returns:
+        Setting -> value, and the scored items.
 
     Raises:
         ValueError: the file is missing or is not the results of an evaluation.
@@ -128,14 +128,12 @@ def load_results(path: str) -> tuple[dict[str, Any], list[ItemRow]]:
 
 
 def shared_items(first: list[ItemRow], second: list[ItemRow]) -> list[Pair]:
-    """Pairs the items of equal source, question, options and answer."""
+    """Pairs the items of equal source, question, options and answer, in the first's order."""
 
-    def content(item: ItemRow) -> str:  # not the id, which may be the position in the file
+    def content(item: ItemRow) -> str:  # without the id, which may be the position in the file
         return json.dumps([item.source, item.question, item.options, item.gold])
 
-    others: dict[str, list[ItemRow]] = {}
-    for item in second:
-        others.setdefault(content(item), []).append(item)
+    others = group_by(second, content)
     return [(item, others[content(item)].pop(0)) for item in first if others.get(content(item))]
 
 
@@ -144,11 +142,12 @@ def differences(pairs: list[Pair], scoring: Scoring, seed: int) -> Difference:
 
     Args:
         pairs: The items, as each evaluation asked them.
-        scoring: Scoring by which answers are right.
+        scoring: Scoring that decides which answers are right.
         seed: Seed of the bootstrap.
     """
-    first, second = ([item.right(scoring) for item in side] for side in zip(*pairs, strict=True))
-    votes = [[item.majority_right(scoring) for item in side] for side in zip(*pairs, strict=True)]
+    sides = list(zip(*pairs, strict=True))
+    first, second = ([item.right(scoring) for item in side] for side in sides)
+    votes = [[item.majority_right(scoring) for item in side] for side in sides]
     return Difference(
         **vars(mcnemar(*votes)),
         num=len(pairs),
@@ -170,11 +169,16 @@ def _differing(pairs: list[Pair], scoring: Scoring) -> list[dict[str, Any]]:
 
 
 def print_comparison(config: CompareConfig, comparison: Comparison) -> None:
-    """Prints for each source both accuracies, the difference in percentage points, and the test."""
+    """Prints both accuracies, their difference in percentage points and the test of each source.
+
+    Args:
+        config: The comparison's configuration.
+        comparison: Its results.
+    """
     for path, num in zip((config.first, config.second), comparison.left_out, strict=True):
         if num:
             print(
-                f"left out: {num} items of {path} that the other has not "
+                f"left out: {num} items of {path} that the other does not have "
                 f"({comparison.shared} are shared)"
             )
     rows = []

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..core.llm.client import LLMConfig
+from ..core.bounds import Bounds, CountingInt, NonNegativeFloat, NonNegativeInt, check_bounds
+from ..core.llm.config import LLMConfig
 from ..core.sampling.server_command import ServerConfig
 from ..core.training.engine import Dtype
 
-PromptKind = Literal["free", "strict", "thinking"]
+NucleusFloat = Annotated[
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        low_excluded=True,
+        rule="must lie in (0, 1]",
+    ),
+]
 Scoring = Literal["strict_cascade", "original"]
-
-_LEAST = {"runs": 1, "permutations": 0, "max_new_tokens": 1, "max_batch": 1, "limit": 1}
-"""Smallest value of each whole number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,30 +47,30 @@ class EvalConfig:
     endpoint: Literal["completions", "chat"] = "completions"
     """Server endpoint. completions: the chat template of `model` is applied here; chat: the server
     applies its own."""
-    prompt: PromptKind = "strict"
+    prompt: Literal["free", "strict", "thinking"] = "strict"
     """Instructions in the prompt. free: only the question; strict: also asks for "The answer is
     A."; thinking: also asks for `## Thinking` and `## Final Response`."""
     system_prompt: str | None = None
     """System message before every question."""
-    runs: int = 1
+    runs: CountingInt = 1
     """Number of answers drawn for every item."""
-    permutations: int = 0
-    """Number of random orders of the options in which every item is asked besides the file's,
-    which reveals a preference for some positions."""
-    temperature: float = 0.5
+    permutations: NonNegativeInt = 0
+    """Number of random orders of the options in which every item is asked, besides the file's
+    order. They show whether the model prefers some positions."""
+    temperature: NonNegativeFloat = 0.5
     """Sampling temperature; 0 always takes the most likely token."""
-    top_p: float | None = None
+    top_p: NucleusFloat | None = None
     """Probability mass of nucleus sampling. Default: 0.9 with a server; 1, the only possible value,
     with the local engine."""
-    max_new_tokens: int = 2000
+    max_new_tokens: CountingInt = 2000
     """Maximum number of tokens in an answer; a longer answer is cut and counted as truncated."""
 
     scoring: Scoring = "strict_cascade"
-    """Scoring of the headline accuracy; the other is reported beside it. original: as published
-    numbers were scored."""
+    """Scoring of the headline accuracy; the other is reported beside it. original: as the
+    published numbers were scored."""
     skip_bad: bool = False
     """Leave out malformed items, and list and count them, instead of refusing the file."""
-    limit: int | None = None
+    limit: CountingInt | None = None
     """Maximum number of items taken from each source."""
     seed: int = 0
     """Seed of every draw, combined with (item, run, permutation)."""
@@ -73,11 +78,11 @@ class EvalConfig:
     """auto: reuse the answers in the journal of `output`; never: refuse a folder that has a
     journal."""
     retry_failed: bool = False
-    """Ask again the items that failed for good in an earlier run."""
+    """Ask again about the items that failed for good in an earlier run."""
 
     dtype: Dtype = "bf16"
     """Data type of the weights (local engine)."""
-    max_batch: int = 64
+    max_batch: CountingInt = 64
     """Number of answers generated at once (local engine)."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """Options of the server that the serve engine starts; its model is `model`."""
@@ -86,14 +91,7 @@ class EvalConfig:
     and max_new_tokens are options of their own."""
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}: must be 0 or more")
-        if not 0 < self.nucleus <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+        check_bounds(self)
         if self.temperature == 0 and self.runs > 1:
             raise ValueError(
                 f"runs={self.runs} at temperature=0 gives {self.runs} equal answers: "
@@ -101,7 +99,7 @@ class EvalConfig:
             )
         for name in ("base_url", "temperature", "max_new_tokens"):
             value = getattr(self.llm, name)
-            if value != getattr(LLMConfig(), name):
+            if value != getattr(LLMConfig, name):
                 raise ValueError(f"llm.{name}={value}: use --{name} instead")
         if self.server.model:
             raise ValueError(f"server.model={self.server.model}: use --model instead")
@@ -131,14 +129,14 @@ class EvalConfig:
 
     @property
     def nucleus(self) -> float:
-        """The effective value of `top_p`."""
+        """Effective value of `top_p`."""
         if self.top_p is not None:
             return self.top_p
         return 1.0 if self.engine == "local" else 0.9
 
     @property
     def client(self) -> LLMConfig:
-        """Options of the client, completed by those set outside `llm`."""
+        """The client's configuration: `llm` with the options that are set outside it."""
         return replace(
             self.llm,
             base_url=self.base_url,
@@ -155,11 +153,11 @@ class CompareConfig:
     first: str
     """Output folder of an evaluation, or its results.json."""
     second: str
-    """Output folder or results.json of the other evaluation; differences are second less first."""
+    """Output folder or results.json of the other evaluation; differences are second minus first."""
     output: str = "comparison"
     """Folder for compare.json and compare.html."""
     scoring: Scoring = "strict_cascade"
-    """Scoring by which answers are right. Either counts an empty answer as wrong here, so that
-    every item can be compared."""
+    """Scoring that decides which answers are right. Both count an empty answer as wrong here, so
+    that every item can be compared."""
     seed: int = 0
     """Seed of the bootstrap."""

@@ -13,6 +13,7 @@ import yaml
 from tqdm import tqdm
 
 from ..core.llm.journal import Journal
+from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from .accuracy_report import print_table, write_report
 from .answering import Answer, AskedQuestion, OnAnswer, ask, check_weights, list_questions_to_ask
@@ -23,11 +24,11 @@ from .score import extract_choice
 
 
 def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
-    """Runs or resumes the evaluation.
+    """Runs or resumes an evaluation, prints a table, and writes the results and the report.
 
     Args:
         config: The evaluation's configuration.
-        resolved: The same as plain values, written to config.yaml.
+        resolved: The configuration as plain values, written to config.yaml.
 
     Returns:
         The output folder.
@@ -38,8 +39,8 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
     folder = prepare_output(config.output, resume="auto")
     if config.resume == "never" and (folder / "journal.jsonl").exists():
         raise ValueError(
-            f"output {folder}: holds an evaluation already: choose another, "
-            "or use --resume auto to continue it"
+            f"output {folder}: holds an evaluation already: choose another folder, "
+            "or resume it with --resume auto"
         )
     questions, malformed = _load(config)
     asked = list_questions_to_ask(
@@ -58,17 +59,17 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
     ):
         check_weights(journal, config.model)
         settings = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-        _write(folder / "config.yaml", settings)
+        replace_file(folder / "config.yaml", settings)
         answers = ask(config, asked, journal, _progress(bar))
     items = item_rows(questions, asked, answers, config.scoring)
     seconds = round(time.monotonic() - started, 1)
     results = summarise_evaluation(config, items, malformed, seconds=seconds)
     write_answers(folder / "answers.jsonl", asked, answers)
     text = json.dumps(results, ensure_ascii=False, allow_nan=False, default=vars)
-    _write(folder / "results.json", text)
-    write_report(folder / "report.html", results, [answer.text for answer in answers])
+    replace_file(folder / "results.json", text)
+    page = write_report(folder / "report.html", results, [answer.text for answer in answers])
     print_table(results)
-    print(f"report: {folder / 'report.html'}")
+    print(f"report: {page}")
     return folder
 
 
@@ -80,19 +81,19 @@ def _load(config: EvalConfig) -> tuple[list[Question], list[str]]:
         total = len(malformed) + len(questions)
         raise ValueError(
             f"{config.data}: {len(malformed)} malformed of {total} items: "
-            "correct them, or use --skip_bad true"
+            "correct them, or leave them out with --skip_bad true"
         )
     return questions, malformed
 
 
 def _progress(bar: tqdm[Any]) -> OnAnswer:
-    """Function that advances the bar, shows the accuracy so far, and prints failed answers."""
+    """Returns a callback that shows the accuracy so far and prints failed answers."""
     num_right = 0
 
     def update(asked: AskedQuestion, answer: Answer) -> None:
         nonlocal num_right
         if not bar.n:
-            bar.unpause()  # the time to load a model or start a server is not part of the pace
+            bar.unpause()  # leaves the time to load a model or start a server out of the estimate
         question = asked.question
         num_right += extract_choice(answer.text, question.options) == question.gold
         if answer.error:
@@ -104,8 +105,18 @@ def _progress(bar: tqdm[Any]) -> OnAnswer:
     return update
 
 
-def write_answers(path: Path, asked: Sequence[AskedQuestion], answers: Sequence[Answer]) -> None:
-    """Writes one JSON line for each answer, with its whole text."""
+def write_answers(
+    path: Path,
+    asked: Sequence[AskedQuestion],
+    answers: Sequence[Answer],
+) -> None:
+    """Writes one JSON line for each answer, with its whole text.
+
+    Args:
+        path: Path of the JSONL file.
+        asked: The questions as asked.
+        answers: The answer to each question.
+    """
     lines = []
     for item, answer in zip(asked, answers, strict=True):
         record = {
@@ -117,11 +128,4 @@ def write_answers(path: Path, asked: Sequence[AskedQuestion], answers: Sequence[
             **vars(answer),
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    _write(path, "".join(lines))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces the file in one step, so that it is never incomplete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    replace_file(path, "".join(lines))

@@ -34,17 +34,22 @@ class Question:
     file: str
 
 
-def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Question], list[str]]:
+def load_questions(
+    sources: str,
+    *,
+    limit: int | None = None,
+) -> tuple[list[Question], list[str]]:
     """Reads the questions of one or several files.
 
     A .json file holds {"source": [items]}, or a list whose source is the file's name; JSONL,
-    Parquet, folders of `datasets` and hub ids are read as lists. An item has `question`, `options`
-    (letter -> text), `answer_idx`, and optionally `answer` (text) and `id`. An item whose `answer`
-    is the text of another option is malformed; an `answer` that is no option gives a warning.
+    Parquet, folders saved by `datasets` and hub ids are read as lists. An item has `question`,
+    `options` (letter -> text), `answer_idx`, and optionally `answer` (text) and `id`. An item whose
+    `answer` names another option than `answer_idx` is malformed; an `answer` that names no option
+    gives a warning.
 
     Args:
         sources: Comma-separated files.
-        limit: Number of items taken from each source of each file; None takes all.
+        limit: Maximum number of items taken from each source of each file; None takes all.
 
     Returns:
         The questions in the order of the files, and one line for each malformed item.
@@ -52,51 +57,44 @@ def load_questions(sources: str, *, limit: int | None = None) -> tuple[list[Ques
     Raises:
         ValueError: a file cannot be read, or there are no questions.
     """
-    questions: list[Question] = []
+    questions: dict[tuple[str, str], Question] = {}
     malformed: list[str] = []
     unmatched: list[str] = []
-    seen: set[tuple[str, str]] = set()
     for file, source, index, number, item in _items(sources, limit):
         where = f"{file}: {source} item {index}"
-        problem = _problem(item)
-        given = None if problem else item.get("id")
-        own = f"{source}-{number}" if given is None else str(given)
-        if not problem and (source, own) in seen:
-            problem = f"id {own!r} is used twice"
-        if problem:
+        if problem := _problem(item):
             malformed.append(f"{where}: {problem}")
             continue
-        seen.add((source, own))
-        letter = item["answer_idx"]
-        if _plain(item.get("answer") or "") not in ("", *_names(item["options"], letter)):
-            unmatched.append(where)
-        questions.append(
-            Question(
-                id=own,
-                source=source,
-                question=item["question"],
-                options=item["options"],
-                gold=letter,
-                index=index,
-                file=file,
-            )
+        own = item.get("id")
+        question = Question(
+            id=f"{source}-{number}" if own is None else str(own),
+            source=source,
+            question=item["question"],
+            options=item["options"],
+            gold=item["answer_idx"],
+            index=index,
+            file=file,
         )
+        if questions.setdefault((source, question.id), question) is not question:
+            malformed.append(f"{where}: id {question.id!r} is used twice")
+        elif (item.get("answer") or "").strip() and not _named(item):
+            unmatched.append(where)
     if not questions:
         reason = f"; malformed: {malformed[0]}" if malformed else ""
         raise ValueError(f"data {sources!r} holds no questions{reason}")
     if unmatched:
         warnings.warn(
             f"{unmatched[0]}: its answer is none of its options ({len(unmatched)} such items): "
-            "answer_idx counts",
+            "answer_idx is used",
             stacklevel=2,
         )
-    return questions, malformed
+    return list(questions.values()), malformed
 
 
 def _items(sources: str, limit: int | None) -> Iterator[tuple[str, str, int, int, Any]]:
     """Yields (file, source, position in the file's list, number in the source, item)."""
     num_before: Counter[str] = Counter()
-    for file in (part.strip() for part in sources.split(",")):
+    for file in map(str.strip, sources.split(",")):
         for source, items in _read(file).items():
             for index, item in enumerate(items[:limit]):
                 yield file, source, index, num_before[source] + index, item
@@ -122,10 +120,10 @@ def _problem(item: Any) -> str | None:
     """Describes what makes the item malformed; None for a good one."""
     if not isinstance(item, dict):
         return f"is {type(item).__name__}, expected an object"
-    question: Any = item.get("question")
     options = item.get("options")
     letter = item.get("answer_idx")
-    if not _is_text(question):
+    answer = item.get("answer")
+    if not _is_text(item.get("question")):
         return "its question is missing or empty"
     if not isinstance(options, dict) or not options:
         return "has no options: give an object, letter -> text"
@@ -137,23 +135,23 @@ def _problem(item: Any) -> str | None:
         if not _is_text(text):
             return f"option {key} is {text!r}, expected text"
     try:
-        "".join((question, *options.values())).encode()
+        "".join((item["question"], *options.values())).encode()
     except UnicodeEncodeError:
         return "contains an unpaired surrogate, which no tokenizer accepts"
     if not isinstance(letter, str) or letter not in options:
         return f"answer_idx {letter!r} is not among the options {', '.join(options)}"
-    return _answer_problem(item.get("answer"), options, letter)
-
-
-def _answer_problem(answer: Any, options: dict[str, str], letter: str) -> str | None:
-    if answer is None:
-        return None
-    if not isinstance(answer, str):
+    if not isinstance(answer, str | None):
         return f"answer is {type(answer).__name__}, expected text"
-    named = [key for key in options if _plain(answer) in _names(options, key)]
-    if named and letter not in named:
-        return f"answer_idx {letter} and answer {answer[:60]!r} name different options"
+    if (named := _named(item)) and letter not in named:
+        return f"answer_idx {letter} and answer {str(answer)[:60]!r} name different options"
     return None
+
+
+def _named(item: dict[str, Any]) -> list[str]:
+    """Letters of the options that the item's `answer` gives, as text or as a letter."""
+    answer = _plain(item.get("answer") or "")
+    options = item["options"].items()
+    return [letter for letter, text in options if answer in (_plain(text), letter.casefold())]
 
 
 def _is_text(value: Any) -> bool:
@@ -162,11 +160,6 @@ def _is_text(value: Any) -> bool:
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-def _names(options: dict[str, str], letter: str) -> tuple[str, str]:
-    """What an answer may call the option: its text or its letter."""
-    return _plain(options[letter]), letter.casefold()
 
 
 def permute_options(question: Question, seed: int) -> tuple[Question, dict[str, str]]:
@@ -181,7 +174,7 @@ def permute_options(question: Question, seed: int) -> tuple[Question, dict[str, 
     """
     letters = list(question.options)
     drawn = random.Random(f"{seed}/{question.source}/{question.id}").sample(letters, len(letters))
-    options = {shown: question.options[own] for shown, own in zip(letters, drawn, strict=True)}
+    own_letters = dict(zip(letters, drawn, strict=True))
+    options = {shown: question.options[own] for shown, own in own_letters.items()}
     gold = letters[drawn.index(question.gold)]
-    shown = replace(question, options=options, gold=gold)
-    return shown, dict(zip(letters, drawn, strict=True))
+    return replace(question, options=options, gold=gold), own_letters

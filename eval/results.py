@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from ..core.report.statistics import wilson_interval
 from ..core.text.chat import parse_response
@@ -25,6 +26,7 @@ from .significance import (
     position_bias,
 )
 
+Row = TypeVar("Row")
 REPORTED_SETTINGS = [
     "model",
     "engine",
@@ -48,19 +50,19 @@ OUTCOMES = ("right", "wrong", "no answer", "failed")
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRow:
-    """One scored answer. Letters are those of the file, whatever the order of the options shown."""
+    """One scored answer. All letters but `shown` are those of the file's order of options."""
 
     run: int
     permutation: int
     """Number of the order of the options; 0 is the order of the file."""
     letter: str | None
-    """Letter by the leading scoring."""
+    """Letter by the leading scoring, which the configuration chooses."""
     rule: str
     """Rule of the strict cascade that decided."""
     conflicting: bool
     """Whether the answer claims different options."""
     shown: str | None
-    """Letter by the strict cascade, as the options were shown."""
+    """Letter by the strict cascade, in the order of options that the model saw."""
     original: Sequence[str | None] | None
     """First and last option named; None for an empty answer."""
     num_tokens: int
@@ -105,12 +107,12 @@ class Accuracy(Estimate):
     """Accuracy by one scoring."""
 
     num: float
-    """Number of items that count; a fraction when only some runs of an item do."""
+    """Number of items that count; a fraction if only some runs of an item count."""
 
 
 @dataclass(frozen=True)
 class Position(PositionBias):
-    """Letters chosen as shown, over all orders of the options, and whether they differ by order."""
+    """How the choices depend on the order of the options."""
 
     orders: int
     """Number of orders of the options."""
@@ -122,7 +124,7 @@ class Position(PositionBias):
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Results over a set of items, in the file's order of options (except `position`)."""
+    """Results over a set of items. All but `position` use only the file's order of options."""
 
     num: int
     runs: int
@@ -185,25 +187,23 @@ def item_rows(
         answers: The answer to each of `asked`.
         scoring: The leading scoring, which decides `letter`, `right` and `outcome`.
     """
-    readings = [
-        extract_original(answer.text, item.question.options)
+    cases = [
+        (item, answer, extract_original(answer.text, item.question.options))
         for item, answer in zip(asked, answers, strict=True)
     ]
     num_right: Counter[tuple[str, int]] = Counter()
-    for item, pair in zip(asked, readings, strict=True):
-        for rule, letter in enumerate(pair or ()):
+    for item, _, readings in cases:
+        for rule, letter in enumerate(readings or ()):
             num_right[item.question.source, rule] += letter == item.question.gold
     scored = []
-    for item, answer, pair in zip(asked, answers, readings, strict=True):
+    for item, answer, readings in cases:
         # the original keeps the reading that is right more often in the source
         source = item.question.source
         rule = int(num_right[source, 1] > num_right[source, 0])
-        scored.append(_score_answer(item, answer, pair, rule, scoring))
+        scored.append(_score_answer(item, answer, readings, rule, scoring))
+    rows = iter(scored)
     each = len(asked) // len(questions)
-    return [
-        ItemRow(**vars(question), answers=scored[n * each : (n + 1) * each])
-        for n, question in enumerate(questions)
-    ]
+    return [ItemRow(**vars(question), answers=list(islice(rows, each))) for question in questions]
 
 
 def _score_answer(
@@ -247,11 +247,19 @@ def _score_answer(
     )
 
 
-def by_source(items: Sequence[ItemRow]) -> dict[str, list[ItemRow]]:
-    """Groups the items by source, in the order of the sources' first items."""
-    groups: dict[str, list[ItemRow]] = {}
-    for item in items:
-        groups.setdefault(item.source, []).append(item)
+def group_by(
+    rows: Iterable[Row],
+    key: Callable[[Row], str],
+) -> dict[str, list[Row]]:
+    """Groups the rows by their keys, in the order in which the keys first occur.
+
+    Args:
+        rows: Rows to group; each group keeps their order.
+        key: Function that gives the key of a row.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
     return groups
 
 
@@ -262,7 +270,14 @@ def summarise_evaluation(
     *,
     seconds: float,
 ) -> EvaluationResults:
-    """Summarises the items for each source and over all of them."""
+    """Summarises the items for each source and over all of them.
+
+    Args:
+        config: The evaluation's configuration.
+        items: The scored items.
+        malformed: One line for each malformed item.
+        seconds: Duration of the run.
+    """
     settings = {name: getattr(config, name) for name in REPORTED_SETTINGS}
     settings |= {"model": config.client.model, "top_p": config.nucleus}
     failures = [
@@ -279,7 +294,7 @@ def summarise_evaluation(
         for answer in item.answers
         if answer.error
     ]
-    groups = by_source(items)
+    groups = group_by(items, lambda item: item.source)
     return EvaluationResults(
         config=settings,
         sources={source: summarise(group, config.scoring) for source, group in groups.items()},
@@ -292,7 +307,12 @@ def summarise_evaluation(
 
 
 def summarise(items: Sequence[ItemRow], scoring: Scoring) -> Summary:
-    """Summarises the answers to these items."""
+    """Summarises the answers to a set of items.
+
+    Args:
+        items: The scored items, all with the same number of runs.
+        scoring: The leading scoring.
+    """
     right = [item.right(scoring) for item in items]
     runs = len(right[0])
     answers = [answer for item in items for answer in item.answers[:runs]]
@@ -301,10 +321,7 @@ def summarise(items: Sequence[ItemRow], scoring: Scoring) -> Summary:
         "strict_cascade": Accuracy(**vars(strict), num=len(items)),
         "original": _original_accuracy(items, runs),
     }
-    outcomes = Counter(answer.outcome for answer in answers)
     received = [answer for answer in answers if not answer.error]
-    num_tokens = [answer.num_tokens for answer in received]
-    truncated = [answer.truncated for answer in received]
     return Summary(
         num=len(items),
         runs=runs,
@@ -312,20 +329,24 @@ def summarise(items: Sequence[ItemRow], scoring: Scoring) -> Summary:
         scorings=scorings,
         pass_at_k={str(k): pass_at_k(right, k) for k in range(1, runs + 1)},
         majority=accuracy_interval([[item.majority_right(scoring)] for item in items]),
-        outcomes={outcome: outcomes[outcome] for outcome in OUTCOMES},
+        outcomes={name: sum(answer.outcome == name for answer in answers) for name in OUTCOMES},
         rules=dict(Counter(answer.rule for answer in answers).most_common()),
         conflicting=sum(answer.conflicting for answer in answers),
         format_rate=sum(answer.in_format for answer in answers) / len(answers),
-        length=length_statistics(num_tokens, truncated) if received else None,
+        length=length_statistics(
+            [answer.num_tokens for answer in received], [answer.truncated for answer in received]
+        )
+        if received
+        else None,
         position=_position(items, scoring),
     )
 
 
 def _original_accuracy(items: Sequence[ItemRow], runs: int) -> Accuracy:
-    """Accuracy as the original computes it, over sources of which each has its better rule."""
+    """Accuracy as the original computes it, with the better rule of each source."""
     right = 0.0
     kept = 0
-    for group in by_source(items).values():
+    for group in group_by(items, lambda item: item.source).values():
         answers = [(a.original, item.gold) for item in group for a in item.answers[:runs]]
         share, num = accuracy_original(*zip(*answers, strict=True))
         if num:
@@ -338,13 +359,13 @@ def _original_accuracy(items: Sequence[ItemRow], runs: int) -> Accuracy:
 
 def _position(items: Sequence[ItemRow], scoring: Scoring) -> Position:
     shown = [(answer.shown, list(item.options)) for item in items for answer in item.answers]
-    orders = 1 + max(answer.permutation for answer in items[0].answers)
+    first_runs = [
+        [answer.letters[scoring] for answer in item.answers if answer.run == 0] for item in items
+    ]
+    orders = len(first_runs[0])
     accuracies = [
         accuracy_interval([item.right(scoring, permutation=order) for item in items])
         for order in range(orders)
-    ]
-    first_runs = [
-        [answer.letters[scoring] for answer in item.answers if answer.run == 0] for item in items
     ]
     agreement = agreement_rate(first_runs) if orders > 1 else None
     bias = position_bias(*zip(*shown, strict=True))

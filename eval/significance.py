@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,6 +11,9 @@ import numpy as np
 from scipy import stats
 
 from ..core.report.statistics import wilson_interval
+
+NUM_RESAMPLES = 10_000
+"""Number of resamples of a bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class LengthStatistics:
 
 
 def accuracy_interval(right: Sequence[Sequence[bool]]) -> Estimate:
-    """Accuracy over items and runs, with a 95 % interval that clusters the runs by item.
+    """Computes the accuracy over items and runs, with a 95 % interval clustered by item.
 
     The accuracy is the mean of the items' means. The interval is Wilson's at the effective sample
     size n = p(1-p) / se², where se² = var(item means) / items. With one run, or when se is 0, n is
@@ -69,6 +72,9 @@ def accuracy_interval(right: Sequence[Sequence[bool]]) -> Estimate:
 
     Args:
         right: [items][runs], whether the answer is correct.
+
+    Returns:
+        The accuracy and its interval.
 
     Raises:
         ValueError: there are no items, or items have different numbers of runs.
@@ -84,7 +90,7 @@ def accuracy_interval(right: Sequence[Sequence[bool]]) -> Estimate:
 
 
 def pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
-    """Mean over items of the probability that at least one of k runs is correct.
+    """Computes the mean over items of the probability that at least one of k runs is correct.
 
         1 - C(n-c, k) / C(n, k)    for an item with c correct answers among n runs
 
@@ -93,6 +99,9 @@ def pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
     Args:
         right: [items][runs], whether the answer is correct.
         k: Number of runs drawn, from 1 to n.
+
+    Returns:
+        The mean probability.
 
     Raises:
         ValueError: `k` is out of range, there are no items, or their numbers of runs differ.
@@ -110,13 +119,20 @@ def pass_at_k(right: Sequence[Sequence[bool]], k: int) -> float:
 
 
 def majority_vote(letters: Sequence[str | None]) -> str | None:
-    """Most frequent letter; of several, the one given first. Runs without an answer do not vote."""
+    """Finds the most frequent letter, and of several the one given first.
+
+    Args:
+        letters: [runs], the letter chosen; None, without an answer, is ignored.
+
+    Returns:
+        The letter; None when no run has an answer.
+    """
     votes = Counter(letter for letter in letters if letter is not None)
     return max(votes, key=votes.__getitem__, default=None)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """McNemar's exact test of two models on the same items.
+    """Performs McNemar's exact test of two models on the same items.
 
     Under the null hypothesis, the number of items that only the first model answers correctly is
     Binomial(b + c, 1/2), where b + c items are answered correctly by exactly one of the models. The
@@ -126,12 +142,15 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
         first: [items], whether the first model's answer is correct.
         second: [items], the same for the second model.
 
+    Returns:
+        The numbers of items that only one model answers correctly, and the p-value.
+
     Raises:
         ValueError: the numbers of items differ.
 
     Source: Q. McNemar, Psychometrika 12 (1947).
     """
-    pairs = Counter(zip(map(bool, first), map(bool, second), strict=True))
+    pairs = Counter(zip(first, second, strict=True))
     only_first = pairs[True, False]
     only_second = pairs[False, True]
     num = only_first + only_second
@@ -144,9 +163,8 @@ def bootstrap_difference(
     second: Sequence[float],
     *,
     seed: int,
-    num_draws: int = 10_000,
 ) -> Estimate:
-    """Mean of first - second over the same items, with a 95 % percentile bootstrap interval.
+    """Estimates the mean of first - second over the same items by the percentile bootstrap.
 
     Items with equal differences are interchangeable, so a resample is one multinomial draw of how
     often each distinct difference occurs; `scipy.stats.bootstrap` would draw every item.
@@ -155,26 +173,31 @@ def bootstrap_difference(
         first: [items], whether the answer is correct, or its mean over runs.
         second: [items], the same for the other model.
         seed: Seed of the resampling.
-        num_draws: Number of resamples.
+
+    Returns:
+        The mean difference and its 95 % interval.
 
     Raises:
         ValueError: there are no items, or the numbers of items differ.
 
     Source: B. Efron, Annals of Statistics 7 (1979).
     """
-    differences = np.array([float(a) - float(b) for a, b in zip(first, second, strict=True)])
+    differences = np.array([a - b for a, b in zip(first, second, strict=True)])
     if not len(differences):
         raise ValueError("bootstrap_difference needs at least one item")
     values, counts = np.unique(differences, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(
-        len(differences), counts / len(differences), size=num_draws
+        len(differences), counts / len(differences), size=NUM_RESAMPLES
     )
     low, high = np.quantile(draws @ values / len(differences), (0.025, 0.975))
     return Estimate(float(differences.mean()), float(low), float(high))
 
 
-def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]]) -> PositionBias:
-    """Pearson's chi-square test of whether the answers prefer some letters.
+def position_bias(
+    letters: Sequence[str | None],
+    options: Sequence[Sequence[str]],
+) -> PositionBias:
+    """Performs Pearson's chi-square test of whether the answers prefer some letters.
 
     The expected counts spread each answer evenly over its item's letters. The p-value is only an
     approximation when items have different letters. Unless the options were permuted, an uneven
@@ -184,11 +207,14 @@ def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]
         letters: [answers], the letter chosen; None, without an answer, is ignored.
         options: [answers], the letters of the answer's item.
 
+    Returns:
+        The shares of the letters and the test; both empty when nothing is answered.
+
     Raises:
         ValueError: a letter is not among its item's options.
     """
     counts: Counter[str] = Counter()
-    expected: dict[str, float] = {}
+    expected: defaultdict[str, float] = defaultdict(float)
     for chosen, offered in zip(letters, options, strict=True):
         if chosen is None:
             continue
@@ -196,7 +222,7 @@ def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]
             raise ValueError(f"position_bias: answer {chosen!r} is not among {', '.join(offered)}")
         counts[chosen] += 1
         for letter in offered:
-            expected[letter] = expected.get(letter, 0) + 1 / len(offered)
+            expected[letter] += 1 / len(offered)
     if not counts:
         return PositionBias({}, {}, 0.0, None)
     names = sorted(expected)
@@ -213,16 +239,19 @@ def position_bias(letters: Sequence[str | None], options: Sequence[Sequence[str]
 
 
 def agreement_rate(letters: Sequence[Sequence[str | None]]) -> float:
-    """Mean over items of the share of pairs of runs that chose the same option.
+    """Computes the mean over items of the share of pairs of runs that chose the same option.
 
     Args:
         letters: [items][runs], the letter chosen, in the item's own order of options. A missing
             answer agrees with no other.
 
+    Returns:
+        The mean share.
+
     Raises:
         ValueError: there are no items, or an item has fewer than two runs.
     """
-    if not letters or any(len(runs) < 2 for runs in letters):
+    if min(map(len, letters), default=0) < 2:
         raise ValueError("agreement_rate needs at least one item, and two runs of each")
     shares = [
         np.mean([a is not None and a == b for a, b in combinations(runs, 2)]) for runs in letters
@@ -237,6 +266,9 @@ def length_statistics(num_tokens: Sequence[int], truncated: Sequence[bool]) -> L
         num_tokens: [outputs], tokens of each output.
         truncated: [outputs], whether the output reached the token limit.
 
+    Returns:
+        Mean, quantiles and maximum of the lengths, and the share of truncated outputs.
+
     Raises:
         ValueError: there are no outputs, or the two lengths differ.
     """
@@ -246,14 +278,20 @@ def length_statistics(num_tokens: Sequence[int], truncated: Sequence[bool]) -> L
             f"got {len(num_tokens)} and {len(truncated)}"
         )
     median, p95 = np.quantile(num_tokens, (0.5, 0.95))
-    mean = float(np.mean(num_tokens))
-    truncated_rate = float(np.mean(truncated))
-    return LengthStatistics(mean, float(median), float(p95), max(num_tokens), truncated_rate)
+    return LengthStatistics(
+        mean=float(np.mean(num_tokens)),
+        median=float(median),
+        p95=float(p95),
+        longest=max(num_tokens),
+        truncated_rate=float(np.mean(truncated)),
+    )
 
 
 def _matrix(right: Sequence[Sequence[bool]]) -> np.ndarray:
-    if not len(right) or not len(right[0]) or any(len(runs) != len(right[0]) for runs in right):
+    nums = {len(runs) for runs in right}
+    if len(nums) != 1 or 0 in nums:
         raise ValueError(
-            "needs at least one item, and the same number of runs, at least one, of each"
+            "accuracy and pass@k need at least one item, and the same number of runs of each, "
+            "at least one"
         )
     return np.array(right, dtype=float)

@@ -6,13 +6,14 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
 from .html_page import format_number, number
@@ -22,10 +23,11 @@ Row = dict[str, Any]
 
 NAMES = ("muted", "grid", "c1", "c2", "c3", "c4", "c5")
 VARIABLES = {f"#01020{i}": name for i, name in enumerate(NAMES)}
-"""Colour that matplotlib draws -> CSS variable that replaces it in the SVG, which then suits light
-and dark pages."""
+"""Colour that matplotlib draws -> CSS variable that replaces it in the SVG, so that the chart suits
+light and dark pages."""
 MUTED, GRID, *LINE_COLOURS = VARIABLES
 STYLE: Any = {
+    "axes.prop_cycle": cycler(color=LINE_COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -46,16 +48,21 @@ STYLE: Any = {
 
 
 class Line(NamedTuple):
-    """Definition of a curve; charts.yaml explains the fields."""
+    """Definition of a curve; charts.yaml describes the fields."""
 
     key: str
     label: str = "train"
     colour: int = 1
     source: str = "train"
 
+    @property
+    def drawn_colour(self) -> str:
+        """Colour for matplotlib, whose cycle starts at C0."""
+        return f"C{self.colour - 1}"
+
 
 class Panel(NamedTuple):
-    """Definition of one pair of axes; charts.yaml explains the fields."""
+    """Definition of one pair of axes; charts.yaml describes the fields."""
 
     unit: str
     lines: list[Line]
@@ -92,11 +99,11 @@ class Chart(NamedTuple):
     note: str
     svg: str
     legend: dict[str, Mark]
-    """Marks by label; empty when there is nothing to tell apart."""
+    """Label -> mark; empty for a chart with a single label."""
 
 
 def draw_charts(section: str, data: dict[str, list[Row]]) -> Iterator[Chart]:
-    """Draws the charts of a section of charts.yaml, without panels and lines that lack values.
+    """Draws the charts of a section of charts.yaml, leaving out panels and lines without values.
 
     Args:
         section: Key in charts.yaml.
@@ -117,11 +124,19 @@ def draw_charts(section: str, data: dict[str, list[Row]]) -> Iterator[Chart]:
 
 
 def find_curves(panel: Panel, data: dict[str, list[Row]]) -> list[Curve]:
-    """The curves of a panel that have at least one finite value."""
+    """Finds the curves of a panel that have at least one finite value.
+
+    Args:
+        panel: The panel.
+        data: Rows of each source, in the order of their steps.
+    """
     curves = []
     for line in panel.lines:
-        values = [(row["step"], number(row.get(line.key))) for row in data[line.source]]
-        points = [(step, value) for step, value in values if value is not None]
+        points = [
+            (row["step"], value)
+            for row in data[line.source]
+            if (value := number(row.get(line.key))) is not None
+        ]
         if points:
             curves.append(Curve(line, *map(list, zip(*points, strict=True))))
     return curves
@@ -136,7 +151,15 @@ def draw_chart(
     note: str,
     stacked: bool = False,
 ) -> Chart:
-    """Draws panels one above the other, with a shared step axis."""
+    """Draws panels one above the other, with a shared step axis.
+
+    Args:
+        panels: The panels with their curves, from top to bottom.
+        name: Prefix of the SVG's ids.
+        title: Heading of the chart.
+        note: Line of explanation under the heading.
+        stacked: Whether to stack the curves as bars.
+    """
     fig, axes = new_axes(len(panels))
     legend = {}
     ranges = []
@@ -155,30 +178,28 @@ def draw_chart(
     return Chart(title, note, svg, legend if len(legend) > 1 else {})
 
 
-def draw_panel(
-    ax: Any,
-    panel: Panel,
-    curves: list[Curve],
-    *,
-    stacked: bool,
-) -> None:
-    """Draws or stacks the curves and sets the y axis."""
+def draw_panel(ax: Any, panel: Panel, curves: list[Curve], *, stacked: bool) -> None:
+    """Draws or stacks the curves and sets the y axis.
+
+    Args:
+        ax: Axes of the panel.
+        panel: The panel's definition.
+        curves: Its curves.
+        stacked: Whether to stack the curves as bars.
+    """
     ax.set_title(panel.unit)
-    values = [value for curve in curves for value in curve.values]
     if stacked:
         values = draw_stack(ax, curves)
     else:
-        clip = panel.bottom > -math.inf
+        values = [value for curve in curves for value in curve.values]
         for line, steps, heights in curves:
-            marker = "o" if line.source == "eval" or len(steps) == 1 else ""
-            colour = LINE_COLOURS[line.colour - 1]
             ax.plot(
                 steps,
                 heights,
-                color=colour,
-                marker=marker,
+                color=line.drawn_colour,
+                marker="o" if line.source == "eval" or len(steps) == 1 else "",
                 markersize=3.6,
-                clip_on=clip,
+                clip_on=panel.bottom > -math.inf,
             )
     if panel.log and min(values) > 0 and max(values) > 30 * min(values):
         ax.set_yscale("log")
@@ -189,31 +210,37 @@ def draw_panel(
 
 
 def draw_stack(ax: Any, curves: list[Curve]) -> list[float]:
-    """Stacks curves as bars without gaps, a missing value as 0, and returns the stacks' heights."""
-    steps = sorted({step for curve in curves for step in curve.steps})
+    """Stacks curves as bars without gaps, where a missing value counts as 0.
+
+    Args:
+        ax: Axes to draw on.
+        curves: Curves from bottom to top.
+
+    Returns:
+        Height of the stack at each step.
+    """
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
     half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
-    edges = [steps[0] - half, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1] + half]
-    heights = dict.fromkeys(steps, 0.0)
-    for curve in curves:
-        base = list(heights.values())
-        for step, value in zip(curve.steps, curve.values, strict=True):
-            heights[step] += value
-        colour = LINE_COLOURS[curve.line.colour - 1]
-        top = list(heights.values())
+    edges = [steps[0] - half, *(steps[:-1] + steps[1:]) / 2, steps[-1] + half]
+    base = np.zeros(len(steps))
+    for line, own_steps, values in curves:
+        top = base.copy()
+        top[np.searchsorted(steps, own_steps)] += values
         ax.stairs(
             top,
             edges,
             baseline=base,
             fill=True,
-            color=colour,
+            color=line.drawn_colour,
             linewidth=0,
         )
+        base = top
     ax.set_xlim(edges[0], edges[-1])
-    return list(heights.values())
+    return list(base)
 
 
 def y_limits(panel: Panel, values: list[float]) -> tuple[float, float]:
-    """Limits of the y axis, with a margin that is positive for constant values too."""
+    """Computes the limits of the y axis, with a margin even if all values are equal."""
     bottom = panel.bottom if max(values) > panel.bottom else -math.inf
     shown = [*values, 0.0] if panel.zero else values
     low = max(bottom, min(shown))
@@ -224,29 +251,25 @@ def y_limits(panel: Panel, values: list[float]) -> tuple[float, float]:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_reliability(bins: list[Row], *, name: str) -> Chart | None:
+def draw_reliability(bins: list[Row]) -> list[Chart]:
     """Draws the share of right answers against the verifier's probability, with Wilson intervals.
 
     Args:
         bins: Rows with mean_predicted, share_right and num, as in calibration.json.
-        name: Prefix of the SVG's ids.
 
     Returns:
-        The chart, or None without a filled bin.
+        The chart; empty if no bin has answers.
     """
     filled = [row for row in bins if row.get("num")]
     if not filled:
-        return None
+        return []
     fig, (ax,) = new_axes(1)
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     predicted = [row["mean_predicted"] for row in filled]
     right = [row["share_right"] for row in filled]
-    counts = [row["num"] for row in filled]
-    intervals = [wilson_interval(p * n, n) for p, n in zip(right, counts, strict=True)]
-    lows, highs = zip(*intervals, strict=True)
-    blue = LINE_COLOURS[0]
-    ax.vlines(predicted, lows, highs, color=blue, linewidth=1.5, alpha=0.45)
-    ax.plot(predicted, right, color=blue, marker="o", markersize=4)
+    intervals = [wilson_interval(row["share_right"] * row["num"], row["num"]) for row in filled]
+    ax.vlines(predicted, *zip(*intervals, strict=True), color="C0", linewidth=1.5, alpha=0.45)
+    ax.plot(predicted, right, color="C0", marker="o", markersize=4)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.03))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -258,11 +281,12 @@ def draw_reliability(bins: list[Row], *, name: str) -> Chart | None:
         "Held-out answers in bins of the verifier's probability, with 95% intervals. "
         "Dashed: perfect calibration."
     )
-    return Chart("Verifier's calibration", note, to_svg(fig, name=name, label=label), {})
+    svg = to_svg(fig, name="reliability", label=label)
+    return [Chart("Verifier's calibration", note, svg, {})]
 
 
 def new_axes(num_panels: int) -> tuple[Figure, list[Any]]:
-    """An empty figure and its axes, from top to bottom."""
+    """Creates an empty figure and its axes, from top to bottom."""
     fig = Figure(figsize=(4.4, 3.1), layout="constrained")
     axes = list(fig.subplots(num_panels, sharex=True, squeeze=False)[:, 0])
     for ax in axes:
@@ -279,7 +303,7 @@ def new_axes(num_panels: int) -> tuple[Figure, list[Any]]:
 
 
 def tick_text(x: float, percent: bool = False) -> str:
-    """A short axis label: 12k, 0.25, 2e-06 or 60%."""
+    """Formats an axis label: 12k, 0.25, 2e-06 or 60%."""
     if percent:
         text = f"{100 * x:g}%"
     else:
@@ -288,7 +312,7 @@ def tick_text(x: float, percent: bool = False) -> str:
 
 
 def to_svg(fig: Figure, *, name: str, label: str) -> str:
-    """The figure as an inline SVG that fills the width of its box.
+    """Renders the figure as an inline SVG that fills the width of its box.
 
     Args:
         fig: The figure.

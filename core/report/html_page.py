@@ -15,12 +15,27 @@ from typing import Any
 
 
 def number(x: object) -> float | None:
-    """The value as a float if it is a finite number, else None."""
+    """Converts a finite number to float.
+
+    Args:
+        x: Any value.
+
+    Returns:
+        The number; None for NaN, infinity and anything that is not a number.
+    """
     return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
 
 
 def format_number(x: object, percent: bool = False) -> str:
-    """A number in about four digits: 12,345, 3.142 or 64.0%; a dash for anything else."""
+    """Formats a number with about four digits: 12,345, 3.142 or 64.0%.
+
+    Args:
+        x: The value.
+        percent: Whether the value is a share to show as a percentage.
+
+    Returns:
+        The text; a dash for anything but a finite number.
+    """
     if (value := number(x)) is None:
         return "–"
     if percent:
@@ -33,7 +48,11 @@ def format_number(x: object, percent: bool = False) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as 4.2 s, 3 min 05 s or 2 h 07 min."""
+    """Formats a duration as 4.2 s, 3 min 05 s or 2 h 07 min.
+
+    Args:
+        seconds: The duration in seconds.
+    """
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, left = divmod(round(seconds), 60)
@@ -50,13 +69,13 @@ def write_page(
     script: str = "",
     **values: Any,
 ) -> Path:
-    """Renders a template to a file, which appears whole or not at all.
+    """Renders a template to a file, which a reader never finds incomplete.
 
     Args:
         output: The page's path.
         template: Path of the Jinja template.
-        folder: Folder that the page describes, named in its footer.
-        script: The only script that the page may run; empty for none.
+        folder: Folder that the page describes; the footer names it.
+        script: JavaScript code, the only script that the page may run; empty for none.
         **values: Variables of the template.
 
     Returns:
@@ -80,6 +99,19 @@ def write_page(
         script=script,
         script_source=f"; script-src 'sha256-{digest}'" if script else "",
     )
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    return temporary.replace(output)
+    return replace_file(output, page)
+
+
+def replace_file(path: Path, text: str) -> Path:
+    """Writes a text file in one step, so that a reader never finds it incomplete.
+
+    Args:
+        path: Path of the file.
+        text: The content; characters that UTF-8 cannot hold are replaced by question marks.
+
+    Returns:
+        `path`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    return temporary.replace(path)

@@ -1,6 +1,7 @@
-"""The report of a training run: one HTML page from its output folder, finished, running or crashed.
+"""Report of a training run: an HTML page made from its output folder.
 
-The layout is in run_report.html.jinja, the charts are in charts.py.
+The run may be finished, in progress or crashed. The layout is in run_report.html.jinja, the charts
+are in charts.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from .statistics import Interval, wilson_interval
 Row = dict[str, Any]
 
 MAX_POINTS = 400
-"""Points of a training curve, at most; longer runs are averaged over blocks of steps."""
+"""Maximum number of points of a training curve; longer runs are averaged over blocks of steps."""
 MAX_SAMPLES = 3
-"""Samples shown of each split, at the first and at the last sampled step."""
+"""Maximum number of samples of each split at its first and at its last sampled step."""
 MEASURES = {
     "exact_rate": "Exactly right",
     "right_rate": "Judged right",
@@ -34,7 +35,7 @@ MEASURES = {
     "loss": "Loss (nats per token)",
     "token_accuracy": "Token accuracy",
 }
-"""Rows of the before-and-after table; the summary names the first ones that have values."""
+"""Metric -> row of the before-and-after table; the summary names the first that have values."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Stage:
 
     name: str
     num: object
-    """Number of evaluated answers, if it is known."""
+    """Number of evaluated answers; None if it is unknown."""
     measures: dict[str, Interval]
 
 
@@ -51,20 +52,37 @@ class RunFolder:
     """Reads the files of a run, any of which may be missing or cut off by a crash.
 
     Attributes:
-        problems: A sentence for each file with unreadable parts.
+        problems: A line for each file with unreadable parts.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Args:
+        folder: Output folder of the run.
+        """
         self.folder = folder
         self.problems: list[str] = []
 
     def text(self, name: str) -> str:
-        """A file's text, empty if it is missing; broken bytes become replacement characters."""
+        """Reads a text file.
+
+        Args:
+            name: Name of the file in the folder.
+
+        Returns:
+            The text, empty if the file is missing. Invalid bytes become replacement characters.
+        """
         path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def json_object(self, name: str) -> Row:
-        """The object in a JSON file, empty if it is missing or unreadable."""
+        """Reads a JSON file that holds an object.
+
+        Args:
+            name: Name of the file in the folder.
+
+        Returns:
+            The object, empty if the file is missing or unreadable.
+        """
         text = self.text(name)
         value = parse_object(text)
         if text and value is None:
@@ -72,7 +90,11 @@ class RunFolder:
         return value or {}
 
     def rows(self, name: str) -> list[Row]:
-        """The objects in a JSONL file that have a step."""
+        """Reads a JSONL file of objects that have a step; other lines are skipped and counted.
+
+        Args:
+            name: Name of the file in the folder.
+        """
         found = [parse_object(line) for line in self.text(name).split("\n") if line.strip()]
         rows = [row for row in found if row and number(row.get("step")) is not None]
         if skipped := len(found) - len(rows):
@@ -82,7 +104,14 @@ class RunFolder:
 
 
 def parse_object(text: str) -> Row | None:
-    """The JSON object in a text, or None if there is none."""
+    """Parses a JSON object.
+
+    Args:
+        text: JSON text.
+
+    Returns:
+        The object; None if the text is not JSON or holds another value.
+    """
     try:
         value = json.loads(text)
     except ValueError:
@@ -91,7 +120,11 @@ def parse_object(text: str) -> Row | None:
 
 
 def by_step(rows: Iterable[Row]) -> list[Row]:
-    """Rows in the order of their steps; of a step that a resumed run repeated, the last row."""
+    """Sorts the rows by step; of a step that a resumed run repeated, only the last row is kept.
+
+    Args:
+        rows: Rows in the order in which they were written.
+    """
     latest = {row["step"]: row for row in rows}
     return [latest[step] for step in sorted(latest)]
 
@@ -100,8 +133,8 @@ def average_blocks(rows: list[Row], max_rows: int) -> tuple[list[Row], int]:
     """Averages blocks of consecutive rows.
 
     Args:
-        rows: Rows of numbers; values that are missing or not finite are left out of a mean.
-        max_rows: Number of blocks, at most.
+        rows: Rows of numbers; a mean leaves out values that are missing or not finite.
+        max_rows: Maximum number of blocks.
 
     Returns:
         The mean of each block, and the number of rows in a block.
@@ -109,16 +142,28 @@ def average_blocks(rows: list[Row], max_rows: int) -> tuple[list[Row], int]:
     size = max(1, math.ceil(len(rows) / max_rows))
     means = []
     for start in range(0, len(rows), size):
-        columns: dict[str, list[float]] = {}
-        for key, cell in chain.from_iterable(row.items() for row in rows[start : start + size]):
-            if (value := number(cell)) is not None:
-                columns.setdefault(key, []).append(value)
-        means.append({key: sum(values) / len(values) for key, values in columns.items()})
+        block = rows[start : start + size]
+        mean = {}
+        for key in dict.fromkeys(chain(*block)):
+            values = [value for row in block if (value := number(row.get(key))) is not None]
+            if values:
+                mean[key] = sum(values) / len(values)
+        means.append(mean)
     return means, size
 
 
 def as_interval(key: str, cell: object, num: object) -> Interval:
-    """A measure with its own interval, or Wilson's if it is a rate over `num` answers."""
+    """Returns a measure with its interval.
+
+    Args:
+        key: Name of the metric.
+        cell: Its value, or an object with value, low and high.
+        num: Number of evaluated answers.
+
+    Returns:
+        The value with the given interval or, for a rate over `num` answers, Wilson's; the bounds
+        are None otherwise.
+    """
     if isinstance(cell, dict):
         return Interval(*(number(cell.get(part)) for part in Interval._fields))
     value = number(cell)
@@ -129,11 +174,11 @@ def as_interval(key: str, cell: object, num: object) -> Interval:
 
 
 def compare_stages(stages: Row, evals: list[Row]) -> list[Stage]:
-    """The columns of the before-and-after table.
+    """Builds the columns of the before-and-after table.
 
     Args:
-        stages: Contents of stages.json; its rows are the columns if there are any.
-        evals: Rows of eval.jsonl; otherwise the first and the last are the columns.
+        stages: Contents of stages.json, whose rows are the columns if there are any.
+        evals: Rows of eval.jsonl, of which the first and the last are the columns otherwise.
     """
     columns = []
     for row in stages.get("rows") or evals[:1] + evals[1:][-1:]:
@@ -145,7 +190,11 @@ def compare_stages(stages: Row, evals: list[Row]) -> list[Stage]:
 
 
 def choose_samples(samples: list[Row]) -> list[Row]:
-    """The first MAX_SAMPLES samples of the first and of the last step of each split."""
+    """Selects the first MAX_SAMPLES samples of the first and of the last step of each split.
+
+    Args:
+        samples: Rows of samples.jsonl.
+    """
     groups: dict[str, dict[float, list[Row]]] = {}
     for row in samples:
         groups.setdefault(str(row.get("split")), {}).setdefault(row["step"], []).append(row)
@@ -157,25 +206,30 @@ def choose_samples(samples: list[Row]) -> list[Row]:
 
 
 def try_report(folder: Path, *, title: str) -> None:
-    """Writes the report at a run's end; an I/O error is printed and never hides the run's own."""
-    try:
-        write_report(folder, title=title)
-    except OSError as error:
-        print(f"verippo: no report: {error}", file=sys.stderr)
-
-
-def write_report(folder: Path, *, title: str, output: Path | None = None) -> Path:
-    """Writes the page on what a run has left in its folder so far.
-
-    The page leaves out the sections of missing files and lists the unreadable parts of others.
+    """Writes the report at the end of a run, and prints an I/O error instead of raising it.
 
     Args:
         folder: Output folder of the run.
         title: Heading of the page.
-        output: The page's path; None: report.html in the folder.
+    """
+    try:
+        write_report(folder, title=title)
+    except OSError as error:
+        print(f"verippo: the report was not written: {error}", file=sys.stderr)
+
+
+def write_report(folder: Path, *, title: str, output: Path | None = None) -> Path:
+    """Writes the page of a run from the files that its folder holds so far.
+
+    Sections whose files are missing are left out; files with unreadable parts are listed.
+
+    Args:
+        folder: Output folder of the run.
+        title: Heading of the page.
+        output: Path of the page; None writes report.html in the folder.
 
     Returns:
-        The page's path.
+        Path of the page.
     """
     from .charts import draw_charts, draw_reliability  # matplotlib takes long to import
 
@@ -188,7 +242,7 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
     stages = files.json_object("stages.json")
     means, block_size = average_blocks(train, MAX_POINTS)
     data = {"train": means, "eval": evals}
-    reliability = draw_reliability(calibration.get("curve") or [], name="reliability")
+    reliability = draw_reliability(calibration.get("curve") or [])
     expected = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "config.yaml", "environment.json")
     return write_page(
         output or folder / "report.html",
@@ -200,7 +254,7 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
         metric_names=list(dict.fromkeys(chain(*train))),
         block_size=block_size,
         charts=list(draw_charts("training", data)),
-        score_charts=[*draw_charts("score", data), *([reliability] if reliability else [])],
+        score_charts=[*draw_charts("score", data), *reliability],
         calibration=calibration,
         environment=environment,
         stages=stages,

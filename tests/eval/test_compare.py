@@ -104,7 +104,7 @@ def test_only_shared_items_count_and_others_are_reported(evaluated, tmp_path, ca
     assert (result["shared"], result["left_out"]) == (2, [3, 1])
     assert [cell["value"] for cell in result["sources"]["demo"]["accuracies"]] == [0.5, 0.5]
     assert (
-        f"left out: 3 items of {first} that the other has not (2 are shared)"
+        f"left out: 3 items of {first} that the other does not have (2 are shared)"
         in capsys.readouterr().out
     )
     assert (

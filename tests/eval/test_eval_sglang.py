@@ -63,9 +63,9 @@ def test_running_server_answers_every_item_that_fits(sglang_server, data, tmp_pa
     arguments = ["--model", sglang_server.model_path, "--base_url", f"{sglang_server.url}/v1"]
     results = evaluated(tmp_path / "eval", data, *arguments)
     check(results)
-    assert "asked 14 calls, 0 more were in the journal" in capsys.readouterr().out
+    assert "made 14 calls, 0 more were in the journal" in capsys.readouterr().out
     assert evaluated(tmp_path / "eval", data, *arguments)["items"] == results["items"]
-    assert "asked 0 calls, 14 more were in the journal" in capsys.readouterr().out
+    assert "made 0 calls, 14 more were in the journal" in capsys.readouterr().out
 
 
 def test_greedy_answers_equal_those_of_the_local_engine(sglang_server, data, tmp_path):
