@@ -13,7 +13,8 @@ import docstring_parser
 GROUPS = {
     "model": "model policy critic reference llm dtype",
     "data": """
-        data eval_data eval_fraction limit columns question_key answer_key system_prompt max_prompt_tokens
+        data eval_data eval_fraction limit columns question_key answer_key
+        system_prompt max_prompt_tokens
         max_seq_len overlong tokenize_workers wrong_per_question language prompts min_length unique
         difficulty decontaminate mix split skip_bad first second num_train num_eval findings""",
     "optimisation": """
@@ -30,7 +31,8 @@ GROUPS = {
     "verifier": """
         verifier ppo/llm verifier/llm threshold template judge judge_temperature""",
     "run": """
-        output seed scoring resume trust_checkpoint retry_failed eval_every save_every save_total_limit log_to
+        output seed scoring resume trust_checkpoint retry_failed eval_every
+        save_every save_total_limit log_to
         log_samples_every max_skipped_steps timeout_seconds ablation_seeds host port num gpus tp dp
         mem_fraction device python api_key_env api_key_file arguments environment state
         start_timeout_seconds stop_timeout_seconds foreground""",

@@ -1,4 +1,5 @@
-"""Shared by all tests: small real models with a real tokenizer, real data where it is at hand, and two-rank runs."""
+"""Shared by all tests: small real models with a real tokenizer, real data where it is at hand, and
+two-rank runs."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer of 320 tokens that reads and writes any text without loss; no chat template."""
+    """A byte-level BPE tokenizer of 320 tokens that reads and writes any text without loss; no chat
+    template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +79,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_model(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 ) -> Callable[..., Path]:
-    """Makes a random little model with its tokenizer and returns its folder. The same arguments, the same weights."""
+    """Makes a random little model with its tokenizer and returns its folder.
+
+    The same arguments, the same weights.
+    """
 
     def make(
         kind: str = "llama",
@@ -151,7 +156,8 @@ def problems_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m torch.distributed.run` with two gloo ranks on the arguments; returns the finished process."""
+    """Runs `python -m torch.distributed.run` with two gloo ranks on the arguments; returns the
+    finished process."""
 
     def run(
         *arguments: str, timeout: float = 120, env: dict[str, str] | None = None
@@ -179,7 +185,8 @@ def two_ranks() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def llm_server() -> Iterator[Callable[..., Any]]:
-    """Starts scripted OpenAI-compatible servers (tests/llm_server.py), closed after the test: answer -> LLMServer.
+    """Starts scripted OpenAI-compatible servers (tests/llm_server.py), closed after the test:
+    answer -> LLMServer.
     `llm_server.module` has Answer, error and request_key, of which scripts are made."""
     sys.path.append(str(Path(__file__).parent))
     module, servers = importlib.import_module("llm_server"), []
@@ -205,7 +212,8 @@ def rank_checks() -> Any:
 def job(
     rank_checks: Any, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """What the engine tests work on: little models, an experience made by hand, the updates to make. Fields of a Job."""
+    """What the engine tests work on: little models, an experience made by hand, the updates to
+    make. Fields of a Job."""
     return rank_checks.make_job(
         folder=tmp_path_factory.mktemp("ranks"),
         policy=str(make_model("qwen3", tied=True, seed=1)),
@@ -233,7 +241,8 @@ def both_ranks(
 
 @pytest.fixture(scope="session")
 def sglang_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Fields of a ServerConfig with which the environment of `make test-sglang` serves on CPU, on a free port."""
+    """Fields of a ServerConfig with which the environment of `make test-sglang` serves on CPU, on a
+    free port."""
     if not (SGLANG / ".installed").exists():
         pytest.skip("sglang's own environment is not there: make test-sglang")
     return {
@@ -250,7 +259,10 @@ def sglang_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def sglang_server(
     sglang_options: dict[str, Any], make_model: Callable[..., Path]
 ) -> Iterator[SimpleNamespace]:
-    """A real sglang server for the whole session (.url, .model_path, .pid). Who updates its weights puts them back."""
+    """A real sglang server for the whole session (.url, .model_path, .pid).
+
+    Who updates its weights puts them back.
+    """
     from verippo.core.sampling.server import serving
     from verippo.core.sampling.server_command import ServerConfig
 
@@ -261,7 +273,8 @@ def sglang_server(
 
 @pytest.fixture
 def start_sglang(sglang_options: dict[str, Any]) -> Iterator[Callable[..., Any]]:
-    """Starts one more server, `start_sglang(model_path, **fields of a ServerConfig) -> Server`, stopped after the test
+    """Starts one more server, `start_sglang(model_path, **fields of a ServerConfig) -> Server`,
+    stopped after the test
     if the test has not killed it."""
     from verippo.core.sampling.server import serving
     from verippo.core.sampling.server_command import ServerConfig
@@ -278,7 +291,8 @@ def start_sglang(sglang_options: dict[str, Any]) -> Iterator[Callable[..., Any]]
 
 @pytest.fixture(scope="session")
 def fake_sglang(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Fields of a ServerConfig that start tests/fake_sglang.py in sglang's place, with an empty model."""
+    """Fields of a ServerConfig that start tests/fake_sglang.py in sglang's place, with an empty
+    model."""
     folder = tmp_path_factory.mktemp("fake")
     (folder / "config.json").write_text("{}")
     python = folder / "python"

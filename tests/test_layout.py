@@ -141,7 +141,8 @@ def test_every_public_module_function_and_class_has_a_docstring():
 
 
 def _speaks_for_itself(node, tree):
-    """Small data holders whose fields are documented one by one, and methods: their class says what they are for."""
+    """Small data holders whose fields are documented one by one, and methods: their class says what
+    they are for."""
     if isinstance(node, ast.ClassDef):
         return all(
             isinstance(part, (ast.AnnAssign, ast.Expr, ast.FunctionDef)) for part in node.body

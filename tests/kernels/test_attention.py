@@ -26,7 +26,8 @@ def inputs(lengths, heads, kv_heads, dim, *, dtype=torch.float64, seed=0, device
 
 
 def test_two_tokens_worked_by_hand():
-    # Token 0 sees itself alone. Token 1: scores ln 3 * (0, 1), weights 1/4 and 3/4, output 1/4 * 1 + 3/4 * 5 = 4.
+    # Token 0 sees itself alone. Token 1: scores ln 3 * (0, 1), weights 1/4 and 3/4, output 1/4 * 1
+    # + 3/4 * 5 = 4.
     query, key, value = (
         torch.tensor(x).view(2, 1, 1) for x in ([7.0, math.log(3)], [0.0, 1.0], [1.0, 5.0])
     )

@@ -56,7 +56,8 @@ def test_temperature_one_half_squares_the_odds_worked_by_hand():
 
 
 def test_gradients_worked_by_hand():
-    # d logprob[1] / d logits = (-1/4, 1/4); times hidden = 2 for the weight, times weight = (0, ln 3 / 2) for hidden
+    # d logprob[1] / d logits = (-1/4, 1/4); times hidden = 2 for the weight, times weight = (0, ln
+    # 3 / 2) for hidden
     hidden = torch.tensor([[2.0]], requires_grad=True)
     weight = torch.tensor([[0.0], [math.log(3) / 2]], requires_grad=True)
     linear_logprobs(hidden, weight, torch.tensor([1])).sum().backward()
@@ -245,7 +246,8 @@ print(status("VmHWM") - before)
 
 
 def peak_memory_mib(form):
-    # VmHWM and not ru_maxrss: the latter starts from the parent's peak, which pytest's own imports may have raised.
+    # VmHWM and not ru_maxrss: the latter starts from the parent's peak, which pytest's own imports
+    # may have raised.
     done = subprocess.run(
         [sys.executable, "-c", PEAK_MEMORY, form],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,4 +1,5 @@
-"""What the engine tests do on every rank. Called in the tests' own process for one rank; run by torchrun for two:
+"""What the engine tests do on every rank. Called in the tests' own process for one rank; run by
+torchrun for two:
 
     python -m torch.distributed.run --nproc_per_node 2 tests/rl/rank_checks.py FOLDER
 
@@ -47,7 +48,8 @@ class Update(NamedTuple):
     seqs: list[int]
     max_tokens: int
     poisoned: bool = False
-    """an infinite advantage and an infinite return on the first sequence: only the rank that holds it sees it"""
+    """an infinite advantage and an infinite return on the first sequence: only the rank that holds
+    it sees it"""
 
 
 UPDATES = [
@@ -74,7 +76,10 @@ class Job:
 
 
 def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[str, Any]:
-    """The fields of a Job. Old log-probs and values lie near the models' own, so that some tokens are clipped."""
+    """The fields of a Job.
+
+    Old log-probs and values lie near the models' own, so that some tokens are clipped.
+    """
     generator = torch.Generator().manual_seed(7)
 
     def near(x: torch.Tensor, spread: float) -> torch.Tensor:
@@ -203,7 +208,8 @@ def forwards(job: Job, stage: int) -> dict[str, Any]:
 
 
 def resumed(job: Job, stage: int) -> dict[str, Any]:
-    """The critic's weights when it is saved, a step later, and the same from a fresh engine that loads what was saved.
+    """The critic's weights when it is saved, a step later, and the same from a fresh engine that
+    loads what was saved.
     With AdamW, so that there are states to save."""
 
     def step(engine: TrainEngine) -> dict[str, torch.Tensor]:
@@ -231,7 +237,8 @@ def resumed(job: Job, stage: int) -> dict[str, Any]:
 
 
 def verdicts(job: Job, stage: int) -> list[float]:
-    """P(right) of the pairs, all of them on rank 0: the other rank has none and must still take part."""
+    """P(right) of the pairs, all of them on rank 0: the other rank has none and must still take
+    part."""
     from verippo.rl.verifier import ClassifierVerifier
 
     verifier = ClassifierVerifier.load(

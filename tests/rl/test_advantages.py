@@ -67,8 +67,10 @@ def test_grpo_divides_by_the_spread_of_the_problem(step):
 
 def test_gae_uses_the_values_worked_by_hand(step):
     advantages, returns = advantage_function(config(advantage="gae", gamma=0.5, lam=0.5))(*step)
-    # response 1: deltas 0 + .25 - .5 = -.25, .5 + .25 - .5 = .25, .5 - .5 = 0; A = 0, .25 + 0, -.25 + .25 * .25 = -.1875
-    # response 2: 3 - .5; response 3: deltas -.25, 1.5, A = 1.5, -.25 + .375; response 4: -1.25, -1.5, A = -1.5, -1.625
+    # response 1: deltas 0 + .25 - .5 = -.25, .5 + .25 - .5 = .25, .5 - .5 = 0; A = 0, .25 + 0, -.25
+    # + .25 * .25 = -.1875
+    # response 2: 3 - .5; response 3: deltas -.25, 1.5, A = 1.5, -.25 + .375; response 4: -1.25,
+    # -1.5, A = -1.5, -1.625
     expected = [-0.1875, 0.25, 0.0, 2.5, 0.125, 1.5, -1.625, -1.5]
     assert on_responses(advantages, step[2]) == pytest.approx(expected)
     assert on_responses(returns, step[2]) == pytest.approx([a + 0.5 for a in expected])

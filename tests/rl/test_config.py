@@ -220,7 +220,8 @@ HOLDERS = {
 
 
 def fields_read(source):
-    """The attributes that the code reads from something called like a configuration, its own checks left out."""
+    """The attributes that the code reads from something called like a configuration, its own checks
+    left out."""
     tree = ast.parse(source)
     checks = [
         node

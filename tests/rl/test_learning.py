@@ -1,4 +1,5 @@
-"""It learns: on a task whose optimum is known, a random policy gets there, without a critic and with one."""
+"""It learns: on a task whose optimum is known, a random policy gets there, without a critic and
+with one."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def score(rollouts):
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """Keyword arguments of a PPOConfig: a policy over twelve tokens that knows nothing, and the verifier above."""
+    """Keyword arguments of a PPOConfig: a policy over twelve tokens that knows nothing, and the
+    verifier above."""
     tokenizer = Tokenizer(
         models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -96,7 +98,8 @@ def test_policy_gradient_alone_learns_the_task(task):
 
 
 def test_with_a_critic_it_learns_the_task_and_the_critic_learns_what_to_expect(task):
-    """With gamma below 1 what a state is worth depends on how far the end is: so there is something to predict even when
+    """With gamma below 1 what a state is worth depends on how far the end is: so there is something
+    to predict even when
     every response has become the same."""
     rows = learn(
         **task,

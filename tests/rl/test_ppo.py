@@ -1,4 +1,5 @@
-"""The formulas against hand-worked numbers, a float64 numpy twin written as loops, and what must not change them."""
+"""The formulas against hand-worked numbers, a float64 numpy twin written as loops, and what must
+not change them."""
 
 import math
 from types import SimpleNamespace
@@ -54,7 +55,8 @@ def test_k3_of_an_impossible_ratio_is_finite():
 
 
 def test_score_lands_on_the_last_response_token_and_kl_on_each_worked_by_hand():
-    # sequence 0: prompt, two response tokens, a slot after EOS; sequence 1: prompt, one response token
+    # sequence 0: prompt, two response tokens, a slot after EOS; sequence 1: prompt, one response
+    # token
     logprobs, reference = tensor(9, -1.0, -2.0, 9, 9, -3.0), tensor(7, -1.5, -1.0, 7, 7, -3.5)
     mask = mask_of(0, 1, 1, 0, 0, 1)
     rewards = ppo.token_rewards(tensor(1.0, 0.1), logprobs, reference, mask, cu(4, 2), kl_coef=0.1)
@@ -120,7 +122,8 @@ def test_one_token_or_none_whitens_to_zero():
 @pytest.mark.parametrize(
     ("ratio", "advantage", "options", "loss", "gradient", "clipped", "held"),
     [
-        # The gradient is with respect to the log-prob: -A rho where the plain branch is the larger, else 0.
+        # The gradient is with respect to the log-prob: -A rho where the plain branch is the larger,
+        # else 0.
         (1.1, 1.0, {}, -1.1, -1.1, 0, 0),
         (1.5, 1.0, {}, -1.2, 0.0, 1, 0),
         (1.5, -1.0, {}, 1.5, 1.5, 0, 0),
@@ -243,7 +246,8 @@ def random_step(seed, *, turns=2):
 
 
 def twin(s, o):
-    """The step as the papers write it: scalar loops over each sequence's response tokens, gradients by hand."""
+    """The step as the papers write it: scalar loops over each sequence's response tokens, gradients
+    by hand."""
     n = len(s.mask)
     rewards, advantages, returns = np.zeros(n), np.zeros(n), np.zeros(n)
     for i in range(len(s.scores)):

@@ -1,4 +1,5 @@
-"""The same data gives the same update whatever the packing, the micro-batch size, the order and the number of ranks.
+"""The same data gives the same update whatever the packing, the micro-batch size, the order and the
+number of ranks.
 
 The twin is plain transformers: one padded sequence at a time, eager attention, dense log-softmax, the formulas written out.
 """

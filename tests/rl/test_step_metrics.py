@@ -68,7 +68,8 @@ def test_a_steps_metrics_worked_by_hand():
         "kl_mean": (1.0 + 0.0 - 1.0 + 4.0) / 2,  # nats a response
         "reward_mean": (-0.5 + 1.5 - 2.0) / 2,
         "entropy": (1 + 2 + 3 + 2) / 4,
-        # residuals return - value: 0 0 0 -2, mean -1/2, squares 3/4 + 9/4 = 3; returns 1 2 3 2, mean 2, squares 2
+        # residuals return - value: 0 0 0 -2, mean -1/2, squares 3/4 + 9/4 = 3; returns 1 2 3 2,
+        # mean 2, squares 2
         "explained_variance": 1 - 3 / 2,
         "sampler_logprob_gap_mean": (0.5 + 0.0 + 0.1 + 1.0) / 4,
         # between the third and fourth of 0, 0.1, 0.5, 1, at 0.99 * 3 = 2.97

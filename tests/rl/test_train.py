@@ -1,4 +1,7 @@
-"""The loop's guards. That the loop itself is right: test_step_exactness, test_learning, and tests/launch/test_cli.py."""
+"""The loop's guards.
+
+That the loop itself is right: test_step_exactness, test_learning, and tests/launch/test_cli.py.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,10 @@ def final(text, answer="Pneumonia"):
 
 
 def plain_probability(model, tokenizer, response, reference, *, max_tokens=10**6):
-    """P(right) by transformers alone. The response's tokens are cut in the middle; the front keeps the odd one."""
+    """P(right) by transformers alone.
+
+    The response's tokens are cut in the middle; the front keeps the odd one.
+    """
     before, rest = TEMPLATE.split("{response}")
     parts = [
         tokenizer(text, add_special_tokens=False).input_ids

@@ -1,4 +1,5 @@
-"""A scripted model that knows medicine: it answers our prompts, English and Chinese, from a plan for each problem."""
+"""A scripted model that knows medicine: it answers our prompts, English and Chinese, from a plan
+for each problem."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def chain(conclusion: str, *, after: bool = False) -> str:
 
 
 class Doctor:
-    """answers: question -> reference answer. plan: question -> how many wrong conclusions in a row come before the right one
+    """answers: question -> reference answer. plan: question -> how many wrong conclusions in a row
+    come before the right one
     (counted along a chain, so that every attempt begins anew); 99: only with the label.
 
     faults: prompt kind -> what to answer at first in place of the good answer, one after the other, for each question or
@@ -148,7 +150,8 @@ def scripted() -> Any:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., Path]:
-    """Runs `verippo NAME` on rows in this process: (name, rows, server, **options) -> its output folder."""
+    """Runs `verippo NAME` on rows in this process: (name, rows, server, **options) -> its output
+    folder."""
 
     def run(
         name: str, rows: list[dict[str, Any]], server: Any, *, output: str = "out", **options: Any

@@ -36,7 +36,8 @@ def exam(
 
 
 class Examiner:
-    """Judges by `judgements` (number of the question -> label, else pass), rewrites as asked; `small` answers rightly."""
+    """Judges by `judgements` (number of the question -> label, else pass), rewrites as asked;
+    `small` answers rightly."""
 
     def __init__(self, judgements=None, rewrites=None):
         self.judgements, self.rewrites = judgements or {}, rewrites or {}

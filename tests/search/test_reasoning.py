@@ -20,14 +20,16 @@ ALL = ["backtracking", *FIRST]
 
 
 def drawn(question: str, answer: str, attempt: int, depth: int, *, seed: int = 0) -> str:
-    """The strategy of a place in the search, by the documented rule: it depends on (seed, problem, attempt, depth) alone."""
+    """The strategy of a place in the search, by the documented rule: it depends on (seed, problem,
+    attempt, depth) alone."""
     rng = random.Random(f"{seed}/{content_key(question, answer)}/{attempt}/{depth}")
     return rng.choice(FIRST if depth == 1 else ALL)
 
 
 @pytest.fixture
 def searched(llm_server, doctor, command, scripted):
-    """Searches problems of which number n has `plan[n]` wrong conclusions first: (records, given up, doctor, server)."""
+    """Searches problems of which number n has `plan[n]` wrong conclusions first: (records, given
+    up, doctor, server)."""
 
     def run(plan, *, faults=None, **options):
         rows = [scripted.problem(n) for n in range(len(plan))]
@@ -133,7 +135,8 @@ def test_all_attempts_start_from_the_one_initial_chain_and_the_label_ends_them(s
         *((attempt, depth) for attempt in (1, 2, 3) for depth in (1, 2, 3)),
         (4, 1),
     ]
-    # the scripted model counts wrong conclusions along the chain: 0, then 1, 2, 3 in each attempt; each is judged once
+    # the scripted model counts wrong conclusions along the chain: 0, then 1, 2, 3 in each attempt;
+    # each is judged once
     guesses = [step["conclusion"].split(" at ")[0] for step in record["trajectory"][:-3]]
     assert guesses == ["wrong guess 0", *["wrong guess 1", "wrong guess 2", "wrong guess 3"] * 3]
     assert {topic: kinds for topic, kinds in model.log.items() if topic != question} == {
@@ -270,7 +273,8 @@ def test_published_items_all_come_through(shared, llm_server, doctor, command, s
             if wrong == 99
             else drawn(row[QUESTION_KEY], row[ANSWER_KEY], 1, wrong)
         )
-    # 40 items of 4, 40 of 6, 40 of 8 calls, 39 of 10 and 39 of 18 where no two items share a verdict
+    # 40 items of 4, 40 of 6, 40 of 8 calls, 39 of 10 and 39 of 18 where no two items share a
+    # verdict
     verdicts = {
         (step["conclusion"], record[ANSWER_KEY])
         for record in records

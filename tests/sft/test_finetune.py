@@ -1,4 +1,5 @@
-"""Stage 1: the packed loss is the plain one, runs resume bit for bit, and every row is seen as often as asked."""
+"""Stage 1: the packed loss is the plain one, runs resume bit for bit, and every row is seen as
+often as asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Verifier training: what rows are made of, honest held-out numbers, and a model that learns to compare."""
+"""Verifier training: what rows are made of, honest held-out numbers, and a model that learns to
+compare."""
 
 from __future__ import annotations
 
@@ -174,7 +175,8 @@ def test_calibration_counts_by_hand() -> None:
         5 / 6,
         5 / 6,
     ]
-    # Wilson interval of 4 in 6, by hand: centre (4 + 1.9208) / (6 + 3.8415), half width 1.96 sqrt(4 * 2 / 6 + 0.9604) / 9.8415
+    # Wilson interval of 4 in 6, by hand: centre (4 + 1.9208) / (6 + 3.8415), half width 1.96 sqrt(4
+    # * 2 / 6 + 0.9604) / 9.8415
     assert report["accuracy"]["low"] == pytest.approx(0.3000, abs=1e-4)
     assert report["accuracy"]["high"] == pytest.approx(0.9032, abs=1e-4)
 

@@ -68,7 +68,8 @@ def test_the_next_save_clears_what_a_crash_left(tmp_path):
 
 
 def crash_at(monkeypatch, name, number):
-    """Makes the `number`-th call of a file operation raise as a kill would stop it: before it is done."""
+    """Makes the `number`-th call of a file operation raise as a kill would stop it: before it is
+    done."""
     calls, real = [], getattr(os, name)
 
     def maybe(*args, **kwargs):

@@ -1,4 +1,7 @@
-"""TrainEngine and FrozenEngine against plain torch. What one and two ranks do alike is run by tests/rl/rank_checks.py."""
+"""TrainEngine and FrozenEngine against plain torch.
+
+What one and two ranks do alike is run by tests/rl/rank_checks.py.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,8 @@ def plain_loss(model, batch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_gradient_is_scaled_down_to_the_global_norm(rank_checks, job, results, stage):
-    """With plain SGD: the move's length over the rate is max_grad_norm; its direction that of the unclipped move."""
+    """With plain SGD: the move's length over the rate is max_grad_norm; its direction that of the
+    unclipped move."""
     free, clipped = results[0]["updates"][stage][:2], results[0]["clipped"][stage]
     for name in ("policy", "critic"):
         start = free[0]["weights"][name]

@@ -127,7 +127,8 @@ def test_an_empty_part_is_refused_with_its_row(bad, part):
 
 
 def test_balance_worked_by_hand():
-    # longest first, each into the lightest bin: 9 | 7; 6 joins 7 = 13; 5 joins 9 = 14; 4 joins 13 = 17
+    # longest first, each into the lightest bin: 9 | 7; 6 joins 7 = 13; 5 joins 9 = 14; 4 joins 13 =
+    # 17
     assert balance([4, 9, 6, 7, 5], 2) == [[1, 4], [0, 2, 3]]
 
 
@@ -190,7 +191,8 @@ def test_ranks_share_everything_out_in_equally_many_microbatches(lengths, world_
 
 
 def test_best_fit_takes_the_fullest_bin_that_still_holds_the_item():
-    # 7 and 6 open a bin each; 3 fits both (3 and 4 left) and goes to the 7; 4 goes to the 6; 2 opens a third
+    # 7 and 6 open a bin each; 3 fits both (3 and 4 left) and goes to the 7; 4 goes to the 6; 2
+    # opens a third
     assert best_fit([7, 6, 3, 4, 2], 10) == [[0, 2], [1, 3], [4]]
 
 
@@ -199,7 +201,8 @@ def test_best_fit_keeps_the_capacity_loses_no_item_and_stays_near_the_lower_boun
     bins = best_fit(lengths, 100)
     assert in_all(bins) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in items) <= 100 for items in bins)
-    # any two bins together are over the capacity, or the later one's items would have gone into the earlier
+    # any two bins together are over the capacity, or the later one's items would have gone into the
+    # earlier
     loads = sorted(sum(lengths[i] for i in items) for items in bins)
     assert len(loads) < 2 or loads[0] + loads[1] > 100
 
