@@ -12,7 +12,8 @@ from verippo.core.llm.journal import content_key
 from verippo.core.text.chat import parse_response, render_response
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.core.training.pretrained import load_tokenizer
-from verippo.sft.examples import conversation, load_examples
+from verippo.sft.conversations import read_conversation
+from verippo.sft.examples import load_examples
 from verippo.sft.verifier_examples import load_answers
 
 FIRST = ["correction", "exploring_new_paths", "verification"]
@@ -244,7 +245,7 @@ def test_the_papers_baselines_are_cut_from_each_record(searched, tmp_path, scrip
     }
     assert (no["Complex_CoT"], no["Response"]) == ("", "It is disease 0.")
     assert (
-        conversation(no, where="here")[1]["content"]
+        read_conversation(no, where="here").turns[1]["content"]
         == "## Thinking\n\n\n\n## Final Response\n\nIt is disease 0."
     )
 
