@@ -104,7 +104,7 @@ def _items(sources: str, limit: int | None) -> Iterator[tuple[str, str, int, int
 def _read(file: str) -> dict[str, list[Any]]:
     path = Path(file).expanduser()
     if path.suffix != ".json" or not path.is_file():
-        return {path.stem: list(load_rows(file))}
+        return {path.stem: list(load_rows(file, purpose="test"))}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:

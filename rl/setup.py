@@ -189,7 +189,7 @@ def _problem_sets(
     problems = load(config.data)
     if config.eval_data:
         train = problems
-        held_out = load(config.eval_data)
+        held_out = load(config.eval_data, purpose="validation")
     else:
         num, fraction = len(problems), config.eval_fraction
         train_rows, eval_rows = split(num, fraction=fraction, seed=config.seed)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..core.text.chat import DEFAULT_TEMPLATE, TEMPLATE_DATE, render_example
-from ..core.text.data import load_rows
+from ..core.text.data import Purpose, load_rows
 from ..core.training import dist
 from .conversations import Columns, Turn, read_conversation
 
@@ -39,6 +39,7 @@ def load_examples(
     system: str | None,
     workers: int,
     columns: Columns = Columns(),  # noqa: B008 immutable
+    purpose: Purpose = "train",
 ) -> list[Example]:
     """Reads and tokenises all rows of the sources, in order.
 
@@ -51,13 +52,14 @@ def load_examples(
         system: system turn of rows without one of their own.
         workers: processes that tokenise.
         columns: keys of question, reasoning and response.
+        purpose: as for `load_rows`.
 
     Raises:
         ValueError: a row cannot be trained on; the message names the first one.
     """
     conversations = [
         read_conversation(row, where=f"data {sources}: row {n}", system=system, columns=columns)
-        for n, row in enumerate(load_rows(sources, limit=limit))
+        for n, row in enumerate(load_rows(sources, limit=limit, purpose=purpose))
     ]
     kept = {n: each.turns for n, each in enumerate(conversations) if not each.skipped}
     if dist.is_main():

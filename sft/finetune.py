@@ -68,7 +68,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
 
 def train_and_eval_rows(
     config: TrainingConfig,
-    load: Callable[[str], list[RowT]],
+    load: Callable[..., list[RowT]],
     length: Callable[[RowT], int],
     group: Callable[[RowT], int] | None = None,
 ) -> tuple[list[RowT], list[RowT]]:
@@ -76,7 +76,7 @@ def train_and_eval_rows(
 
     Args:
         config: names the data and the share to hold out.
-        load: reads the rows of a comma-separated list of sources.
+        load: reads the rows of a comma-separated list of sources, for a `purpose`.
         length: number of tokens in a row.
         group: number of a row's group; its rows share an answer and are held out together.
 
@@ -86,7 +86,7 @@ def train_and_eval_rows(
     rows = load(config.data)
     if config.eval_data:
         train_rows = rows
-        eval_rows = load(config.eval_data)
+        eval_rows = load(config.eval_data, purpose="validation")
     else:
         groups = [group(row) for row in rows] if group else list(range(len(rows)))
         names = sorted(set(groups))

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.llm.judge import Judge, JudgedAnswer
 from ..core.report.run_report import try_report
 from ..core.report.statistics import wilson_interval
+from ..core.text.data import Purpose
 from ..core.text.verifier_text import load_template
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
@@ -74,12 +75,15 @@ def _load(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     sources: str,
+    *,
+    purpose: Purpose = "train",
 ) -> list[LabelledIds]:
     """Loads, labels and tokenises the rows of some sources, and prints how many of each kind."""
     template = load_template(config.template)
     answers, kinds = load_answers(
         sources,
         limit=config.limit,
+        purpose=purpose,
         seed=config.seed,
         wrong_per_question=config.wrong_per_question,
         judge=partial(_judge, config, folder) if config.llm.model else None,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.llm.judge import JudgedAnswer
 from ..core.text.chat import parse_response
-from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
+from ..core.text.data import ANSWER_KEY, QUESTION_KEY, Purpose, load_rows, text_field
 from ..core.text.verifier_text import verifier_input
 
 PHRASES = (
@@ -58,6 +58,7 @@ def load_answers(
     seed: int,
     wrong_per_question: int,
     judge: JudgeFunction | None = None,
+    purpose: Purpose = "train",
 ) -> tuple[list[LabelledAnswer], dict[str, int]]:
     """Reads the labelled answers of the sources' rows.
 
@@ -75,6 +76,7 @@ def load_answers(
         seed: seed of the phrases and wrong options that are drawn.
         wrong_per_question: wrong options used of each exam question.
         judge: labels the rows that have no label.
+        purpose: as for `load_rows`.
 
     Returns:
         The answers, and the number of rows of each kind.
@@ -85,7 +87,7 @@ def load_answers(
     unlabelled: dict[int, JudgedAnswer] = {}
     answers: list[LabelledAnswer] = []
     kinds: Counter[str] = Counter()
-    for number, row in enumerate(load_rows(sources, limit=limit)):
+    for number, row in enumerate(load_rows(sources, limit=limit, purpose=purpose)):
         where = f"data {sources}: row {number}"
         if _is_unlabelled(row) and judge is not None:
             kinds["unlabelled"] += 1

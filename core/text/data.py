@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,13 @@ QUESTION_KEY = "Open-ended Verifiable Question"
 ANSWER_KEY = "Ground-True Answer"
 
 Row = dict[str, Any]
+Purpose = Literal["train", "validation", "test"]
+SPLITS: dict[Purpose, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev", "eval", "test"),
+    "test": ("test", "validation", "valid", "dev", "eval"),
+}
+"""Names of splits that serve a purpose, the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +33,15 @@ class Problem:
     """Row number in the data, from 0; part of the seed of every sample drawn for the problem."""
 
 
-def load_rows(sources: str, *, limit: int | None = None) -> list[Row]:
+def load_rows(sources: str, *, limit: int | None = None, purpose: Purpose = "train") -> list[Row]:
     """Reads the rows of one or more data sources.
 
     Args:
         sources: comma-separated; each is a .json file (a list of objects, or an object of such
-            lists), a .jsonl or .parquet file, a folder saved by `datasets`, or a hub id.
+            lists), a .jsonl or .parquet file, a folder saved by `datasets`, or a hub id. A split is
+            named as FOLDER:SPLIT, subset and split of a hub id as ID:SUBSET:SPLIT.
         limit: maximum number of rows of each source; None for all.
+        purpose: which split is read where none is named: see SPLITS.
 
     Returns:
         The rows, in the order of the sources.
@@ -44,20 +53,24 @@ def load_rows(sources: str, *, limit: int | None = None) -> list[Row]:
     for source in sources.split(","):
         if not source.strip():
             raise ValueError(f"data {sources!r} has an empty entry: remove the stray comma")
-        rows += _load_source(source.strip())[:limit]
+        rows += _load_source(source.strip(), purpose)[:limit]
     if not rows:
         raise ValueError(f"data {sources!r} holds no rows")
     return rows
 
 
-def _load_source(source: str) -> list[Row]:
+def _load_source(source: str, purpose: Purpose) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _without_nulls(_load_folder(path))
+        return _without_nulls(_load_folder(path, "", purpose))
     if not path.exists():
-        if path.suffix or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        folder, _, split = source.rpartition(":")
+        if folder and Path(folder).expanduser().is_dir():
+            return _without_nulls(_load_folder(Path(folder).expanduser(), split, purpose))
+        name = source.partition(":")[0]
+        if Path(name).suffix or source.startswith((".", "/", "~")) or name.count("/") != 1:
             raise ValueError(f"data {source}: no such file")
-        return _without_nulls(_load_hub(source))
+        return _without_nulls(_load_hub(source, purpose))
     if path.suffix == ".parquet":
         return _without_nulls(_load_parquet(path))
     if path.suffix == ".json":
@@ -109,41 +122,81 @@ def _load_parquet(path: Path) -> list[Row]:
         raise ValueError(f"data {path}: not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _load_folder(path: Path) -> Iterable[Row]:
+def _load_folder(path: Path, split: str, purpose: Purpose) -> Iterable[Row]:
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise ValueError(f"data {path}: a folder, but not one saved by datasets") from None
-    parts: Any = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
-    return [row for part in parts for row in part]
+    return _select_split(loaded, split, purpose, source=str(path))
 
 
-def _load_hub(name: str) -> Iterable[Row]:
+def _load_hub(source: str, purpose: Purpose = "train") -> Iterable[Row]:
+    import datasets
+
+    name, subset, split, *_ = (*source.split(":"), "", "")
+    try:
+        loaded = datasets.load_dataset(name, subset or None)
+    except Exception as error:  # a dozen kinds, each of which means that the name cannot be loaded
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        subsets = _subsets(name)
+        if subsets and subset not in subsets:
+            names = ", ".join(subsets)
+            raise ValueError(
+                f"data {source}: has the subsets {names}: name one, as in {name}:{subsets[0]}"
+            ) from None
+        raise ValueError(
+            f"data {source}: neither a file nor a hub data set that can be loaded: {reason}"
+        ) from None
+    return _select_split(loaded, split, purpose, source=source)
+
+
+def _subsets(name: str) -> list[str]:
+    """Names of a hub data set's subsets; empty if it cannot be read."""
     import datasets
 
     try:
-        rows: Any = datasets.load_dataset(name, split="train")
-        return rows
-    except Exception as error:  # a dozen kinds, each of which means that the name cannot be loaded
-        reason = str(error).splitlines()[0][:200]
+        return datasets.get_dataset_config_names(name)
+    except Exception:  # such as no connection
+        return []
+
+
+def _select_split(
+    loaded: Any,
+    split: str,
+    purpose: Purpose,
+    *,
+    source: str,
+) -> Iterable[Row]:
+    """The rows of the named split, or of the one that serves the purpose."""
+    import datasets
+
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    if split in splits:
+        return splits[split]
+    if split == "" and len(splits) == 1:
+        return next(iter(splits.values()))
+    found = [name for name in SPLITS[purpose] if name in splits]
+    if split or not found:
+        sought = split or " or ".join(SPLITS[purpose])
+        example = f"{source.partition(':')[0]}:{next(iter(splits))}"
         raise ValueError(
-            f"data {name}: neither a file nor a hub data set that can be loaded: {reason}"
-        ) from None
+            f"data {source}: no split {sought} among {', '.join(splits) or 'one'}: name one, as in "
+            f"{example}"
+        )
+    return splits[found[0]]
 
 
 def _without_nulls(rows: Iterable[Row]) -> list[Row]:
-    """Removes nulls, which a table holds where an object lacks a key, such as an option."""
-    return [
-        {
-            key: {name: part for name, part in cell.items() if part is not None}
-            if isinstance(cell, dict)
-            else cell
-            for key, cell in row.items()
-        }
-        for row in rows
-    ]
+    """Removes the nulls by which a table fills up objects that lack a key, at every depth."""
+    return [_prune(row) for row in rows]
+
+
+def _prune(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _prune(part) for key, part in value.items() if part is not None}
+    return [_prune(part) for part in value] if isinstance(value, list) else value
 
 
 def text_field(row: Row, key: str, *, where: str) -> str:
@@ -178,6 +231,7 @@ def load_problems(
     limit: int | None = None,
     question_key: str = QUESTION_KEY,
     answer_key: str = ANSWER_KEY,
+    purpose: Purpose = "train",
 ) -> list[Problem]:
     """Reads verifiable problems.
 
@@ -186,12 +240,13 @@ def load_problems(
         limit: as for `load_rows`.
         question_key: key of the question in each row.
         answer_key: key of the reference answer in each row.
+        purpose: as for `load_rows`.
 
     Raises:
         ValueError: a source cannot be read, or a text is missing; the message names row and key.
     """
     problems = []
-    for index, row in enumerate(load_rows(sources, limit=limit)):
+    for index, row in enumerate(load_rows(sources, limit=limit, purpose=purpose)):
         where = f"data {sources}: row {index}"
         question = text_field(row, question_key, where=where)
         answer = text_field(row, answer_key, where=where)

@@ -64,11 +64,9 @@ def test_nulls_for_missing_keys_are_removed_from_objects(tmp_path):
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "rows.parquet")
     table.save_to_disk(tmp_path / "saved")
-    assert load_rows(str(tmp_path / "rows.parquet")) == load_rows(str(tmp_path / "saved")) == rows
-
-
-def test_all_parts_of_a_folder_are_read(tmp_path):
-    assert load_rows(saved_folder(tmp_path, parts=True)) == ROWS
+    without = [{"options": rows[0]["options"]}, rows[1]]
+    assert load_rows(str(tmp_path / "rows.parquet")) == without
+    assert load_rows(str(tmp_path / "saved")) == without
 
 
 def test_sources_are_joined_and_limited_one_by_one(write):
@@ -109,13 +107,13 @@ def test_missing_file_is_refused_without_asking_the_hub(source, monkeypatch):
 
 
 def test_hub_error_is_reported_in_one_line(monkeypatch):
-    def fail(name, split):
-        raise ConnectionError(f"no way to {name} {split}\nand a long tail")
+    def fail(name, *subset):
+        raise ConnectionError(f"no way to {name}\nand a long tail")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
         ValueError,
-        match="^data owner/name: neither a file nor a hub data set.*no way to owner/name train$",
+        match="^data owner/name: neither a file nor a hub data set.*no way to owner/name$",
     ):
         load_rows("owner/name")
 
@@ -212,3 +210,92 @@ def test_orders_differ_between_epochs_and_seeds():
     first = Order(50, seed=0).take(100)
     assert first[:50] != first[50:]
     assert first[:50] != Order(50, seed=1).take(50)
+
+
+def rows_named(*names):
+    import datasets
+
+    return datasets.Dataset.from_list([{"Question": name} for name in names])
+
+
+@pytest.fixture
+def saved_splits(tmp_path):
+    import datasets
+
+    splits = {"train": rows_named("t"), "validation": rows_named("v"), "test": rows_named("h")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def questions(source, **options):
+    return [row["Question"] for row in load_rows(source, **options)]
+
+
+def test_split_follows_the_purpose_or_the_name(saved_splits):
+    assert questions(saved_splits) == ["t"]
+    assert questions(saved_splits, purpose="validation") == ["v"]
+    assert questions(saved_splits, purpose="test") == ["h"]
+    assert questions(f"{saved_splits}:validation,{saved_splits}:train") == ["v", "t"]
+    with pytest.raises(ValueError, match=r"no split dev among train, validation, test: .*:train"):
+        load_rows(f"{saved_splits}:dev")
+
+
+def test_split_must_be_named_where_none_serves(tmp_path):
+    import datasets
+
+    splits = {"en": rows_named("e"), "zh": rows_named("z")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"no split train among en, zh: name one, as in .*:en"):
+        load_rows(str(tmp_path / "saved"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A data set with the subsets en and zh, at the hub id owner/name: a local folder serves it."""
+    import datasets
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name in ("en", "zh", "zh-test"):
+        (folder / f"{name}.json").write_text(json.dumps([{"Question": name}]))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en.json\n- config_name: zh\n"
+        "  data_files:\n  - split: train\n    path: zh.json\n"
+        "  - split: test\n    path: zh-test.json\n---\n"
+    )
+    for name in ("load_dataset", "get_dataset_config_names"):
+        real = getattr(datasets, name)
+
+        def local(hub_id, *arguments, real=real):
+            assert hub_id == "owner/name"
+            return real(str(folder), *arguments)
+
+        monkeypatch.setattr(datasets, name, local)
+    return "owner/name"
+
+
+def test_subsets_and_splits_of_a_hub_id_can_be_named(hub):
+    with pytest.raises(ValueError, match="subsets en, zh: name one, as in owner/name:en"):
+        load_rows(hub)
+    assert questions(f"{hub}:en") == ["en"]
+    assert questions(f"{hub}:zh") == ["zh"]
+    assert questions(f"{hub}:zh", purpose="test") == ["zh-test"]
+    assert questions(f"{hub}:zh:test") == ["zh-test"]
+    with pytest.raises(ValueError, match="subsets en, zh: name one"):
+        load_rows(f"{hub}:fr")
+    with pytest.raises(ValueError, match="no split dev among train, test"):
+        load_rows(f"{hub}:zh:dev")
+
+
+def test_nulls_that_a_table_fills_in_are_absent_keys(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"Question": "q", "Response": "a"},
+        {"messages": [{"role": "user", "content": "q"}, {"from": "gpt", "value": "a"}]},
+    ]
+    keys = ("Question", "Response", "messages")
+    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert load_rows(str(tmp_path / "d.parquet")) == rows
