@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from .encoding import encode, protect
 
@@ -22,9 +22,27 @@ TEMPLATE = (
 )
 """Default template, which the classifier's two classes complete."""
 
-VERDICTS = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
+VERDICTS = {
+    "true": True,
+    "false": False,
+    "正确": True,
+    "错误": False,
+    "真": True,
+    "假": False,
+    "一致": True,
+    "不一致": False,
+}
 """Words that count as a verdict of an LLM, in lower case."""
+_LABEL = re.compile(
+    r"(?:(?:the |my )?(?:final )?(?:verdict|answer|judge?ment|conclusion|result)(?: is)?"
+    r"|(?:最终)?(?:结论|判断|答案|评判)[是为]?)\s*[:：]?\s*",
+    re.IGNORECASE,
+)
+_SET_OFF = r"(?=$|\s*[.。,，:：;；!！(（\n]|\s+[-–—]\s)"
 FENCE = re.compile(r"\s*```(?:json|text|plaintext|markdown)?\s")
+
+
+Choice = TypeVar("Choice")
 
 
 class Tiers(NamedTuple):
@@ -153,18 +171,43 @@ def after_thought(text: str) -> str:
 def parse_verdict(text: str) -> bool | None:
     """Reads the verdict of an LLM.
 
-    A verdict is one of VERDICTS, or {"verdict": one of them or a boolean}, and nothing else but
-    white space, quotes, asterisks, a code fence or a full stop around it.
-
     Returns:
-        The verdict, or None for any other text, such as "untrue" or "True and false".
+        The verdict as in `leading_choice`, or that of {"verdict": a word or a boolean}; None for
+        any other text, such as "untrue" or "True and false".
     """
     text = FENCE.sub("", after_thought(text), count=1)
-    text = text.strip(" \t\r\n`*_\"'“”‘’「」.。!！,，;；")
-    if not text.startswith("{"):
-        return VERDICTS.get(text.casefold())
+    plain = text.strip(" \t\r\n`")
+    if not plain.startswith("{"):
+        return leading_choice(text, VERDICTS)
     try:
-        verdict = json.loads(text)["verdict"]
+        verdict = json.loads(plain)["verdict"]
     except (ValueError, KeyError, RecursionError):  # RecursionError: an endless row of brackets
         return None
     return verdict if isinstance(verdict, bool) else VERDICTS.get(str(verdict).strip().casefold())
+
+
+def leading_choice(text: str, choices: Mapping[str, Choice]) -> Choice | None:
+    """Reads which of some words a text begins with, as people and models write it.
+
+    The word may follow a label ("Verdict: True", "The answer is True") and may be followed by a
+    reason that is set off from it ("True - same diagnosis", "False. The answer ..."). Quotes and
+    the marks of Markdown are ignored.
+
+    Args:
+        text: the reply.
+        choices: word in lower case -> its meaning.
+
+    Returns:
+        The meaning; None if the text does not begin with one of the words, goes on without setting
+        it off ("True or False"), or holds a word of another meaning ("True, or False?").
+    """
+    text = re.sub("[*_`\"'“”‘’「」]", "", text).strip(" \t\r\n.。!！,，;；").casefold()
+    text = _LABEL.sub("", text, count=1) if _LABEL.match(text) else text
+    longest_first = sorted(choices, key=len, reverse=True)
+    words = [rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w) for w in longest_first]
+    pattern = re.compile("|".join(words))
+    first = re.match(f"(?:{pattern.pattern}){_SET_OFF}", text)
+    if first is None:
+        return None
+    found = {choices[match[0]] for match in pattern.finditer(text)}
+    return found.pop() if len(found) == 1 else None

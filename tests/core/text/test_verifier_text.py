@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,6 +9,7 @@ from verippo.core.text.verifier_text import (
     TEMPLATE,
     Tiers,
     check_template,
+    leading_choice,
     normalise_answer,
     parse_verdict,
     verifier_ids,
@@ -152,8 +156,8 @@ def test_verdict_is_one_whole_word_in_any_wrapping(form, word, verdict):
         "not true",
         "true false",
         "True or False",
-        "True, because",
-        "Answer: True",
+        "True because it fits",
+        "I answer: True",
         "truely",
         "falsehood",
         "",
@@ -200,9 +204,55 @@ def test_verdict_may_be_a_json_boolean():
     assert parse_verdict('```json\n{"verdict": false, "why": "other drug"}\n```') is False
 
 
-@given(st.text(alphabet='untrefalsTF 不正确错误真假.*"`\n', max_size=12))
-def test_verdict_has_no_letters_besides_the_word(text):
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("True\n\nThe given answer matches.", True),
+        ("True - same diagnosis", True),
+        ("True, they match.", True),
+        ("**Final verdict:** False", False),
+        ("The answer is True.", True),
+        ("False. The answer leaves a choice between two causes.", False),
+        ("True（一致）", True),
+        ("结论：不一致。参考答案是另一种药", False),
+        ("一致", True),
+    ],
+)
+def test_verdict_may_have_a_label_and_a_reason(text, verdict):
+    assert parse_verdict(text) is verdict
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "True/False",
+        "True, or False?",
+        "It is true that",
+        "True enough, but they differ",
+        "not true",
+        "I think True",
+        "True. Though 不一致",
+    ],
+)
+def test_undecided_text_is_no_verdict(text):
+    assert parse_verdict(text) is None
+
+
+@given(st.text(alphabet='untrefalsTF 不正确错误真假.,:-*"`\n', max_size=12))
+def test_verdict_is_the_leading_word_and_the_only_one(text):
     words = {"true": True, "false": False, "正确": True, "错误": False, "真": True, "假": False}
-    expected = words.get("".join(c for c in text if c.isalpha() or c == " ").strip().lower())
     verdict = parse_verdict(text)
-    assert verdict is None or verdict is expected
+    plain = re.sub('[*"`]', "", text).strip(" \n.,").lower()
+    if verdict is not None:
+        assert any(plain.startswith(word) and words[word] is verdict for word in words)
+        opposite = [word for word in words if words[word] is not verdict]
+        assert not any(re.search(rf"\b{word}\b", plain, re.ASCII) for word in opposite[:1])
+
+
+def test_real_reply_forms_are_read(shared):
+    forms = json.loads((shared / "cases" / "reply_forms.json").read_text(encoding="utf-8"))
+    for form in forms["verdicts"]:
+        assert parse_verdict(form["text"]) is form["right"], form["text"]
+    kinds = {kind: kind for kind in ("pass", "too simple", "ambiguous answer")}
+    for form in forms["judgements"]:
+        assert leading_choice(form["text"], kinds) == form["right"], form["text"]
