@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from verippo.launch import document, option_groups
+from verippo.launch import document, families, option_groups
 
 
 @dataclass
@@ -52,3 +52,7 @@ def test_every_option_has_a_meaning():
     for line in document.document().splitlines():
         if line.startswith("| `--"):
             assert line.split(" | ")[-1].strip(" |"), line
+
+
+def test_page_of_model_families_is_what_its_command_writes():
+    assert families.main(["--check"]) == 0
