@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.bounds import CountingInt
+from ..core.bounds import CountingInt, NonNegativeFloat, check_bounds
 from ..core.sampling.server import Server, has_exited, servers, start_all
 from ..core.sampling.server import stop as stop_server
 from ..core.sampling.server_command import STATE, ServerConfig
@@ -69,8 +69,11 @@ class ServedConfig:
     """Port of one server; default: all servers."""
     state: str = STATE
     """Folder of the servers' records and logs, as given to start."""
-    stop_timeout_seconds: float = 60.0
+    stop_timeout_seconds: NonNegativeFloat = 60.0
     """Seconds to let running requests finish before the processes are killed."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     def chosen(self) -> list[tuple[Server, str]]:
         """Selected servers with their states.

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-AT_LEAST_ONE = ("concurrency", "max_new_tokens", "requests_per_minute", "tokens_per_minute")
-NOT_NEGATIVE = ("max_retries", "temperature", "price_in", "price_out")
-POSITIVE = ("timeout_seconds", "budget_usd")
+from ..bounds import (
+    CountingInt,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    check_bounds,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,39 +29,31 @@ class LLMConfig:
     """Name of the environment variable that holds the API key. Your own server may need no key."""
     api_key_file: str | None = None
     """File that holds the API key, used instead of the environment variable."""
-    concurrency: int = 16
+    concurrency: CountingInt = 16
     """Maximum number of calls in flight."""
-    max_retries: int = 6
+    max_retries: NonNegativeInt = 6
     """Retries after HTTP status 408, 409, 429 or 5xx, a lost connection or an unreadable answer."""
-    timeout_seconds: float = 300.0
+    timeout_seconds: PositiveFloat = 300.0
     """Time limit of one request, in seconds; each retry has its own."""
-    requests_per_minute: int | None = None
+    requests_per_minute: CountingInt | None = None
     """Rate limit in requests per minute; requests are spaced evenly to stay within it."""
-    tokens_per_minute: int | None = None
+    tokens_per_minute: CountingInt | None = None
     """Rate limit in tokens per minute, prompts and answers together."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Sampling temperature, unless the command sets its own."""
-    max_new_tokens: int = 4096
+    max_new_tokens: CountingInt = 4096
     """Maximum number of tokens of an answer, unless the command sets its own."""
-    price_in: float = 0.0
+    price_in: NonNegativeFloat = 0.0
     """Price of a million prompt tokens, in USD."""
-    price_out: float = 0.0
+    price_out: NonNegativeFloat = 0.0
     """Price of a million answer tokens, in USD."""
-    budget_usd: float | None = None
+    budget_usd: PositiveFloat | None = None
     """Spending limit of this run, in USD; it stops before a call that could exceed the limit."""
     json_mode: Literal["auto", "schema", "object", "text"] = "auto"
     """How to request JSON; auto starts with a schema and relaxes it if the server refuses."""
 
     def __post_init__(self) -> None:
-        for names, is_valid, requirement in (
-            (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-            (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-            (POSITIVE, lambda value: value > 0, "above 0"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_valid(value):
-                    raise ValueError(f"llm.{name}={value}: must be {requirement}")
+        check_bounds(self, prefix="llm.")
         if self.budget_usd and not self.price_in + self.price_out:
             raise ValueError(
                 "llm.budget_usd needs llm.price_in and llm.price_out (USD per million tokens)"
