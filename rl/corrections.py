@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .ppo import LOG_RATIO_LIMIT
+from .token_masks import LOG_RATIO_LIMIT
 
 
 @torch.no_grad()

@@ -10,19 +10,33 @@ tokens of the whole mini-batch, over all its micro-batches and ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.gae import discounted_suffix_sums
-from .token_masks import as_float, check_mask, check_shapes, continues, response_tokens, select
 
-LOG_RATIO_LIMIT = 20.0
-"""Log ratios are clamped to plus and minus this value (nats) before exp.
-
-e^20 leaves fp32 room for sums and squares.
-"""
+# all formulas can be imported from here
+from .corrections import adaptive_lambda, sampler_correction  # noqa: F401
+from .normalisation import group_advantages, whiten  # noqa: F401
+from .policy_losses import (  # noqa: F401
+    cispo_loss,
+    gspo_loss,
+    kl_loss,
+    noise_corrected,
+    overlong_penalty,
+)
+from .token_masks import (
+    LOG_RATIO_LIMIT,
+    as_float,
+    check_mask,
+    check_shapes,
+    continues,
+    response_tokens,
+    select,
+)
 
 
 class PolicyLoss(NamedTuple):
@@ -152,12 +166,13 @@ def gae(
     *,
     gamma: float,
     lam: float | Tensor,
+    lam_critic: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the response tokens of each packed sequence.
 
         delta_t  = r_t + gamma V_{t+1} - V_t
         A_t      = delta_t + gamma lam A_{t+1}
-        return_t = A_t + V_t
+        return_t = A_t + V_t      with A of lam_critic, if it is given
 
     t+1 is the next response token of the sequence, across gaps in the mask such as tool output;
     V and A are 0 beyond the last one.
@@ -169,70 +184,49 @@ def gae(
         cu_seqlens: [seqs + 1], boundaries of the packed sequences.
         gamma: discount factor, in 0..1.
         lam: decay of the trace in 0..1, a number or [seqs].
+        lam_critic: decay for the returns, likewise; None: `lam`.
 
     Returns:
         advantages, returns: [tokens] each, not whitened, 0 off the mask, without gradient.
 
     Raises:
-        ValueError: shapes disagree, or gamma or lam lies outside 0..1.
+        ValueError: shapes disagree, or gamma or a lambda lies outside 0..1.
 
-    Source: arXiv 1506.02438, eq. 16; lam by sequence as in arXiv 2504.05118.
+    Source: arXiv 1506.02438, eq. 16; lam by sequence as in arXiv 2504.05118; lam_critic as in
+    arXiv 2503.01491, section 4.2.
     """
     index, segment, num_seqs = response_tokens(rewards, response_mask, cu_seqlens)
     check_shapes(rewards, values=values)
     reward = as_float(rewards[index])
     value = as_float(values[index])
-    lam_of = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device)
+    more = continues(segment)
+    next_value = torch.where(more, value.roll(-1), 0.0)  # more[-1] is False
+    delta = reward + gamma * next_value - value
+    trace = partial(_trace, delta, segment, num_seqs, gamma)
+    advantage = trace(lam)
+    returns = value + (advantage if lam_critic is None else trace(lam_critic))
+    nothing = torch.zeros_like(rewards, dtype=delta.dtype)
+    return nothing.index_copy(0, index, advantage), nothing.index_copy(0, index, returns)
+
+
+def _trace(
+    delta: Tensor,
+    segment: Tensor,
+    num_seqs: int,
+    gamma: float,
+    lam: float | Tensor,
+) -> Tensor:
+    """The sums of `delta` discounted by gamma lam, along each sequence."""
+    lam_of = torch.as_tensor(lam, dtype=delta.dtype, device=delta.device)
     within = 0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())
     if lam_of.shape not in ((), (num_seqs,)) or not within:
         raise ValueError(
             f"gamma={gamma} and lam={lam} must lie in 0..1, and lam must be a number or of shape "
             f"[{num_seqs}]"
         )
-    more = continues(segment)
-    next_value = torch.where(more, value.roll(-1), 0.0)  # more[-1] is False
-    delta = reward + gamma * next_value - value
-    decay = torch.where(more, gamma * lam_of.expand(num_seqs)[segment], 0.0).to(delta.dtype)
+    decay = torch.where(continues(segment), gamma * lam_of.expand(num_seqs)[segment], 0.0)
     longest = int(torch.bincount(segment).max()) if len(segment) > 0 else 0
-    advantage = discounted_suffix_sums(delta, decay, max_length=longest)
-    nothing = torch.zeros_like(rewards, dtype=delta.dtype)
-    return nothing.index_copy(0, index, advantage), nothing.index_copy(0, index, advantage + value)
-
-
-@torch.no_grad()
-def whiten(
-    x: Tensor,
-    mask: Tensor,
-    *,
-    mean: Tensor | float | None = None,
-    var: Tensor | float | None = None,
-) -> Tensor:
-    """Normalises to mean 0 and variance 1 over the mask.
-
-        (x - mean) / sqrt(var + 1e-8)
-
-    A single token has no variance; it becomes 0.
-
-    Args:
-        x: [tokens].
-        mask: [tokens].
-        mean: mean over all ranks; default: over the mask.
-        var: variance over all ranks; default: over the mask, with divisor n - 1.
-
-    Returns:
-        [tokens], 0 off the mask, without gradient.
-
-    Raises:
-        ValueError: shapes disagree, or only one of mean and var is given.
-    """
-    mask = check_mask(x, mask)
-    if (mean is None) != (var is None):
-        raise ValueError(f"mean={mean} and var={var}: give both or neither")
-    x = select(x, mask)
-    if mean is None or var is None:
-        mean = x.sum() / mask.sum().clamp(min=1)
-        var = torch.where(mask, x - mean, 0.0).square().sum() / (mask.sum() - 1).clamp(min=1)
-    return torch.where(mask, (x - mean) / (var + 1e-8) ** 0.5, 0.0)
+    return discounted_suffix_sums(delta, decay.to(delta.dtype), max_length=longest)
 
 
 def policy_loss(
@@ -338,52 +332,3 @@ def value_loss(
         held = clipped_error > error
         error = torch.maximum(error, clipped_error)
     return ValueLoss(0.5 * error.sum(), mask.sum(), held.sum())
-
-
-@torch.no_grad()
-def group_advantages(scores: Tensor, groups: Tensor, *, kind: str) -> Tensor:
-    """Advantages without a critic: each score against the others of its group.
-
-        rloo         s - mean of the group's other scores
-        grpo         (s - group mean) / (group std + 1e-6), std with divisor n - 1
-        reinforce++  d = s - group mean; (d - mean d) / sqrt(var d + 1e-8) over all scores, var
-                     with divisor n - 1; d = s if every group has one score
-
-    Args:
-        scores: [seqs], of all ranks.
-        groups: [seqs] integers; scores with the same number belong together.
-        kind: "rloo", "grpo" or "reinforce++".
-
-    Returns:
-        [seqs], without gradient.
-
-    Raises:
-        ValueError: another kind, shapes that differ, or a group of one, except where all are.
-
-    Source: arXiv 2402.14740; arXiv 2402.03300, section 4.1; arXiv 2501.03262.
-    """
-    if scores.ndim != 1 or groups.shape != scores.shape or groups.is_floating_point():
-        shapes = f"{list(scores.shape)} and {list(groups.shape)}"
-        raise ValueError(
-            f"scores and groups have shapes {shapes}: both must be [seqs], groups of integers"
-        )
-    if kind not in ("rloo", "grpo", "reinforce++"):
-        raise ValueError(f"kind is {kind!r}, must be 'rloo', 'grpo' or 'reinforce++'")
-    score = as_float(scores)
-    everything = torch.ones_like(scores, dtype=torch.bool)
-    ids, group, sizes = groups.unique(return_inverse=True, return_counts=True)
-    if kind == "reinforce++" and bool((sizes == 1).all()):
-        return whiten(score, everything)
-    if bool((sizes == 1).any()):
-        raise ValueError(
-            f"group {int(ids[sizes == 1][0])} has 1 score, {kind} needs at least 2: "
-            "sample more or drop the group"
-        )
-    mean = score.new_zeros(len(ids)).index_add(0, group, score) / sizes
-    centred = score - mean[group]
-    if kind == "rloo":  # s - (n mean - s) / (n - 1) = (s - mean) n / (n - 1)
-        return centred * (sizes / (sizes - 1)).to(score.dtype)[group]
-    if kind == "grpo":
-        var = score.new_zeros(len(ids)).index_add(0, group, centred.square()) / (sizes - 1)
-        return centred / (var.sqrt() + 1e-6)[group]
-    return whiten(centred, everything)

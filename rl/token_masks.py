@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOG_RATIO_LIMIT = 20.0
+"""Log ratios are clamped to plus and minus this value (nats) before exp.
+
+e^20 leaves fp32 room for sums and squares.
+"""
+
 
 def as_float(x: Tensor) -> Tensor:
     """The tensor in fp32, or unchanged if it is float64."""

@@ -721,3 +721,17 @@ def test_options_are_keyword_only():
 def test_results_are_tensors_without_dimensions():
     for out in (ppo.policy_loss(X, X, X, MASK), ppo.value_loss(X, X, X, MASK)):
         assert all(isinstance(field, Tensor) and field.shape == () for field in out)
+
+
+def test_gae_with_another_lambda_for_the_critic():
+    """One sequence of two tokens, worked by hand: gamma 1, delta = (0.1, 0.4)."""
+    rewards = torch.tensor([0.0, 1.0])
+    values = torch.tensor([0.5, 0.6])
+    mask = torch.ones(2, dtype=torch.bool)
+    bounds = torch.tensor([0, 2])
+    options = {"gamma": 1.0, "lam": 0.5, "lam_critic": 1.0}
+    advantages, returns = ppo.gae(rewards, values, mask, bounds, **options)
+    assert advantages.tolist() == pytest.approx([0.3, 0.4])
+    assert returns.tolist() == pytest.approx([1.0, 1.0])
+    same = ppo.gae(rewards, values, mask, bounds, gamma=1.0, lam=0.5)
+    assert same[1].tolist() == pytest.approx([0.8, 1.0])
