@@ -341,7 +341,7 @@ def _ask_local(
             answer = Answer(output, completion.finish_reason, len(ids))
             asyncio.run(journal.record(key, vars(answer)))
         for item, (key, _, ids) in zip(asked[chunk], prompts[chunk], strict=True):
-            recorded = journal.get(key) or {
+            recorded: dict[str, Any] = journal.get(key) or {
                 "error": f"{len(ids)} tokens of prompt leave no room for "
                 f"max_new_tokens={config.max_new_tokens}"
             }

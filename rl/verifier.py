@@ -145,7 +145,7 @@ class ClassifierVerifier:
         """Loads the model and its tokenizer; `options` as for the constructor."""
         engine = FrozenEngine(load_classifier(path, dtype=config.dtype), config)
         verifier = cls(engine, load_tokenizer(path), **options)  # type: ignore[arg-type]
-        eos = verifier.tokenizer.eos_token
+        eos = str(verifier.tokenizer.eos_token)
         if verifier.template != TEMPLATE and not verifier.template.endswith(eos) and dist.is_main():
             print(
                 f"note: the verifier's template does not end in {eos}, its tokenizer's end token; "

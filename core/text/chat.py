@@ -200,7 +200,8 @@ def render_example(
     end = start + len(content)
     ending, end_id = split_at_special(tokenizer, whole[end:])
     if end_id is None:
-        end_id = tokenizer.eos_token_id
+        eos: Any = tokenizer.eos_token_id
+        end_id = eos
     response = encode(tokenizer, whole[len(prompt) : end] + ending)
     return encode(tokenizer, prompt), [*response, end_id]
 

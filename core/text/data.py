@@ -172,7 +172,7 @@ def _select_split(
     """The rows of the named split, or of the one that serves the purpose."""
     import datasets
 
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    splits: Any = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     if split in splits:
         return splits[split]
     if split == "" and len(splits) == 1:
