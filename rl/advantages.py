@@ -14,8 +14,9 @@ from ..core.training.packing import PackedBatch
 from . import ppo
 from .config import PPOConfig
 from .corrections import adaptive_lambda, sampler_correction
-from .experience import MicroBatch
+from .experience import MicroBatch, MiniBatch
 from .hooks import load_function
+from .policy_losses import SequenceLoss, TokenLoss
 from .rollout import Rollout
 
 AdvantageFunction = Callable[
@@ -41,37 +42,81 @@ def advantage_function(config: PPOConfig) -> AdvantageFunction:
 def policy_loss_function(config: PPOConfig) -> PolicyLossFunction:
     """The policy loss that a configuration names."""
     if config.policy_loss_function:
-        return load_function(config.policy_loss_function, option="policy_loss_function")
-    return partial(_clipped_loss, config=config)
+        loss = load_function(config.policy_loss_function, option="policy_loss_function")
+    else:
+        losses = {"ppo": _ppo_loss, "gspo": _gspo_loss, "cispo": _cispo_loss}
+        loss = partial(losses[config.policy_loss], config=config)
+    return partial(_with_kl, loss) if config.kl.place == "loss" else loss
 
 
-def importance_weights(
+def length_penalties(config: PPOConfig, rollouts: Sequence[Rollout]) -> Tensor:
+    """[rollouts], 0 or less: for truncated responses, and for those close to the limit."""
+    truncated = torch.tensor([float(rollout.truncated) for rollout in rollouts])
+    penalties = -config.missing_eos_penalty * truncated
+    if config.overlong_buffer:
+        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        limit = config.sampling.max_new_tokens
+        penalties = penalties + ppo.overlong_penalty(
+            lengths, limit=limit, buffer=config.overlong_buffer
+        )
+    return penalties
+
+
+def loss_weights(
     config: PPOConfig,
     logprobs: Tensor,
     batch: PackedBatch,
     rollouts: Sequence[Rollout],
-) -> Tensor | None:
-    """[tokens] weights for the difference between sampler and trainer; None without correction."""
-    if config.importance_cap is None:
-        return None
-    sampled = torch.zeros_like(logprobs)
-    sampled[batch.response_mask] = torch.tensor(
-        [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs],
-        dtype=logprobs.dtype,
-    )
-    return sampler_correction(
-        logprobs,
-        sampled,
-        batch.response_mask,
-        batch.cu_seqlens,
-        level="token",
-        mode="truncate",
-        low=0.0,
-        high=config.importance_cap,
-    ).weights
+) -> tuple[Tensor, dict[str, float]]:
+    """Weights of the tokens in the policy loss, with metrics of the correction.
+
+    They correct for a sampler that differs from the trainer, and divide by a sequence's length
+    where the loss is a mean over sequences. Every loss is linear in the advantages, which they
+    multiply.
+
+    Returns:
+        [tokens], 0 off the mask.
+    """
+    mask = batch.response_mask
+    weights = mask.to(logprobs.dtype)
+    metrics: dict[str, float] = {}
+    if config.correction.level != "none":
+        sampled = torch.zeros_like(logprobs)
+        sampled[mask] = torch.tensor(
+            [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs],
+            dtype=logprobs.dtype,
+        )
+        correction = sampler_correction(
+            logprobs,
+            sampled,
+            mask,
+            batch.cu_seqlens,
+            level=config.correction.level,
+            mode=config.correction.mode,
+            low=config.correction.low,
+            high=config.correction.high,
+        )
+        weights = correction.weights
+        metrics = {
+            "correction_touched_rate": float(correction.num_touched / mask.sum()),
+            "correction_sample_size": float(correction.effective_sample_size),
+        }
+    if config.mean_over == "sequence" and config.policy_loss != "gspo":
+        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        weights = weights / lengths.clamp(min=1)[batch.seq_ids]
+    return weights, metrics
 
 
-def _clipped_loss(logprobs: Tensor, micro: MicroBatch, *, config: PPOConfig) -> ppo.PolicyLoss:
+def loss_divisor(config: PPOConfig, mini: MiniBatch) -> int:
+    """Number by which the policy loss of a mini-batch, a sum, is divided."""
+    if config.mean_over == "token":
+        return mini.num_response_tokens
+    if config.mean_over == "sequence":
+        return len(mini.seqs)
+    return len(mini.seqs) * config.sampling.max_new_tokens
+
+
+def _ppo_loss(logprobs: Tensor, micro: MicroBatch, *, config: PPOConfig) -> ppo.PolicyLoss:
     return ppo.policy_loss(
         logprobs,
         micro.logprobs,
@@ -80,8 +125,50 @@ def _clipped_loss(logprobs: Tensor, micro: MicroBatch, *, config: PPOConfig) -> 
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        importance=micro.importance,
     )
+
+
+def _gspo_loss(logprobs: Tensor, micro: MicroBatch, *, config: PPOConfig) -> ppo.PolicyLoss:
+    loss = ppo.gspo_loss(
+        logprobs,
+        micro.logprobs,
+        micro.advantages,
+        micro.mask,
+        micro.batch.cu_seqlens,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+    )
+    return _as_policy_loss(loss)
+
+
+def _cispo_loss(logprobs: Tensor, micro: MicroBatch, *, config: PPOConfig) -> ppo.PolicyLoss:
+    loss = ppo.cispo_loss(
+        logprobs,
+        micro.logprobs,
+        micro.advantages,
+        micro.mask,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+    )
+    return _as_policy_loss(loss)
+
+
+def _as_policy_loss(loss: SequenceLoss | TokenLoss) -> ppo.PolicyLoss:
+    return ppo.PolicyLoss(
+        loss_sum=loss.loss_sum,
+        num_tokens=loss.num_tokens,
+        clip_sum=loss.clip_sum,
+        dual_clip_sum=torch.zeros_like(loss.clip_sum),
+        approx_kl_sum=loss.approx_kl_sum,
+        ratio_max_abs_log=loss.ratio_max_abs_log,
+    )
+
+
+def _with_kl(loss: PolicyLossFunction, logprobs: Tensor, micro: MicroBatch) -> ppo.PolicyLoss:
+    """A policy loss with the KL divergence from the reference added to it."""
+    result = loss(logprobs, micro)
+    kl = ppo.kl_loss(logprobs, micro.logprobs, micro.ref_logprobs, micro.mask)
+    return result._replace(loss_sum=result.loss_sum + micro.kl_coef * kl.loss_sum)
 
 
 def _checked(
@@ -117,8 +204,15 @@ def _from_critic(
     if config.lam_alpha is not None:
         lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
         lam = adaptive_lambda(lengths, alpha=config.lam_alpha)
-    mask = batch.response_mask
-    return ppo.gae(rewards, values, mask, batch.cu_seqlens, gamma=config.gamma, lam=lam)
+    return ppo.gae(
+        rewards,
+        values,
+        batch.response_mask,
+        batch.cu_seqlens,
+        gamma=config.gamma,
+        lam=lam,
+        lam_critic=config.lam_critic,
+    )
 
 
 def _from_groups(

@@ -10,6 +10,7 @@ from ..core.bounds import (
     Bounds,
     CountingInt,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     UnitFloat,
@@ -46,11 +47,41 @@ class KLConfig:
 
     coef: NonNegativeFloat = 0.03
     """beta: reward subtracted per nat of KL divergence from the reference."""
+    place: Literal["reward", "loss"] = "reward"
+    """Part of the rewards, or a loss with the gradient of the divergence (arXiv 2510.01555)."""
+    target: PositiveFloat | None = None
+    """KL divergence per response (nats) to which beta adapts (arXiv 1909.08593); null: fixed."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the per-token KL divergence (http://joschu.net/blog/kl-approx.html)."""
 
     def __post_init__(self) -> None:
         check_bounds(self, prefix="kl.")
+        if self.place == "loss" and self.estimator != "k1":
+            raise ValueError(
+                f"kl.estimator={self.estimator}: kl.place=loss has a gradient of its own, because "
+                "that of an estimator is wrong once the policy has moved: leave it at k1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Weights pi_trainer / pi_sampler of the policy loss, for a sampler that differs."""
+
+    level: Literal["none", "token", "sequence", "geometric"] = "none"
+    """What a weight belongs to: none, token, sequence, or sequence with its geometric mean."""
+    mode: Literal["truncate", "clip", "mask"] = "truncate"
+    """Weights out of bounds: truncate those over `high`, clip, or mask (weight 0)."""
+    low: NonNegativeFloat = 0.5
+    """Lower bound of a weight, for clip and mask."""
+    high: PositiveFloat = 2.0
+    """Upper bound of a weight."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, prefix="correction.")
+        if self.low > self.high:
+            raise ValueError(
+                f"correction.low={self.low} is over correction.high={self.high}: lower it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +149,7 @@ class PPOConfig(RunConfig):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     kl: KLConfig = field(default_factory=KLConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
     steps: PositiveInt | None = None
     """Number of rollout-and-update steps; give this or `episodes`."""
@@ -131,6 +163,12 @@ class PPOConfig(RunConfig):
     """PPO epochs: passes over the rollouts of a step."""
     minibatches: CountingInt = 1
     """Mini-batches, and so optimizer steps, per PPO epoch."""
+    target_kl: PositiveFloat | None = None
+    """No further epoch of a step once the policy has moved by 1.5 times this (nats per token)."""
+    critic_epochs: CountingInt | None = None
+    """Passes over the rollouts of a step that train the critic; null: as `epochs`."""
+    critic_warmup_steps: NonNegativeInt = 0
+    """Steps at the start of the run that train the critic alone (arXiv 2503.01491)."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
     """Advantage estimator: gae trains a critic, the others compare responses to one prompt."""
     advantage_function: str | None = None
@@ -141,6 +179,8 @@ class PPOConfig(RunConfig):
     """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
     lam_alpha: PositiveFloat | None = None
     """Length-adaptive lambda, 1 - 1/(lam_alpha R) for R response tokens; replaces `lam`."""
+    lam_critic: UnitFloat | None = None
+    """Lambda of the critic's targets (arXiv 2503.01491); null: that of the advantages."""
     whiten: bool = True
     """Normalise advantages to mean 0 and variance 1 over the step's response tokens."""
     clip_low: ClipFloat = 0.2
@@ -149,14 +189,18 @@ class PPOConfig(RunConfig):
     """Upper bound of the policy ratio is 1 + clip_high."""
     dual_clip: DualClipFloat | None = None
     """Bound of a token's loss where A < 0, as a multiple of -A (arXiv 1912.09729); null: none."""
-    importance_cap: PositiveFloat | None = None
-    """Weight each token's loss by min(pi_trainer / pi_sampler, cap); null: no correction."""
+    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """Clipped PPO loss, GSPO (arXiv 2507.18071) or CISPO (arXiv 2506.13585)."""
+    loss_mean: Literal["token", "sequence", "fixed"] | None = None
+    """Mean over tokens, over sequences of their means, or over max_new_tokens per sequence."""
     policy_loss_function: str | None = None
     """module:name of a policy loss of your own, in place of the clipped PPO loss."""
     value_clip: PositiveFloat | None = 0.2
     """Distance that a value may move from the old one (units of reward); null: unclipped."""
     missing_eos_penalty: float = 0.0
     """Penalty subtracted from the score of a truncated response."""
+    overlong_buffer: CountingInt | None = None
+    """Last tokens before max_new_tokens over which a penalty rises to 1 (arXiv 2503.14476)."""
     policy_learning_rate: NonNegativeFloat = 5e-7
     """Learning rate of the policy's AdamW at the end of warm-up."""
     critic_learning_rate: NonNegativeFloat = 5e-6
@@ -182,6 +226,7 @@ class PPOConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_batch()
+        self._check_losses()
         self._check_verifier()
 
     def _check_batch(self) -> None:
@@ -210,6 +255,24 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over "
                 f"max_tokens_per_gpu={self.max_tokens_per_gpu}: raise it or lower the others"
+            )
+
+    def _check_losses(self) -> None:
+        if self.policy_loss == "gspo" and self.loss_mean not in (None, "sequence"):
+            raise ValueError(
+                f"policy_loss=gspo is a mean over sequences: leave loss_mean={self.loss_mean} out"
+            )
+        if self.kl.place == "loss" and self.mean_over != "token":
+            raise ValueError("kl.place=loss needs loss_mean=token")
+        if self.overlong_buffer and self.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is over "
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens}: lower it"
+            )
+        if self.critic_warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"critic_warmup_steps={self.critic_warmup_steps} leaves no step of "
+                f"{self.total_steps} to train the policy: lower it"
             )
 
     def _check_verifier(self) -> None:
@@ -250,6 +313,16 @@ class PPOConfig(RunConfig):
         return math.ceil((self.episodes or 0) / self.rollouts_per_step)
 
     @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.total_steps * self.epochs * self.minibatches
+    def policy_steps(self) -> int:
+        """Optimizer steps of the policy in the whole run."""
+        return (self.total_steps - self.critic_warmup_steps) * self.epochs * self.minibatches
+
+    @property
+    def critic_steps(self) -> int:
+        """Optimizer steps of the critic in the whole run."""
+        return self.total_steps * (self.critic_epochs or self.epochs) * self.minibatches
+
+    @property
+    def mean_over(self) -> Literal["token", "sequence", "fixed"]:
+        """What the policy loss is a mean over."""
+        return self.loss_mean or ("sequence" if self.policy_loss == "gspo" else "token")

@@ -29,10 +29,13 @@ class Experience:
     values: Tensor
     """The critic's values before the update."""
     advantages: Tensor
+    """Advantages, times the weights of the tokens in the policy loss."""
     returns: Tensor
     """Targets of the critic."""
-    importance: Tensor | None = None
-    """Weights of the tokens' policy losses, for a sampler that differs from the trainer."""
+    ref_logprobs: Tensor
+    """Log-probs of the reference."""
+    kl_coef: float = 0.0
+    """Coefficient of the KL divergence as a loss."""
 
     def minibatches(self, num: int, *, seed: tuple[int, ...]) -> Iterator[MiniBatch]:
         """Yields `num` mini-batches of whole sequences, equally many, in a seeded permutation.
@@ -40,8 +43,8 @@ class Experience:
         The permutation is the same on every rank.
         """
         order = np.random.default_rng(seed).permutation(self.batch.num_seqs)
-        for seqs in np.array_split(order, num):
-            yield MiniBatch(experience=self, seqs=seqs.tolist())
+        for number, seqs in enumerate(np.array_split(order, num)):
+            yield MiniBatch(experience=self, seqs=seqs.tolist(), number=number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class MiniBatch:
     experience: Experience
     seqs: list[int]
     """Sequence numbers."""
+    number: int = 0
+    """Number of mini-batches of this step before it."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -80,9 +85,11 @@ class MicroBatch:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    ref_logprobs: Tensor
+    kl_coef: float
+    """Coefficient of the KL divergence as a loss."""
     last: bool
     """Whether it is the last of its mini-batch."""
-    importance: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -100,17 +107,19 @@ def _micro(experience: Experience, seqs: Sequence[int], *, last: bool) -> MicroB
             values=zero,
             advantages=zero,
             returns=zero,
+            ref_logprobs=zero,
+            kl_coef=experience.kl_coef,
             last=last,
         )
     index = experience.batch.token_index(seqs)
-    weights = experience.importance
     return MicroBatch(
         batch=experience.batch.select(seqs).to(device),
         logprobs=experience.logprobs[index].to(device),
         values=experience.values[index].to(device),
         advantages=experience.advantages[index].to(device),
         returns=experience.returns[index].to(device),
-        importance=None if weights is None else weights[index].to(device),
+        ref_logprobs=experience.ref_logprobs[index].to(device),
+        kl_coef=experience.kl_coef,
         last=last,
     )
 

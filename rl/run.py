@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..core.training.metrics import peak_memory_gib
 from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
 from .config import PPOConfig
+from .experience import Experience, MiniBatch
 from .rollout import Rollout, RolloutPrompt, check_rollouts
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
@@ -93,25 +95,84 @@ class PPORun(TrainingRun[PPOConfig]):
         """The verifier's scores: [rollouts] float64, the same on every rank."""
         return score(self.parts, rollouts)
 
-    def step_optimizers(
-        self,
-        number: int,
-        meter: UpdateMeter,
-        rollouts: list[Rollout],
-    ) -> None:
-        """Steps both optimizers; `number` counts this step's mini-batches from 0."""
-        per_step = self.config.epochs * self.config.minibatches
-        meter.rates = self.parts.rates(self.state.step * per_step + number)
-        policy = self.parts.policy.step(meter.rates[0])
-        critic = self.parts.critic.step(meter.rates[1])
-        meter.add_step(policy, critic)
-        save_failure = partial(save_rollouts, self.folder, self.state, rollouts)
-        self.count_skipped(policy.applied and critic.applied, save_failure=save_failure)
+    @property
+    def kl_coef(self) -> float:
+        """Coefficient of the KL divergence, which adapts if there is a target."""
+        return self.state.extra.get("kl_coef", self.config.kl.coef)
 
-    def end_update(self, step: int) -> None:
-        """Records the finished update: the step, and the position in the data."""
+    def policy_minibatches(
+        self,
+        experience: Experience,
+        step: int,
+        meter: UpdateMeter,
+    ) -> Iterator[MiniBatch]:
+        """The policy's mini-batches of all PPO epochs; none while the critic warms up."""
+        config = self.config
+        if step <= config.critic_warmup_steps:
+            return
+        for epoch in range(config.epochs):
+            yield from self._epoch(experience, step, epoch)
+            if config.target_kl and meter.take_approx_kl() > 1.5 * config.target_kl:
+                return
+
+    def critic_minibatches(self, experience: Experience, step: int) -> Iterator[MiniBatch]:
+        """The critic's mini-batches of all its epochs."""
+        for epoch in range(self.config.critic_epochs or self.config.epochs):
+            yield from self._epoch(experience, step, epoch)
+
+    def _epoch(
+        self,
+        experience: Experience,
+        step: int,
+        epoch: int,
+    ) -> Iterator[MiniBatch]:
+        num = self.config.minibatches
+        for mini in experience.minibatches(num, seed=(self.config.seed, step, epoch)):
+            yield replace(mini, number=epoch * num + mini.number)
+
+    def step_policy(self, mini: MiniBatch, meter: UpdateMeter) -> None:
+        """Steps the policy's optimizer."""
+        config = self.config
+        steps_before = self.state.step - config.critic_warmup_steps
+        number = steps_before * config.epochs * config.minibatches + mini.number
+        meter.policy_rate = self.parts.policy_rate(number)
+        meter.policy_results.append(self.parts.policy.step(meter.policy_rate))
+
+    def step_critic(self, mini: MiniBatch, meter: UpdateMeter) -> None:
+        """Steps the critic's optimizer."""
+        config = self.config
+        per_step = (config.critic_epochs or config.epochs) * config.minibatches
+        meter.critic_rate = self.parts.critic_rate(self.state.step * per_step + mini.number)
+        meter.critic_results.append(self.parts.critic.step(meter.critic_rate))
+
+    def end_update(
+        self,
+        step: int,
+        meter: UpdateMeter,
+        rollouts: Sequence[Rollout],
+        *,
+        kl: float,
+    ) -> None:
+        """Records the finished update: skipped steps, position in the data, and the next beta.
+
+        Args:
+            step: number of the finished step.
+            meter: results of the optimizer steps.
+            rollouts: saved if the run stops because of skipped steps.
+            kl: KL divergence from the reference in nats per response.
+
+        Raises:
+            RuntimeError: too many optimizer steps in a row were skipped.
+        """
+        save_failure = partial(save_rollouts, self.folder, self.state, rollouts)
+        for results in zip_longest(meter.policy_results, meter.critic_results):
+            applied = all(result.applied for result in results if result)
+            self.count_skipped(applied, save_failure=save_failure)
         self.state.step = step
         self.state.position = self.parts.order.position
+        if target := self.config.kl.target:
+            error = min(0.2, max(-0.2, kl / target - 1))
+            self.state.extra["kl_coef"] = self.kl_coef * (1 + 0.1 * error)
 
     def push_weights(self) -> None:
         """Sends the policy's weights to the sampler, as the version of the finished step."""
@@ -130,8 +191,8 @@ class PPORun(TrainingRun[PPOConfig]):
         row |= meter.result() | seconds | self.push_metrics
         row |= {
             "episodes": state.step * config.rollouts_per_step,
-            "lr_policy": meter.rates[0],
-            "lr_value": meter.rates[1],
+            "lr_policy": meter.policy_rate,
+            "lr_value": meter.critic_rate,
             "skipped_steps": state.skipped_steps,
             "verifier_inputs_cut": sum(dist.all_gather(verifier.num_cut)),
             "verifier_unjudged": sum(dist.all_gather(verifier.num_unjudged)),

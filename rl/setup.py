@@ -101,8 +101,9 @@ class Components:
     train_set: ProblemSet
     eval_set: ProblemSet
     order: Order
-    rates: Callable[[int], tuple[float, float]]
-    """Maps an optimizer step, from 0, to the learning rates of policy and critic."""
+    policy_rate: Callable[[int], float]
+    """Optimizer step of the policy, the first being 0 -> learning rate."""
+    critic_rate: Callable[[int], float]
     gate: dict[str, Any] = field(default_factory=dict)
     """Log-probs in the parity gate of the last weight update, by copy of the weights."""
 
@@ -147,7 +148,8 @@ def set_up(config: PPOConfig) -> Components:
         train_set=train_set,
         eval_set=eval_set,
         order=Order(len(train_set.problems), seed=config.seed),
-        rates=functools.partial(_rates, config),
+        policy_rate=_schedule(config, config.policy_learning_rate, config.policy_steps),
+        critic_rate=_schedule(config, config.critic_learning_rate, config.critic_steps),
     )
 
 
@@ -166,15 +168,14 @@ def announce(config: PPOConfig, parts: Components, folder: Path) -> None:
         shutil.copy(calibration, folder)
 
 
-def _rates(config: PPOConfig, step: int) -> tuple[float, float]:
-    rate = functools.partial(
+def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Callable[[int], float]:
+    return functools.partial(
         learning_rate,
-        step,
-        total_steps=config.optimizer_steps,
+        peak=peak,
+        total_steps=total_steps,
         warmup_ratio=config.warmup_ratio,
         kind=config.schedule,
     )
-    return rate(peak=config.policy_learning_rate), rate(peak=config.critic_learning_rate)
 
 
 def _problem_sets(

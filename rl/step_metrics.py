@@ -162,53 +162,59 @@ class UpdateMeter:
     """Sums over the micro-batches of a step's update, averaged over all tokens of all ranks."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(6, dtype=torch.float64, device=dist.device())
+        self.policy_sums = torch.zeros(5, dtype=torch.float64, device=dist.device())
+        self.critic_sums = torch.zeros(2, dtype=torch.float64, device=dist.device())
         self.first_gap = torch.zeros(1, device=dist.device())
-        self.norms: list[tuple[float, float]] = []
-        self.rates = (0.0, 0.0)
-        """Learning rates of policy and critic at the last optimizer step."""
+        self.policy_results: list[StepResult] = []
+        self.critic_results: list[StepResult] = []
+        self.policy_rate = 0.0
+        """Learning rate of the policy at its last optimizer step."""
+        self.critic_rate = 0.0
+        self._seen = torch.zeros(5, dtype=torch.float64)
 
-    def add(
-        self,
-        pg: ppo.PolicyLoss,
-        vf: ppo.ValueLoss,
-        *,
-        first_minibatch: bool,
-    ) -> None:
-        """Adds a micro-batch's losses; `first_minibatch`: the policy has not moved yet."""
-        parts = (
-            pg.loss_sum,
-            pg.clip_sum,
-            pg.approx_kl_sum,
-            vf.loss_sum,
-            pg.dual_clip_sum,
-            pg.num_tokens,
-        )
-        self.sums += torch.stack([part.detach().double() for part in parts])
+    def add_policy(self, pg: ppo.PolicyLoss, *, first_minibatch: bool) -> None:
+        """Adds a micro-batch's loss; `first_minibatch`: the policy has not moved yet."""
+        parts = (pg.loss_sum, pg.clip_sum, pg.dual_clip_sum, pg.approx_kl_sum, pg.num_tokens)
+        self.policy_sums += torch.stack([part.detach().double() for part in parts])
         if first_minibatch:
             self.first_gap = torch.maximum(self.first_gap, pg.ratio_max_abs_log)
 
-    def add_step(self, policy: StepResult, critic: StepResult) -> None:
-        """Adds an optimizer step of both models."""
-        self.norms.append((policy.grad_norm, critic.grad_norm))
+    def add_critic(self, vf: ppo.ValueLoss) -> None:
+        """Adds a micro-batch's loss."""
+        parts = (vf.loss_sum, vf.num_tokens)
+        self.critic_sums += torch.stack([part.detach().double() for part in parts])
+
+    def take_approx_kl(self) -> float:
+        """Mean of `approx_kl` since the last call, over all ranks."""
+        sums = dist.all_sum(self.policy_sums.clone()).cpu()
+        kl, num_tokens = (sums - self._seen)[3:].tolist()
+        self._seen = sums
+        return kl / max(num_tokens, 1)
 
     def result(self) -> dict[str, float]:
-        """The metrics of the update.
+        """The metrics of the update; NaN for those of a model that was not trained.
 
         `ratio_first_minibatch_max` is the largest |log rho| before the first optimizer step: 0
         but for rounding. Gradient norms are means over the applied steps, before clipping.
         """
-        sums = dist.all_sum(self.sums).tolist()
-        policy, critic = (
-            [n for n in norms if math.isfinite(n)] for norms in zip(*self.norms, strict=True)
-        )
+        loss, clip, dual_clip, kl, num = dist.all_sum(self.policy_sums).tolist()
+        value_loss, num_values = dist.all_sum(self.critic_sums).tolist()
         return {
-            "policy_loss": sums[0] / sums[5],
-            "clip_fraction": sums[1] / sums[5],
-            "dual_clip_fraction": sums[4] / sums[5],
-            "approx_kl": sums[2] / sums[5],
-            "value_loss": sums[3] / sums[5],
+            "policy_loss": _ratio(loss, num),
+            "clip_fraction": _ratio(clip, num),
+            "dual_clip_fraction": _ratio(dual_clip, num),
+            "approx_kl": _ratio(kl, num),
+            "value_loss": _ratio(value_loss, num_values),
             "ratio_first_minibatch_max": float(dist.all_max(self.first_gap)),
-            "grad_norm_policy": sum(policy) / len(policy) if policy else math.nan,
-            "grad_norm_value": sum(critic) / len(critic) if critic else math.nan,
+            "grad_norm_policy": _mean_norm(self.policy_results),
+            "grad_norm_value": _mean_norm(self.critic_results),
         }
+
+
+def _ratio(total: float, num: float) -> float:
+    return total / num if num else math.nan
+
+
+def _mean_norm(results: list[StepResult]) -> float:
+    norms = [result.grad_norm for result in results if result.applied]
+    return _ratio(sum(norms), len(norms))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from ..core.training import checkpoint, dist
 from ..core.training.packing import pack
 from ..core.training.run import Metrics
 from . import ppo
-from .advantages import importance_weights
+from .advantages import length_penalties, loss_divisor, loss_weights
 from .config import PPOConfig
-from .experience import Experience, MiniBatch, compute
+from .experience import Experience, compute
 from .rollout import Rollout
 from .run import PPORun
 from .setup import set_up
@@ -73,9 +73,14 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
 
         meter = UpdateMeter()
         with run.watch("train"):
-            for number, mini in enumerate(_minibatches(config, experience, step)):
+            for mini in run.policy_minibatches(experience, step, meter):
                 for micro in mini.microbatches(config.max_tokens_per_gpu):
                     pg = policy_loss(policy(micro.batch, temperature=temperature), micro)
+                    policy.backward(pg.loss_sum, loss_divisor(config, mini), last=micro.last)
+                    meter.add_policy(pg, first_minibatch=mini.number == 0)
+                run.step_policy(mini, meter)
+            for mini in run.critic_minibatches(experience, step):
+                for micro in mini.microbatches(config.max_tokens_per_gpu):
                     vf = ppo.value_loss(
                         critic(micro.batch),
                         micro.values,
@@ -83,12 +88,11 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
                         micro.mask,
                         clip=config.value_clip,
                     )
-                    policy.backward(pg.loss_sum, mini.num_response_tokens, last=micro.last)
                     critic.backward(vf.loss_sum, mini.num_response_tokens, last=micro.last)
-                    meter.add(pg, vf, first_minibatch=number == 0)
-                run.step_optimizers(number, meter, rollouts)
+                    meter.add_critic(vf)
+                run.step_critic(mini, meter)
 
-        run.end_update(step)
+        run.end_update(step, meter, rollouts, kl=row["kl_mean"])
         with run.watch("sync"):
             run.push_weights()
         run.record(row, meter, rollouts, scores)
@@ -113,24 +117,27 @@ def _targets(
     (ref_logprobs,) = forward(partial(parts.reference, **at_temperature))
     (values,) = forward(parts.critic)
 
-    truncated = torch.tensor([float(rollout.truncated) for rollout in rollouts])
+    kl_coef = run.kl_coef
     rewards = ppo.token_rewards(
-        scores - config.missing_eos_penalty * truncated,
+        scores + length_penalties(config, rollouts),
         logprobs,
         ref_logprobs,
         mask,
         batch.cu_seqlens,
-        kl_coef=config.kl.coef,
+        kl_coef=kl_coef if config.kl.place == "reward" else 0.0,
         estimator=config.kl.estimator,
     )
     advantages, returns = parts.advantages(rewards, values, batch, rollouts)
+    whitened = ppo.whiten(advantages, mask) if config.whiten else advantages
+    weights, correction = loss_weights(config, logprobs, batch, rollouts)
     experience = Experience(
         batch=batch,
         logprobs=logprobs,
         values=values,
-        advantages=ppo.whiten(advantages, mask) if config.whiten else advantages,
+        advantages=torch.where(mask, whitened * weights, 0.0),
         returns=returns,
-        importance=importance_weights(config, logprobs, batch, rollouts),
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef if config.kl.place == "loss" else 0.0,
     )
     metrics = step_metrics(
         rollouts=rollouts,
@@ -145,10 +152,4 @@ def _targets(
         right_score=config.verifier.right,
     )
     check_logprob_gap(metrics, config.max_logprob_gap, step=run.state.step + 1)
-    return experience, metrics
-
-
-def _minibatches(config: PPOConfig, experience: Experience, step: int) -> Iterator[MiniBatch]:
-    """The mini-batches of all PPO epochs, freshly shuffled for each epoch."""
-    for epoch in range(config.epochs):
-        yield from experience.minibatches(config.minibatches, seed=(config.seed, step, epoch))
+    return experience, metrics | correction | {"kl_coef": kl_coef}

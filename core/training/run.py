@@ -36,6 +36,8 @@ class RunState:
     """Those since the last applied step."""
     run_id: str | None = None
     """Identifier of the wandb run."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Further numbers of one kind of run, such as an adaptive coefficient."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Configuration at the checkpoint, as plain values."""
 

@@ -528,7 +528,17 @@ def test_verippo_without_a_command_lists_the_commands(capsys):
         {"rollout_function": "my_rollout:rollout", "sampling__max_new_tokens": 30},
         {"advantage_function": "my_advantage:leave_one_out_baseline"},
         {"policy_loss_function": "my_policy_loss:clipped_weight_loss"},
-        {"lam_alpha": 0.5, "dual_clip": 3.0, "importance_cap": 2.0},
+        {"lam_alpha": 0.5, "dual_clip": 3.0, "correction": {"level": "token"}},
+        {
+            "lam_critic": 1.0,
+            "critic_epochs": 2,
+            "critic_warmup_steps": 1,
+            "target_kl": 0.01,
+            "policy_loss": "cispo",
+            "overlong_buffer": 2,
+            "kl": {"place": "loss", "target": 1.0},
+        },
+        {"policy_loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
     ],
 )
 def test_examples_run(changes, taught_policy, problems, tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[s
         values=near(values, 0.3),
         advantages=near(nothing, 1.0),
         returns=near(values, 0.5),
+        ref_logprobs=logprobs,
     )
     pairs = [
         ("Pneumonia", "pneumonia"),

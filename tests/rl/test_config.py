@@ -172,7 +172,7 @@ def test_derived_sizes_worked_by_hand():
     )
     assert made.rollouts_per_step == 12
     assert made.total_steps == 3  # 25 episodes fill two steps and begin a third
-    assert made.optimizer_steps == 3 * 5 * 2
+    assert made.policy_steps == made.critic_steps == 3 * 5 * 2
     assert config(steps=7).total_steps == 7
 
 

@@ -29,7 +29,12 @@ def an_experience(lengths):
     batch = pack(rows(lengths))
     count = torch.arange(batch.num_tokens, dtype=torch.float64)
     return Experience(
-        batch=batch, logprobs=count, values=count + 0.1, advantages=count + 0.2, returns=count + 0.3
+        batch=batch,
+        logprobs=count,
+        values=count + 0.1,
+        advantages=count + 0.2,
+        returns=count + 0.3,
+        ref_logprobs=count + 0.4,
     )
 
 

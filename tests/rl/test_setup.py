@@ -153,7 +153,7 @@ def test_rates_climb_and_fall_over_all_optimizer_steps(given):
         "schedule": "linear",
     }
     run = set_up(given(steps=5, epochs=2, minibatches=2, **rates))
-    policy, critic = zip(*(run.rates(step) for step in range(20)), strict=True)
+    policy, critic = (list(map(rate, range(20))) for rate in (run.policy_rate, run.critic_rate))
     # 20 optimizer steps, 4 of them warm-up
     assert policy[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert policy[-1] == pytest.approx(1 / 16)

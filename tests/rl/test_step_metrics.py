@@ -128,20 +128,21 @@ def losses(*, policy, clipped, kl, value, num, largest):
     return ppo.PolicyLoss(*numbers), ppo.ValueLoss(torch.tensor(value), torch.tensor(num), zero)
 
 
+def add(meter, first_minibatch, **numbers):
+    pg, vf = losses(**numbers)
+    meter.add_policy(pg, first_minibatch=first_minibatch)
+    meter.add_critic(vf)
+
+
 def test_an_updates_means_are_over_the_tokens_of_all_its_micro_batches():
     meter = UpdateMeter()
-    meter.add(
-        *losses(policy=3.0, clipped=1, kl=0.5, value=8.0, num=2, largest=1e-7), first_minibatch=True
-    )
-    meter.add(
-        *losses(policy=1.0, clipped=0, kl=0.0, value=0.0, num=0, largest=0.0), first_minibatch=True
-    )
-    meter.add(
-        *losses(policy=-1.0, clipped=2, kl=0.25, value=1.0, num=6, largest=0.5),
-        first_minibatch=False,
-    )
-    meter.add_step(StepResult(True, 2.0), StepResult(True, 10.0))
-    meter.add_step(StepResult(False, math.nan), StepResult(True, 20.0))
+    add(meter, True, policy=3.0, clipped=1, kl=0.5, value=8.0, num=2, largest=1e-7)
+    add(meter, True, policy=1.0, clipped=0, kl=0.0, value=0.0, num=0, largest=0.0)
+    assert meter.take_approx_kl() == pytest.approx(0.25)
+    add(meter, False, policy=-1.0, clipped=2, kl=0.25, value=1.0, num=6, largest=0.5)
+    assert meter.take_approx_kl() == pytest.approx(0.25 / 6)
+    meter.policy_results += [StepResult(True, 2.0), StepResult(False, math.nan)]
+    meter.critic_results += [StepResult(True, 10.0), StepResult(True, 20.0)]
     row = meter.result()
     expected = {
         "policy_loss": 3 / 8,
@@ -160,10 +161,9 @@ def test_an_updates_means_are_over_the_tokens_of_all_its_micro_batches():
 
 def test_when_every_step_was_skipped_there_is_no_gradient_norm():
     meter = UpdateMeter()
-    meter.add(
-        *losses(policy=3.0, clipped=1, kl=0.5, value=8.0, num=2, largest=0.0), first_minibatch=True
-    )
-    meter.add_step(StepResult(False, math.nan), StepResult(False, math.nan))
+    add(meter, True, policy=3.0, clipped=1, kl=0.5, value=8.0, num=2, largest=0.0)
+    meter.policy_results.append(StepResult(False, math.nan))
+    meter.critic_results.append(StepResult(False, math.nan))
     row = meter.result()
     assert math.isnan(row["grad_norm_policy"])
     assert math.isnan(row["grad_norm_value"])

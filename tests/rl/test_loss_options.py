@@ -1,0 +1,140 @@
+"""Options of the policy loss and the critic: each changes the update as its formula says."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from verippo.core.training.packing import pack
+from verippo.rl.advantages import (
+    length_penalties,
+    loss_divisor,
+    loss_weights,
+    policy_loss_function,
+)
+from verippo.rl.config import CorrectionConfig, KLConfig, PPOConfig
+from verippo.rl.experience import Experience
+
+LN2 = math.log(2)
+
+
+def config(**options):
+    base = {
+        "data": "d.json",
+        "output": "out",
+        "policy": "m",
+        "steps": 4,
+        "verifier": {"kind": "exact"},
+        "dtype": "fp32",
+    }
+    from verippo.rl.config import VerifierConfig
+
+    base["verifier"] = VerifierConfig(kind="exact")
+    return PPOConfig(**{**base, **options})
+
+
+def rollouts():
+    """Two responses of 2 and 4 tokens; the sampler's log-probs are ln 2 too high on the first."""
+    return [
+        SimpleNamespace(
+            prompt_ids=[1, 2],
+            response_ids=[3] * num,
+            sampler_logprobs=[gap - 1.0] * num,
+            truncated=num == 4,
+        )
+        for num, gap in ((2, LN2), (4, 0.0))
+    ]
+
+
+def weights_of(**options):
+    rows = rollouts()
+    batch = pack(rows)
+    logprobs = torch.full((batch.num_tokens,), -1.0)
+    weights, metrics = loss_weights(config(**options), logprobs, batch, rows)
+    assert not weights[~batch.response_mask].any()
+    return weights[batch.response_mask].tolist(), metrics
+
+
+def test_without_options_every_token_counts_once():
+    assert weights_of() == ([1.0] * 6, {})
+
+
+def test_correction_weights_the_tokens_and_is_measured():
+    weights, metrics = weights_of(correction=CorrectionConfig(level="token", mode="truncate"))
+    assert weights == pytest.approx([0.5, 0.5, 1, 1, 1, 1])
+    # (sum u)^2 / (n sum u^2) = 25 / (6 x 4.5)
+    assert metrics == pytest.approx(
+        {"correction_touched_rate": 0.0, "correction_sample_size": 25 / 27}
+    )
+    masked = CorrectionConfig(level="sequence", mode="mask", low=0.5, high=2.0)
+    weights, metrics = weights_of(correction=masked)
+    assert weights == pytest.approx([0, 0, 1, 1, 1, 1])  # the product over two tokens is 1/4
+    assert metrics["correction_touched_rate"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "divisor"),
+    [
+        ({}, [1.0] * 6, 6),
+        ({"loss_mean": "sequence"}, [0.5, 0.5, 0.25, 0.25, 0.25, 0.25], 2),
+        ({"policy_loss": "gspo"}, [1.0] * 6, 2),
+        ({"loss_mean": "fixed"}, [1.0] * 6, 2048),
+    ],
+)
+def test_loss_is_a_mean_over_tokens_sequences_or_a_fixed_number(options, weights, divisor):
+    assert weights_of(**options)[0] == pytest.approx(weights)
+    batch = pack(rollouts())
+    zeros = torch.zeros(batch.num_tokens)
+    experience = Experience(
+        batch=batch,
+        logprobs=zeros,
+        values=zeros,
+        advantages=zeros,
+        returns=zeros,
+        ref_logprobs=zeros,
+    )
+    (mini,) = experience.minibatches(1, seed=(0,))
+    assert loss_divisor(config(**options), mini) == divisor
+
+
+def test_penalties_of_long_responses():
+    options = {"missing_eos_penalty": 0.5}
+    assert length_penalties(config(**options), rollouts()).tolist() == [0.0, -0.5]
+    from verippo.core.sampling.sampler import SamplingParams
+
+    options = {"overlong_buffer": 2, "sampling": SamplingParams(max_new_tokens=5)}
+    assert length_penalties(config(**options), rollouts()).tolist() == [0.0, -0.5]
+
+
+def test_kl_as_a_loss_adds_its_gradient():
+    micro = SimpleNamespace(
+        logprobs=torch.tensor([-1.0, -2.0]),
+        ref_logprobs=torch.tensor([-1.5, -2.0]),
+        advantages=torch.zeros(2),
+        mask=torch.ones(2, dtype=torch.bool),
+        kl_coef=0.1,
+    )
+    logprobs = micro.logprobs.clone().requires_grad_()
+    loss = policy_loss_function(config(kl=KLConfig(place="loss")))(logprobs, micro)
+    loss.loss_sum.backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.05, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"policy_loss": "gspo", "loss_mean": "token"}, "policy_loss=gspo is a mean over"),
+        ({"kl": KLConfig(place="loss"), "loss_mean": "sequence"}, "needs loss_mean=token"),
+        ({"overlong_buffer": 5000}, "overlong_buffer=5000 is over"),
+        ({"critic_warmup_steps": 4}, "leaves no step of 4 to train the policy"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        config(**options)
+
+
+def test_estimators_are_no_losses():
+    with pytest.raises(ValueError, match=r"kl.estimator=k3: .* wrong once the policy has moved"):
+        KLConfig(place="loss", estimator="k3")
