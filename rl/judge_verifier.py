@@ -27,14 +27,16 @@ class JudgeVerifier:
         config: LLMConfig,
         *,
         journal: Path | None = None,
+        seed: int = 0,
         tiers: Tiers = Tiers(),  # noqa: B008 an immutable tuple
     ) -> None:
         """Args:
         config: the model that judges.
         journal: file that keeps its replies for a resumed run; each rank needs its own.
+        seed: the run's seed; see Judge.
         tiers: scores of right, wrong and unparsable responses.
         """
-        self.judge = Judge(config, journal=journal)
+        self.judge = Judge(config, journal=journal, seed=seed)
         self.tiers = tiers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:

@@ -241,7 +241,7 @@ def _verifier(config: PPOConfig) -> Verifier:
     if options.kind == "judge":
         journal = Path(config.output).expanduser() / f"judge-journal-{dist.rank()}.jsonl"
         limits = share_of_limits(config.llm, dist.world_size())
-        return JudgeVerifier(limits, journal=journal, tiers=tiers)
+        return JudgeVerifier(limits, journal=journal, seed=config.seed, tiers=tiers)
     if options.kind == "function":
         assert options.function
         return FunctionVerifier(load_function(options.function, option="verifier.function"))

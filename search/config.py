@@ -76,7 +76,7 @@ class ProblemsConfig(AskingConfig):
     """Turns multiple-choice exam questions into verifiable problems (arXiv 2412.18925)."""
 
     min_length: int = 100
-    """Number of characters under which a question is dropped."""
+    """Number of characters under which a question is dropped; a Chinese character counts as 4."""
     unique: bool = True
     """Drop questions that ask for what is false or have several right options."""
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
@@ -99,3 +99,6 @@ class SearchConfig(AskingConfig):
     """Attempts, each from the initial chain."""
     label_guided: bool = True
     """After the last attempt, show the model the answer instead of giving up."""
+    min_monologue_length: NonNegativeInt = 1300
+    """Characters under which a monologue, or one without three paragraphs, is asked for once more;
+    a Chinese character counts as 4; 0 accepts any."""

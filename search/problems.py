@@ -27,6 +27,7 @@ from .summary_report import (
     NUM_EXAMPLES,
     Exit,
     Table,
+    faults_table,
     funnel_table,
     reasons_table,
     report_unfinished,
@@ -34,6 +35,7 @@ from .summary_report import (
     write_report,
 )
 from .templates import Prompts
+from .wording import picture_phrase, text_length
 
 DataRow = dict[str, Any]
 """A row of the input or output: the source's own keys beside ours."""
@@ -42,6 +44,7 @@ STEPS = (
     "duplicates",
     "length",
     "one right option",
+    "absent picture",
     "contaminated question",
     "difficulty",
     "judgement",
@@ -132,6 +135,7 @@ def problems(config: ProblemsConfig, *, resolved: dict[str, Any]) -> Path:
         if item
     ]
     tables = [funnel_table(STEPS, exits), reasons_table("Why questions left", left), *tables]
+    tables.append(faults_table(results))
     tables.append(tokens_table(results, [config.llm, *config.difficulty.models]))
     write_report(folder, title="Verifiable problems", tables=tables)
     report_unfinished(results)
@@ -204,7 +208,7 @@ def contaminated(texts: Sequence[str], evaluation: Sequence[str]) -> list[bool]:
 def first_filters(
     questions: Sequence[ExamQuestion], evaluation: Sequence[str], config: ProblemsConfig
 ) -> list[Exit | None]:
-    """Filters that need no model: duplicates, length, one right option, decontamination."""
+    """Filters that need no model: duplicates, length, one right option, pictures, contamination."""
     exits: list[Exit | None] = []
     seen: set[tuple[str, ...]] = set()
     shared = contaminated([question.question for question in questions], evaluation)
@@ -216,12 +220,14 @@ def first_filters(
         found: tuple[str, str] | None = None
         if same in seen:
             found = ("duplicates", "the same question with the same options came before")
-        elif len(question.question) < config.min_length:
+        elif text_length(question.question) < config.min_length:
             found = ("length", f"shorter than {config.min_length} characters")
         elif config.unique and ASKS_FOR_FALSE.search(last_sentence):
             found = ("one right option", "asks for what is false")
         elif config.unique and STANDS_FOR_SEVERAL.search(question.answer):
             found = ("one right option", "its right option stands for several")
+        elif picture_phrase(question.question):
+            found = ("absent picture", "refers to a picture that is not in the text")
         elif shares:
             found = ("contaminated question", SHARES)
         seen.add(same)

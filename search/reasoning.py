@@ -27,12 +27,20 @@ from .parse import (
     conclusion,
     extend_chain,
     parse_chain,
+    parse_continuation,
     parse_monologue,
-    parse_text,
+    parse_response,
     parse_truth,
 )
 from .results import ChainStep, ItemResult, TrajectoryStep, step_to_json
-from .summary_report import Table, reasons_table, report_unfinished, tokens_table, write_report
+from .summary_report import (
+    Table,
+    faults_table,
+    reasons_table,
+    report_unfinished,
+    tokens_table,
+    write_report,
+)
 from .templates import STRATEGY, Prompts
 
 TrainingRow = dict[str, Any]
@@ -40,6 +48,7 @@ TrainingRow = dict[str, Any]
 BACKTRACKING = "backtracking"
 STRATEGY_NAMES = {"chain": "initial", "label": "label_guided"}
 """Names in a trajectory of the prompts that are no strategy."""
+DISAGREES = "its final response does not agree with the reference answer"
 
 
 def search(config: SearchConfig, *, resolved: dict[str, Any]) -> Path:
@@ -59,7 +68,13 @@ def search(config: SearchConfig, *, resolved: dict[str, Any]) -> Path:
     work = Work(
         run=partial(_search_item, config),
         content=lambda problem: [problem.question, problem.answer],
-        settings=["search", config.max_depth, config.max_attempts, config.label_guided],
+        settings=[
+            "search",
+            config.max_depth,
+            config.max_attempts,
+            config.label_guided,
+            config.min_monologue_length,
+        ],
         prompts=Prompts(config.language, config.prompts),
     )
     rows = load_rows(config.data, limit=config.limit)
@@ -72,7 +87,7 @@ def search(config: SearchConfig, *, resolved: dict[str, Any]) -> Path:
         for problem, result in zip(problems, results, strict=True)
         if result.reason is not None
     ]
-    tables = [*outcome_tables(results), tokens_table(results, [config.llm])]
+    tables = [*outcome_tables(results), faults_table(results), tokens_table(results, [config.llm])]
     tables.append(reasons_table("Failures", failed))
     write_report(folder, title="Search for reasoning", tables=tables)
     report_unfinished(results)
@@ -116,6 +131,8 @@ async def _search_item(
 async def search_one(problem: Problem, asker: Asker, config: SearchConfig) -> ItemResult:
     """Searches until the verifier accepts a conclusion, then has the training texts written.
 
+    The problem is given up if the verifier accepts no conclusion, or none of the final responses.
+
     The initial chain is asked for once, whatever the number of attempts; equal conclusions are
     judged once; nothing is asked after the first accepted one.
     """
@@ -139,12 +156,30 @@ async def search_one(problem: Problem, asker: Asker, config: SearchConfig) -> It
     if not accepted:
         return ItemResult(outcome="given up")
     values = {"question": problem.question, "chain": chain_text(chain)}
-    reasoning = await asker.ask("monologue", values, parse_monologue, schema=MONOLOGUE_SCHEMA)
+    parse = partial(parse_monologue, min_length=config.min_monologue_length)
+    reasoning = await asker.ask("monologue", values, parse, schema=MONOLOGUE_SCHEMA)
     asker.close_step("monologue")
-    values = {"question": problem.question, "reasoning": reasoning}
-    response = await asker.ask("response", values, parse_text)
-    asker.close_step("response")
+    response, agrees = await _respond(problem, asker, reasoning)
+    if not agrees:
+        return ItemResult(outcome="given up", reason=DISAGREES)
     return ItemResult(outcome="solved", texts={"reasoning": reasoning, "response": response})
+
+
+async def _respond(problem: Problem, asker: Asker, reasoning: str) -> tuple[str, bool]:
+    """The final response and the verdict on it; a rejected one is written anew."""
+    values = {"question": problem.question, "reasoning": reasoning}
+    response, agrees = "", False
+    for draw in range(asker.max_asks):
+        response = await asker.ask("response", values, parse_response, draw=draw)
+        if agrees := await _verdict(problem, asker, response):
+            break
+    asker.close_step("response", verdict=agrees)
+    return response, agrees
+
+
+async def _verdict(problem: Problem, asker: Asker, given: str) -> bool:
+    values = {"question": problem.question, "conclusion": given, "answer": problem.answer}
+    return await asker.ask("verdict", values, parse_truth, judging=True)
 
 
 async def _extend(
@@ -162,10 +197,10 @@ async def _extend(
         values["chain"] = chain_text(chain)
     if prompt == "label":
         values["answer"] = problem.answer
-    new = await asker.ask(prompt, values, parse_chain, draw=attempt, schema=CHAIN_SCHEMA)
+    parse = parse_continuation if chain else parse_chain
+    new = await asker.ask(prompt, values, parse, draw=attempt, schema=CHAIN_SCHEMA)
     concluded = conclusion(new)
-    values = {"question": problem.question, "conclusion": concluded, "answer": problem.answer}
-    accepted = await asker.ask("verdict", values, parse_truth, judging=True)
+    accepted = await _verdict(problem, asker, concluded)
     asker.close_step(
         STRATEGY_NAMES.get(prompt, prompt.removeprefix(STRATEGY)),
         attempt=attempt,
@@ -200,7 +235,8 @@ def baseline(row: TrainingRow, *, kind: Literal["simple", "no"]) -> TrainingRow:
 def outcome_tables(results: Sequence[ItemResult]) -> list[Table]:
     """Outcomes, what each strategy found, verdicts, and in which attempt items were solved."""
     steps = [step for result in results for step in result.trajectory]
-    judged = [step for step in steps if step.verdict is not None]
+    judged = [step for step in steps if step.conclusion is not None]
+    responses = Counter(step.verdict for step in steps if step.strategy == "response")
     drawn = Counter(step.strategy for step in judged)
     accepted = Counter(step.strategy for step in judged if step.verdict)
     solving = [_accepted_step(result) for result in results if result.outcome == "solved"]
@@ -223,6 +259,11 @@ def outcome_tables(results: Sequence[ItemResult]) -> list[Table]:
         Table("Strategies", ("strategy", "drawn", "right"), strategies),
         Table("Verdicts", ("verdict", "number"), verdicts),
         Table("Attempts", ("solved in", "items"), attempts),
+        Table(
+            "Final responses",
+            ("verdict", "items"),
+            [("True", responses[True]), ("False", responses[False])],
+        ),
     ]
 
 

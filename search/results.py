@@ -8,6 +8,8 @@ from typing import Any
 
 ChainStep = dict[str, str]
 """A step of a chain of thought in its published form: action, content, perhaps title."""
+KEPT = " (kept)"
+"""Ends the fault of a reply that was used after all, since a second one was no better."""
 
 
 @dataclass
@@ -35,7 +37,7 @@ class TrajectoryStep:
     """What the strategy added to the chain of thought."""
     conclusion: str | None = None
     verdict: bool | None = None
-    """Whether the verifier accepted the conclusion."""
+    """Whether the verifier accepted the conclusion, or the final response."""
     calls: list[Call]
 
 

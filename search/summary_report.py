@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..core.llm.client import LLMConfig
 from ..core.report.html_page import write_page
-from .results import ItemResult
+from .results import KEPT, ItemResult
 
 NUM_EXAMPLES = 2
 EXAMPLE_LENGTH = 160
@@ -64,12 +64,28 @@ def tokens_table(results: Iterable[ItemResult], models: Sequence[LLMConfig]) -> 
     for call in (call for result in results for call in result.calls):
         price_in, price_out = prices[call.model]
         usd = (call.prompt_tokens * price_in + call.completion_tokens * price_out) / 1e6
-        numbers = (1, len(call.faults), call.prompt_tokens, call.completion_tokens, usd)
+        unusable = sum(not fault.endswith(KEPT) for fault in call.faults)
+        numbers = (1, unusable, call.prompt_tokens, call.completion_tokens, usd)
         line = sums[call.prompt, call.model]
         line[:] = [a + b for a, b in zip(line, numbers, strict=True)]
     rows = [(*key, *line[:4], f"{line[4]:.4f}") for key, line in sorted(sums.items())]
     counted = ("answers sought", "unusable answers", "prompt tokens", "answer tokens", "USD")
     return Table("Tokens", ("prompt", "model", *counted), rows)
+
+
+def faults_table(results: Iterable[ItemResult]) -> Table:
+    """Counts the faults of replies by prompt and kind, the most frequent first.
+
+    Replies that were used although something could be better count as kept.
+    """
+    counts = Counter(
+        (call.prompt, fault.partition(":")[0], "kept" if fault.endswith(KEPT) else "asked again")
+        for result in results
+        for call in result.calls
+        for fault in call.faults
+    )
+    rows = [(*case, number) for case, number in counts.most_common(MAX_REASONS)]
+    return Table("Faults of replies", ("prompt", "fault", "then", "replies"), rows)
 
 
 def reasons_table(title: str, cases: Iterable[tuple[str, str, str]]) -> Table:

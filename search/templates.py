@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import (
-    Environment,
     FileSystemLoader,
     StrictUndefined,
     TemplateError,
     TemplateSyntaxError,
 )
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..core.llm.journal import content_key
+from .parse import UnusableReply
 
 STRATEGY = "strategy-"
 VARIABLES = {
@@ -25,10 +27,13 @@ VARIABLES = {
     "choice": "question options",
     "judge": "question options letter answer",
     "rewrite": "question options letter answer question_key answer_key",
-    "reask": "fault",
+    "reask": "fault said",
     STRATEGY: "question chain",
 }
-"""Variables of each prompt's template: text, but `options`, which maps letters to texts."""
+"""Variables of each prompt's template: text, but `options`, which maps letters to texts.
+
+`said` is the reply that could not be used, or empty if it is not to be quoted.
+"""
 
 
 class Prompts:
@@ -48,14 +53,18 @@ class Prompts:
                 that it does not get.
         """
         ours = Path(__file__).parent / "prompts" / language
-        own = Path(folder or "").expanduser()
+        translations = Path(__file__).with_name(f"faults_{language}.yaml")
+        self._translations: dict[str, str] = {}
+        if translations.exists():  # the faults themselves are English
+            self._translations = yaml.safe_load(translations.read_text(encoding="utf-8"))
+        own = self._own = Path(folder or "").expanduser()
         if folder and not list(own.glob("*.jinja")):
             raise ValueError(
                 f"prompts {folder}: holds no *.jinja: give a folder of templates named as in "
                 "verippo/search/prompts"
             )
         loader = FileSystemLoader([own, ours] if folder else [ours])
-        environment = Environment(
+        environment = ImmutableSandboxedEnvironment(
             loader=loader,
             undefined=StrictUndefined,
             trim_blocks=True,
@@ -88,5 +97,24 @@ class Prompts:
             raise ValueError(f"prompts {own / name}.jinja: {error}") from None
 
     def render(self, name: str, **values: Any) -> str:
-        """The text of a prompt, without outer white space."""
-        return self._templates[name].render(values).strip()
+        """The text of a prompt, without outer white space.
+
+        Raises:
+            ValueError: the template does what the sandbox forbids, or uses an unknown variable.
+        """
+        try:
+            return self._templates[name].render(values).strip()
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"prompts {self._own / name}.jinja: {error}") from None
+
+    def ask_again(self, fault: UnusableReply, *, said: str) -> str:
+        """The text that follows a prompt whose reply could not be used.
+
+        Args:
+            fault: what is wrong with the reply.
+            said: the reply, if it is to be quoted.
+        """
+        translate = self._translations
+        values = {key: translate.get(str(value), value) for key, value in fault.values.items()}
+        reason = translate.get(fault.template, fault.template).format(**values)
+        return self.render("reask", fault=reason, said=said)

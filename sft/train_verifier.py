@@ -103,7 +103,7 @@ def _judge(
     """The LLM judge's verdicts, requested by the main rank, and the same on every rank."""
     verdicts: list[bool | None] = []
     if dist.is_main():
-        judge = Judge(config.llm, journal=folder / "judge-journal.jsonl")
+        judge = Judge(config.llm, journal=folder / "judge-journal.jsonl", seed=config.seed)
         verdicts = judge.verdicts(cases, progress="judge")
     return dist.broadcast(verdicts)
 

@@ -16,6 +16,8 @@ import pytest
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.launch import cli
 
+PONDERING = f"H{'m' * 1400}."
+"""The last paragraph of a monologue, which makes it long enough; a single word, and so cheap."""
 OPENINGS = {
     "chain": ("Work out the following", "请独立思考"),
     "continue": ("A line of reasoning", "下面这段关于医学问题的推理"),
@@ -109,11 +111,12 @@ class Doctor:
         )
 
     def verdict(self, prompt: str, given: str) -> str:
-        return str(given == between(prompt, "reference"))
+        return str(given in (reference := between(prompt, "reference"), f"It is {reference}."))
 
     def monologue(self, prompt: str, question: str) -> str:
         lines = [json.loads(line)["content"] for line in between(prompt, "steps").splitlines()]
-        return json.dumps({"NaturalReasoning": "Hmm.\n" + "\n".join(lines)}, ensure_ascii=False)
+        text = "\n\n".join(["Hmm.", *lines, PONDERING])
+        return json.dumps({"NaturalReasoning": text}, ensure_ascii=False)
 
     def response(self, prompt: str, question: str) -> str:
         return f"It is {self.answers[question]}."

@@ -30,19 +30,14 @@ CHAIN = {
 THINK, CONCLUDE, VERIFY = CHAIN["CoT"]
 FAULTS = {
     "prose": ("chain", "The patient has a cold.", "holds no JSON object"),
-    "refusal": ("chain", "I'm sorry, but I can't help with that.", "refuses to answer"),
+    "refusal": ("chain", "I'm sorry, but I can't help with that.", "holds no JSON object"),
     "cut off": ("chain", json.dumps(CHAIN)[:-30], "breaks off"),
     "invalid": ("chain", '{"CoT": [,]}', "is not valid"),
     "two objects": ("chain", json.dumps(CHAIN) * 2, "more than one JSON object"),
     "wrong key": (
         "chain",
-        json.dumps({"cot": CHAIN["CoT"]}),
-        'has the keys "cot", not exactly "CoT"',
-    ),
-    "another key": (
-        "chain",
-        json.dumps(CHAIN | {"note": ""}),
-        'has the keys "CoT", "note", not exactly "CoT"',
+        json.dumps({"steps": CHAIN["CoT"]}),
+        'has the keys "steps", not exactly "CoT"',
     ),
     "no list": ("chain", '{"CoT": "thinking"}', '"CoT" is not a list of objects'),
     "order": (
@@ -56,9 +51,9 @@ FAULTS = {
         json.dumps({"CoT": [{"action": "Guess", "content": "c"}]}),
         'step 1 has the action "Guess"',
     ),
-    "no title": (
+    "no content": (
         "chain",
-        json.dumps({"CoT": [CONCLUDE | {"action": "Inner Thinking"}]}),
+        json.dumps({"CoT": [{"action": "Inner Thinking"}]}),
         "step 1 (Inner Thinking) has the keys",
     ),
     "blank": (
@@ -81,7 +76,7 @@ FAULTS = {
     "response": (
         "response",
         "As an AI I am unable to provide medical advice.",
-        "refuses to answer",
+        "it has a preface or a closing offer: As an AI",
     ),
     "response heading": ("response", "## Final Response\n\nA cold.", "holds the heading"),
     "untrue": ("verdict", "untrue", "unparsed"),
@@ -135,7 +130,7 @@ def test_a_faulty_answer_is_asked_for_again_with_the_fault_named(
     server = llm_server(script)
     records = scripted.load(command("search", rows, server), "search.json")
     assert without_account(records) == good
-    assert len(server.bodies) == len(rows) * (6 + 1)
+    assert len(server.bodies) == len(rows) * (7 + 1)
     for record, (kind, _, fault) in zip(records, FAULTS.values(), strict=True):
         ((found,),) = [
             call["faults"]
@@ -173,7 +168,7 @@ def test_a_fence_and_prose_around_the_object_are_passed_over(doctor, llm_server,
 
     server = llm_server(script)
     assert len(scripted.load(command("search", rows, server), "search.json")) == len(around)
-    assert len(server.bodies) == 6 * len(around)
+    assert len(server.bodies) == 7 * len(around)
 
 
 def test_an_answer_cut_at_its_limit_is_a_fault_even_when_it_reads_well(
@@ -220,7 +215,7 @@ def test_transport_faults_of_every_kind_lose_nothing(
     server = llm_server(model)
     folder = command("search", rows, server, **{"llm.timeout_seconds": 0.5})
     assert scripted.load(folder, "search.json") == good
-    assert len(server.bodies) == 3 * (6 + 5 + 2 + 1 + 1)
+    assert len(server.bodies) == 3 * (7 + 5 + 2 + 1 + 1)
 
 
 def test_an_item_that_stays_faulty_is_reported_and_asked_again_only_when_told_to(
@@ -250,12 +245,12 @@ def test_an_item_that_stays_faulty_is_reported_and_asked_again_only_when_told_to
         in (folder / "report.md").read_text()
     )
     assert "it holds no JSON object (3 asks)" in (folder / "journal.jsonl").read_text()
-    assert len(server.bodies) == 6 + 3 + 6
+    assert len(server.bodies) == 7 + 3 + 7
 
     command("search", rows, server)
-    assert len(server.bodies) == 15  # the failure is known
+    assert len(server.bodies) == 17  # the failure is known
     command("search", rows, server, retry_failed="true")
-    assert len(server.bodies) == 15 + 1 + 6  # the fourth ask fails too, the fifth is good
+    assert len(server.bodies) == 17 + 1 + 7  # the fourth ask fails too, the fifth is good
     records = scripted.load(folder, "search.json")
     assert without_account(records) == good
     assert len(records[1]["trajectory"][0]["calls"][0]["faults"]) == 4
@@ -299,7 +294,7 @@ def test_a_call_refused_for_good_fails_its_item_alone(model, llm_server, command
             "scripted",
         ]
     )
-    assert len(server.bodies) == 16
+    assert len(server.bodies) == 18
     assert len(scripted.load(folder, "search.json")) == 2
 
 
@@ -320,7 +315,7 @@ def test_a_spent_budget_writes_what_is_done_and_ends_with_status_1(
     before = len(server.bodies)
     command("search", rows, server, **options, **{"llm.budget_usd": 100})
     assert len(scripted.load(tmp_path / "out", "search.json")) == 3
-    assert len(server.bodies) == 18 > before
+    assert len(server.bodies) == 21 > before
 
 
 def test_a_server_that_never_answers_is_named_in_one_line(
@@ -462,7 +457,7 @@ def test_resume_never_refuses_and_a_folder_lends_its_journal(
         command("search", rows, server, resume="never")
     assert "holds a journal already" in capsys.readouterr().err
     other = command("search", rows, server, output="other", resume=tmp_path / "out")
-    assert len(server.bodies) == 6
+    assert len(server.bodies) == 7
     assert (other / "search.json").read_text() == (tmp_path / "out" / "search.json").read_text()
     with pytest.raises(SystemExit):
         command("search", rows, server, resume=tmp_path / "none")

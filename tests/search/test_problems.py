@@ -124,6 +124,7 @@ def test_the_funnel_worked_by_hand(llm_server, command, scripted, tmp_path):
         "duplicates": (15, 1, 0, 0, 14),
         "length": (14, 1, 0, 0, 13),
         "one right option": (13, 2, 0, 0, 11),
+        "absent picture": (11, 0, 0, 0, 11),
         "contaminated question": (11, 1, 0, 0, 10),
         "difficulty": (10, 2, 0, 0, 8),
         "judgement": (8, 3, 1, 0, 4),
@@ -296,7 +297,8 @@ def test_published_exam_questions_go_through(shared, llm_server, command, script
         0,
         179,
     )  # 18 ask for the exception, one answer is "All of the above"
-    assert table["contaminated problem"][4] == len(scripted.load(folder, "problems.json")) == 179
+    assert table["absent picture"] == (179, 4, 0, 0, 175)
+    assert table["contaminated problem"][4] == len(scripted.load(folder, "problems.json")) == 175
     # none of them is an evaluation item, but all of them are themselves
     again = command(
         "problems", rows, server, output="again", decontaminate=folder.parent / "rows.json"
@@ -347,6 +349,27 @@ def test_questions_that_ask_for_what_is_false_are_told_from_those_that_only_soun
         assert STANDS_FOR_SEVERAL.search(text), text
     for text in ("All transretinoic acid", "Vitamin A and D", "A band", "Both kidneys"):
         assert not STANDS_FOR_SEVERAL.search(text), text
+
+
+def test_questions_about_a_picture_leave_before_any_call(llm_server, command, scripted):
+    shown = exam(1, text="Case 1: a patient comes with a rash. A photograph of the rash is shown.")
+    chinese = exam(2, text="Case 2: 患者男性，６５岁，咳嗽三周，胸部X线片如图所示。")
+    server = llm_server(Examiner())
+    folder = command("problems", [exam(0), shown, chinese], server)
+    assert funnel(folder)["absent picture"] == (3, 2, 0, 0, 1)
+    assert "| absent picture: dropped | refers to a picture" in (folder / "report.md").read_text()
+    assert len(scripted.load(folder, "problems.json")) == 1
+    assert len(server.bodies) == 2
+    judge = next(b["messages"][0]["content"] for b in server.bodies)
+    assert "figure or table that its text does not contain" in judge
+
+
+def test_a_chinese_question_is_measured_by_its_own_script(llm_server, command):
+    text = "患者男性，发热三天伴寒战，血涂片见环状体，最可能的诊断是什么？Case 3"  # 28 characters and marks
+    row = exam(3) | {"question": text}
+    short = row | {"question": "发热的常见原因？Case 4"}
+    folder = command("problems", [row, short], llm_server(Examiner()), language="zh")
+    assert funnel(folder)["length"] == (2, 1, 0, 0, 1)
 
 
 @pytest.mark.parametrize("field", ["decontaminate", "mix.choice", "mix.general"])

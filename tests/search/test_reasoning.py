@@ -49,19 +49,21 @@ def searched(llm_server, doctor, command, scripted):
     return run
 
 
-def test_a_right_first_conclusion_takes_four_calls(searched):
+def test_a_right_first_conclusion_takes_five_calls(searched, scripted):
     (record,), given_up, model, server = searched([0])
     assert given_up == []
     assert model.log == {
         "What ails patient 0?": ["chain", "monologue", "response"],
         "disease 0": ["verdict"],
+        "It is disease 0.": ["verdict"],
     }
     assert record == {
         "id": 0,
         QUESTION_KEY: "What ails patient 0?",
         ANSWER_KEY: "disease 0",
         "Question": "What ails patient 0?",
-        "Complex_CoT": "Hmm.\nWhat speaks for disease 0?\ndisease 0\ndisease 0 fits.",
+        "Complex_CoT": "Hmm.\n\nWhat speaks for disease 0?\n\ndisease 0\n\ndisease 0 fits.\n\n"
+        + scripted.PONDERING,
         "Response": "It is disease 0.",
         "trajectory": record["trajectory"],
     }
@@ -84,12 +86,20 @@ def test_a_right_first_conclusion_takes_four_calls(searched):
         "Verification",
     ]
     calls = [call for step in record["trajectory"] for call in step["calls"]]
-    assert [call["prompt"] for call in calls] == ["chain", "verdict", "monologue", "response"]
+    assert [call["prompt"] for call in calls] == [
+        "chain",
+        "verdict",
+        "monologue",
+        "response",
+        "verdict",
+    ]
+    assert texts[-1]["verdict"] is True
     assert [body["temperature"] for body in server.bodies] == [
         1.0,
         0.0,
         1.0,
         1.0,
+        0.0,
     ]  # verdicts are not drawn
     by_hash = {content_key(body["messages"][0]["content"]): body for body in server.bodies}
     assert [call["hash"] for call in calls] == list(by_hash)
@@ -100,9 +110,9 @@ def test_a_right_first_conclusion_takes_four_calls(searched):
 
 
 @pytest.mark.parametrize("wrong", [1, 2, 3])
-def test_each_wrong_conclusion_costs_one_strategy_and_one_verdict(searched, wrong):
+def test_each_wrong_conclusion_costs_one_strategy_and_one_verdict(searched, scripted, wrong):
     (record,), _, model, server = searched([wrong])
-    assert len(server.bodies) == 4 + 2 * wrong
+    assert len(server.bodies) == 5 + 2 * wrong
     question, answer = record[QUESTION_KEY], record[ANSWER_KEY]
     strategies = [drawn(question, answer, 1, depth) for depth in range(1, wrong + 1)]
     assert model.log[question] == ["chain", *strategies, "monologue", "response"]
@@ -113,12 +123,14 @@ def test_each_wrong_conclusion_costs_one_strategy_and_one_verdict(searched, wron
     assert [step["depth"] for step in steps] == list(range(wrong + 1))
     # each continuation's Verification takes the place of the one that it doubts
     doubts = "".join(
-        f"\nWhat speaks for wrong guess {n} at {question}?\nwrong guess {n} at {question}\nIs that so?"
+        f"\n\nWhat speaks for wrong guess {n} at {question}?\n\nwrong guess {n} at {question}"
+        "\n\nIs that so?"
         for n in range(wrong)
     )
     assert (
         record["Complex_CoT"]
-        == f"Hmm.{doubts}\nWhat speaks for {answer}?\n{answer}\n{answer} fits."
+        == f"Hmm.{doubts}\n\nWhat speaks for {answer}?\n\n{answer}\n\n{answer} fits.\n\n"
+        + scripted.PONDERING
     )
 
 
@@ -143,8 +155,9 @@ def test_all_attempts_start_from_the_one_initial_chain_and_the_label_ends_them(s
     assert {topic: kinds for topic, kinds in model.log.items() if topic != question} == {
         **{f"wrong guess {n} at {question}": ["verdict"] for n in range(4)},
         answer: ["verdict"],
+        f"It is {answer}.": ["verdict"],
     }
-    assert len(server.bodies) == 1 + 9 + 1 + 2 + 5
+    assert len(server.bodies) == 1 + 9 + 1 + 2 + 6
 
 
 def test_without_the_label_an_unsolved_problem_is_given_up_and_keeps_its_trajectory(
@@ -202,7 +215,7 @@ def test_equal_problems_are_searched_once_and_each_row_keeps_its_own_keys(
     records = scripted.load(command("search", rows, server), "search.json")
     assert [record["id"] for record in records] == ["a", "b"]
     assert records[0]["trajectory"] == records[1]["trajectory"]
-    assert len(server.bodies) == 6
+    assert len(server.bodies) == 7
 
 
 def test_the_output_trains_stage_1_and_its_verdicts_train_the_verifier(
@@ -274,12 +287,110 @@ def test_published_items_all_come_through(shared, llm_server, doctor, command, s
             if wrong == 99
             else drawn(row[QUESTION_KEY], row[ANSWER_KEY], 1, wrong)
         )
-    # 40 items of 4, 40 of 6, 40 of 8 calls, 39 of 10 and 39 of 18 where no two items share a
+    # 40 items of 5, 40 of 7, 40 of 9 calls, 39 of 11 and 39 of 19 where no two items share a
     # verdict
     verdicts = {
         (step["conclusion"], record[ANSWER_KEY])
         for record in records
         for step in record["trajectory"][:-2]
-    }
+    } | {(record["Response"], record[ANSWER_KEY]) for record in records}
     others = 40 * 3 + 40 * 4 + 40 * 5 + 39 * 6 + 39 * (3 + 9 + 1)
     assert len(server.bodies) == others + len(verdicts)
+
+
+def faults_of(record):
+    return {
+        (step["strategy"], call["prompt"]): call["faults"]
+        for step in record["trajectory"]
+        for call in step["calls"]
+        if call["faults"]
+    }
+
+
+def report_rows(folder, title):
+    """The rows of a table of report.md, cell by cell."""
+    table = (folder / "report.md").read_text().split(f"## {title}\n")[1].split("##")[0]
+    return [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in table.strip().splitlines()[2:]
+    ]
+
+
+def test_a_leaked_label_is_asked_for_again_wherever_it_appears(searched, scripted, tmp_path):
+    leaky_chain = scripted.chain("no", after=True).replace("Is that so", "It was marked wrong")
+    leaky_text = f"Hmm, it matches the given answer.\n\nSo.\n\n{scripted.PONDERING}"
+    faults = {
+        "continue": [leaky_chain],
+        "monologue": [json.dumps({"NaturalReasoning": leaky_text})],
+        "response": ["The correct answer is disease 0."],
+    }
+    (record,), _, _, server = searched([99], faults=faults, max_attempts=1, max_depth=1)
+    assert [len(found) for found in faults_of(record).values()] == [1, 1, 1]
+    texts = json.dumps([record["Complex_CoT"], record["Response"]])
+    assert not any(phrase in texts for phrase in ("given answer", "correct answer"))
+    assert not any("marked wrong" in json.dumps(s.get("chain")) for s in record["trajectory"])
+    again = [b["messages"][0]["content"] for b in server.bodies if "could not be used" in str(b)]
+    assert [text.split("about the answer: ")[1].split(". Answer")[0] for text in again] == [
+        "marked wrong",
+        "given answer",
+        "correct answer",
+    ]
+    leak = "it shows that its writer was told about the answer"
+    assert sorted(report_rows(tmp_path / "out", "Faults of replies")) == [
+        ("monologue", leak, "asked again", "1"),
+        ("response", leak, "asked again", "1"),
+        (f"strategy-{record['trajectory'][1]['strategy']}", leak, "asked again", "1"),
+    ]
+
+
+def test_a_leak_in_a_label_guided_chain_is_asked_for_again(searched, scripted):
+    leaky = scripted.chain("disease 0", after=True).replace("Is that so", "I was told")
+    (record,), _, model, _ = searched([99], faults={"continue": [leaky]}, max_depth=0)
+    assert list(faults_of(record)) == [("label_guided", "label")]
+    assert model.log["What ails patient 0?"].count("label_guided") == 2
+
+
+def test_a_short_monologue_is_asked_for_once_more_and_then_used(searched, scripted, tmp_path):
+    short = [json.dumps({"NaturalReasoning": text}) for text in ("Hmm. So.", "Hm.", "x" * 2000)]
+    records, _, model, server = searched([0, 0], faults={"monologue": short[:2]})
+    assert [record["Complex_CoT"] for record in records] == ["Hmm. So."] * 2
+    assert len(server.bodies) == 2 * (5 + 1)
+    assert faults_of(records[0])["monologue", "monologue"] == [
+        "it is too short: about 8 characters, not at least 1300 (kept)",
+        "it is too short: about 3 characters, not at least 1300",
+    ]
+    assert report_rows(tmp_path / "out", "Faults of replies") == [
+        ("monologue", "it is too short", "kept", "2"),
+        ("monologue", "it is too short", "asked again", "2"),
+    ]
+    for faults in ([short[0]], [short[2]], [short[0], "no JSON"]):
+        (record,), _, _, server = searched(
+            [0], faults={"monologue": faults}, output=str(len(str(faults)))
+        )
+        assert len(server.bodies) == 5 + 1
+        kept = record["Complex_CoT"] == "Hmm. So."
+        assert kept or record["Complex_CoT"].endswith(scripted.PONDERING)
+        assert kept == (len(faults) == 2)
+    _, _, _, server = searched(
+        [0], faults={"monologue": short}, output="any", min_monologue_length=0
+    )
+    assert len(server.bodies) == 5
+
+
+@pytest.mark.parametrize(
+    "refusal", ["I must decline to answer this question.", "Consult a doctor.", "It is disease 1."]
+)
+def test_a_response_that_misses_the_reference_is_written_anew(searched, refusal, tmp_path):
+    (record,), _, _, server = searched([0], faults={"response": [refusal]})
+    assert record["Response"] == "It is disease 0."
+    assert len(server.bodies) == 5 + 2
+    records, given_up, _, _ = searched([0], faults={"response": [refusal] * 3}, output="never")
+    assert records == []
+    assert given_up[0]["trajectory"][-1]["verdict"] is False
+    assert report_rows(tmp_path / "never", "Outcomes") == [("given up", "1"), ("all", "1")]
+    assert report_rows(tmp_path / "never", "Final responses") == [("True", "0"), ("False", "1")]
+    assert report_rows(tmp_path / "never", "Failures")[0][:3] == (
+        "given up",
+        "its final response does not agree with the reference answer",
+        "1",
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.launch import cli
@@ -142,9 +144,84 @@ def test_chinese_problems_and_search_keep_the_records_keys_and_full_width_punctu
         "trajectory",
     ]
     assert (record["Question"], record["Response"]) == (question, f"It is {answer}.")
-    assert f"\n{answer}\n" in record["Complex_CoT"]
+    assert f"\n\n{answer}\n\n" in record["Complex_CoT"]
     assert question in (folder / "search.json").read_text(encoding="utf-8")  # not as escapes
     assert [step["verdict"] for step in record["trajectory"][:-2]] == [False, False, True]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_continuation_is_asked_for_in_one_clear_form(language):
+    text = Prompts(language).render("strategy-correction", question="q", chain="c")
+    assert text.count('{"CoT": [') == 1
+    assert re.findall('{"action": "([^"]+)"', text) == [
+        "Verification",
+        "Inner Thinking",
+        "Final Conclusion",
+        "Verification",
+    ]
+    assert not re.search(r"\.[A-Z]", text)  # no sentence is glued to the one before
+
+
+def test_every_fault_is_known_in_chinese():
+    named = set()
+    for module in ("parse", "asker"):
+        tree = ast.parse((FOLDER.parent / f"{module}.py").read_text(encoding="utf-8"))
+        texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+        named |= {
+            text
+            for text in texts
+            if isinstance(text, str)
+            and re.match(r"(it|its|unparsed:|\{what\}|step) \S", text)
+            and not text.startswith("step {number} (")
+        }
+    chinese = yaml.safe_load((FOLDER.parent / "faults_zh.yaml").read_text(encoding="utf-8"))
+    assert named - set(chinese) == set()
+    for fault, translation in chinese.items():
+        fields = set(re.findall(r"\{(\w+)\}", translation))
+        assert fields - {"least_chinese"} <= set(re.findall(r"\{(\w+)\}", fault))
+
+
+@pytest.mark.parametrize(
+    ("language", "opening", "reason"),
+    [
+        ("en", "Your earlier answer to this was:", "it is not the one word True or False"),
+        ("zh", "你此前对这个要求的回答是：", "它不是单独一个词 True 或 False"),
+    ],
+)
+def test_an_unclear_verdict_is_quoted_back_in_the_prompts_language(
+    language, opening, reason, llm_server, doctor, command, scripted
+):
+    row = scripted.problem(0)
+    model = doctor({row[QUESTION_KEY]: row[ANSWER_KEY]}, {row[QUESTION_KEY]: 0})
+    model.faults = {"verdict": ["Rather true, I should say"], "chain": ["no object"]}
+    server = llm_server(model)
+    command("search", [row], server, language=language)
+    again = [
+        text for body in server.bodies if "<reply>" in (text := body["messages"][0]["content"])
+    ]
+    assert len(again) == 2  # the verdicts on the conclusion and on the final response
+    assert all("Rather true, I should say" in text.split(opening)[1] for text in again)
+    assert all(reason in text for text in again)
+
+
+def test_a_template_runs_in_a_sandbox(tmp_path):
+    (tmp_path / "chain.jinja").write_text("{{ question.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="chain.jinja: access to attribute '__class__' of 'str'"):
+        Prompts("en", str(tmp_path))
+    (tmp_path / "chain.jinja").write_text("{% if question %}{{ question.__class__ }}{% endif %}")
+    prompts = Prompts("en", str(tmp_path))
+    assert prompts.render("verdict", question="", conclusion="c", answer="a")
+    with pytest.raises(ValueError, match="chain.jinja: .*__class__"):
+        prompts.render("chain", question="q").strip()
+
+
+def test_one_among_several_is_no_right_answer():
+    assert "one among several possibilities" in Prompts("en").render(
+        "verdict", question="", conclusion="c", answer="a"
+    )
+    assert "几种可能之一" in Prompts("zh").render(
+        "verdict", question="", conclusion="c", answer="a"
+    )
 
 
 def test_the_commands_explain_themselves(capsys):
