@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -11,6 +12,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+from ..core.training import stopping
+from . import interruption
 from .commands import COMMANDS, Command, import_name
 from .help import command_help, usage
 from .option_groups import options
@@ -36,8 +39,8 @@ USER_ERRNOS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
-    The exit status is 0 when it is done, 2 after a user's mistake (one line on stderr), and 1 after
-    any other error.
+    The exit status is 0 when it is done or a training run was stopped by SIGTERM or SIGUSR1, 2
+    after a user's mistake (one line on stderr), 130 after SIGINT, and 1 after any other error.
 
     Args:
         argv: Arguments; None: those of the process.
@@ -66,9 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno not in USER_ERRNOS:
             raise
         fail(f"{name}: {error}")
-    except KeyboardInterrupt:
-        print("verippo: interrupted", file=sys.stderr)
-        sys.exit(1)
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -78,8 +78,13 @@ def run(name: str, arguments: list[str]) -> None:
         sys.exit(0)
     command = COMMANDS[name]
     named = name_positional(command, arguments)
-    config, resolved = parse(import_name(command.config), named, program=f"verippo {name}")
-    import_name(command.run)(config, resolved=resolved)
+    config = None
+    with stopping.handled() if name in interruption.TRAINING else contextlib.nullcontext():
+        try:
+            config, resolved = parse(import_name(command.config), named, program=f"verippo {name}")
+            import_name(command.run)(config, resolved=resolved)
+        except KeyboardInterrupt as error:
+            sys.exit(interruption.end(error, name, arguments, config))
 
 
 def name_positional(command: Command, arguments: list[str]) -> list[str]:

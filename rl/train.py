@@ -49,7 +49,9 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
             close(parts.sampler)
             raise
         try:
-            _loop(config, run)
+            with run.saved_on_stop():
+                _loop(config, run)
+            run.finish()
         finally:
             run.close()
             if dist.is_main():
@@ -75,6 +77,8 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("train"):
             for number, mini in enumerate(_minibatches(config, experience, step)):
                 for micro in mini.microbatches(config.max_tokens_per_gpu):
+                    if number == 0:  # later on the weights have moved
+                        run.stop_if_asked()
                     pg = policy_loss(policy(micro.batch, temperature=temperature), micro)
                     vf = ppo.value_loss(
                         critic(micro.batch),
@@ -94,7 +98,6 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         run.record(row, meter, rollouts, scores)
         run.end_step(run.evaluation)
         bar.set_postfix(score=f"{row['score_mean']:.3f}", kl=f"{row['kl_mean']:.2f}")
-    run.finish()
 
 
 def _targets(
