@@ -23,6 +23,7 @@ from .option_groups import options
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is reported in one line
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 USER_ERRNOS = (
@@ -39,8 +40,8 @@ USER_ERRNOS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
-    The exit status is 0 when it is done or a training run was stopped by SIGTERM or SIGUSR1, 2
-    after a user's mistake (one line on stderr), 130 after SIGINT, and 1 after any other error.
+    The exit status is 0 when it is done, 2 after a user's mistake (one line on stderr), and 1 after
+    any other error. A training run ends with 0 after SIGTERM and SIGUSR1, with 130 after SIGINT.
 
     Args:
         argv: Arguments; None: those of the process.

@@ -48,6 +48,8 @@ def end(error: KeyboardInterrupt, name: str, arguments: Sequence[str], config: A
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             command = f"{command} (with the same launcher)"
         print(f"verippo: {stop.signal.name}: {kept}; to go on: {command}", flush=True)
+    if name not in TRAINING:
+        return 1
     return stop.exit_status if stop else 130
 
 

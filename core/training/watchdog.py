@@ -193,9 +193,7 @@ class Watchdog:
 
     def _end(self, failure: Failure) -> NoReturn:
         self.publish(failure)
-        print(
-            f"verippo: rank {self.rank} stops: {failure.reason}",
-            file=sys.stderr,
-            flush=True,
-        )
+        start = "" if self.rank else "\n"  # rank 0 shows progress bars
+        line = f"{start}verippo: rank {self.rank} stops: {failure.reason}"
+        print(line, file=sys.stderr, flush=True)
         os._exit(failure.status)
