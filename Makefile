@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fault: $(VENV)/.installed
-	@echo "runs that are killed, stopped, damaged and starved: about 6 minutes ..."
+	@echo "runs that are killed, stopped, damaged and starved: 6 to 11 minutes ..."
 	$(BIN)/python -m pytest -m fault tests/fault
 
 lint: $(VENV)/.installed links

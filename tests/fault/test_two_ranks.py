@@ -73,7 +73,7 @@ def test_signal_to_one_rank_stops_both(runs, start_ranks, wait_for_steps, tmp_pa
     assert "is saved" not in results[1][0]
 
 
-def test_signal_to_one_rank_ends_the_other_rank_too_while_it_loads(runs, start_ranks, tmp_path):
+def test_signals_while_two_ranks_load_end_both(runs, start_ranks, tmp_path):
     ranks = start_ranks(runs.arguments("sft", tmp_path / "run", max_steps=400))
     time.sleep(2)
     ranks[0].send_signal(signal.SIGTERM)
