@@ -1,17 +1,21 @@
-# make demo, make test, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
+# make demo, make test, make test-fault, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-sglang lint docs clean
+.PHONY: demo test test-fault test-sglang lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fault: $(VENV)/.installed
+	@echo "runs that are killed, stopped, damaged and starved: 6 to 11 minutes ..."
+	$(BIN)/python -m pytest -m fault tests/fault
 
 lint: $(VENV)/.installed links
 	$(BIN)/ruff check .

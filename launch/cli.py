@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -11,6 +12,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+from ..core.training import stopping
+from . import interruption
 from .commands import COMMANDS, Command, import_name
 from .help import command_help, usage
 from .option_groups import options
@@ -20,6 +23,7 @@ from .option_groups import options
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is reported in one line
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 USER_ERRNOS = (
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
     The exit status is 0 when it is done, 2 after a user's mistake (one line on stderr), and 1 after
-    any other error.
+    any other error. A training run ends with 0 after SIGTERM and SIGUSR1, with 130 after SIGINT.
 
     Args:
         argv: Arguments; None: those of the process.
@@ -66,9 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno not in USER_ERRNOS:
             raise
         fail(f"{name}: {error}")
-    except KeyboardInterrupt:
-        print("verippo: interrupted", file=sys.stderr)
-        sys.exit(1)
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -78,8 +79,13 @@ def run(name: str, arguments: list[str]) -> None:
         sys.exit(0)
     command = COMMANDS[name]
     named = name_positional(command, arguments)
-    config, resolved = parse(import_name(command.config), named, program=f"verippo {name}")
-    import_name(command.run)(config, resolved=resolved)
+    config = None
+    with stopping.handled() if name in interruption.TRAINING else contextlib.nullcontext():
+        try:
+            config, resolved = parse(import_name(command.config), named, program=f"verippo {name}")
+            import_name(command.run)(config, resolved=resolved)
+        except KeyboardInterrupt as error:
+            sys.exit(interruption.end(error, name, arguments, config))
 
 
 def name_positional(command: Command, arguments: list[str]) -> list[str]:

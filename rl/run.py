@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.sampling.local_sampler import LocalSampler
 from ..core.sampling.sampler import SamplingParams
+from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.training import dist
 from ..core.training.metrics import peak_memory_gib
 from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
+from ..core.training.stopping import abortable
 from .config import PPOConfig
-from .experience import Experience, MiniBatch
-from .rollout import Rollout, RolloutPrompt, check_rollouts
+from .experience import Experience, MicroBatch, MiniBatch
+from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
 from .weight_push import close, push_weights, sleep
@@ -67,12 +70,17 @@ class PPORun(TrainingRun[PPOConfig]):
         return run
 
     def begin(self) -> None:
-        """Sends the weights to the sampler; at the start of a new run, evaluates once."""
+        """Sends the weights to the sampler; at the start of a new run, evaluates once.
+
+        If a signal stopped the run before an evaluation, makes up for it.
+        """
         self.push_weights()
         if self.evaluation and self.state.step == 0:
+            self.seed_draws("evaluation", 0)
             metrics = self.evaluation()
             self.log_evaluation(metrics)
             self.is_best(metrics)
+        self.resume_end(self.evaluation)
 
     def next_prompts(self, step: int) -> list[RolloutPrompt]:
         """The prompts of a step, the same on every rank."""
@@ -87,13 +95,15 @@ class PPORun(TrainingRun[PPOConfig]):
 
     def roll_out(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout]:
         """Samples the responses of a step; afterwards the sampler may release its memory."""
-        rollouts = roll_out(self.parts, prompts, self.config.sampling, version=self.state.step)
+        rollouts = self._roll_out(prompts, self.config.sampling)
         sleep(self.config, self.parts.sampler)
         return rollouts
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The verifier's scores: [rollouts] float64, the same on every rank."""
-        return score(self.parts, rollouts)
+        scores = score(self.parts, rollouts)
+        self.stop_if_asked()
+        return scores
 
     @property
     def kl_coef(self) -> float:
@@ -129,6 +139,13 @@ class PPORun(TrainingRun[PPOConfig]):
         num = self.config.minibatches
         for mini in experience.minibatches(num, seed=(self.config.seed, step, epoch)):
             yield replace(mini, number=epoch * num + mini.number)
+
+    def microbatches(self, mini: MiniBatch, meter: UpdateMeter) -> Iterator[MicroBatch]:
+        """This rank's micro-batches. Until a weight has moved, a signal abandons the step."""
+        for micro in mini.microbatches(self.config.max_tokens_per_gpu):
+            if not meter.policy_results and not meter.critic_results:
+                self.stop_if_asked()
+            yield micro
 
     def step_policy(self, mini: MiniBatch, meter: UpdateMeter) -> None:
         """Steps the policy's optimizer."""
@@ -208,13 +225,24 @@ class PPORun(TrainingRun[PPOConfig]):
         close(self.parts.sampler)
         super().close()
 
+    def _roll_out(
+        self, prompts: Sequence[RolloutPrompt], sampling: SamplingParams
+    ) -> list[Rollout]:
+        return roll_out(
+            self.parts,
+            prompts,
+            sampling,
+            version=self.state.step,
+            stop_if_asked=self.stop_if_asked,
+        )
+
     def _evaluate(self) -> Metrics:
         """Scores the held-out problems."""
         config, held_out = self.config, self.parts.eval_set
         numbers = list(range(len(held_out.problems)))
         prompts = held_out.prompts(numbers, seed=config.seed, step=-1)
         sampling = replace(config.sampling, temperature=config.eval_temperature)
-        rollouts = roll_out(self.parts, prompts, sampling, version=self.state.step)
+        rollouts = self._roll_out(prompts, sampling)
         scores = self.score(rollouts)
         self._log_samples(rollouts, scores, split="eval")
         return evaluation_metrics(rollouts, scores, config.verifier.right)
@@ -229,9 +257,9 @@ class PPORun(TrainingRun[PPOConfig]):
         if self.log is None:
             return
         first = list(zip(rollouts, scores.tolist(), strict=True))[:NUM_LOGGED_SAMPLES]
-        for rollout, value in first:
+        for sampled, value in first:
             row = sample_row(
-                rollout, value, self.config.verifier, step=self.state.step, split=split
+                sampled, value, self.config.verifier, step=self.state.step, split=split
             )
             self.log.write_text("samples", row)
 
@@ -242,8 +270,16 @@ def roll_out(
     sampling: SamplingParams,
     *,
     version: int,
+    stop_if_asked: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
     """Samples one response per prompt, each rank its share.
+
+    Args:
+        parts: sampler and rollout function.
+        prompts: the prompts of all ranks.
+        sampling: temperature and length limit.
+        version: version of the weights.
+        stop_if_asked: called by every rank after its share, which a signal may have cut short.
 
     Returns:
         The rollouts of all ranks in the order of the prompts, the same on every rank.
@@ -256,7 +292,12 @@ def roll_out(
     rank = dist.rank()
     world = dist.world_size()
     share = prompts[rank::world]
-    own = parts.rollout(parts.sampler, share, sampling, tokenizer=parts.tokenizer)
+    call = partial(parts.rollout, parts.sampler, share, sampling, tokenizer=parts.tokenizer)
+    # a user's function may hold collectives, which no rank may leave alone
+    ours = parts.rollout is rollout and isinstance(parts.sampler, (LocalSampler, SglangSampler))
+    own = abortable(call) if ours else call()
+    stop_if_asked()
+    assert own is not None  # only a signal ends the call
     if len(own) != len(share):
         raise ValueError(
             f"the rollout function returned {len(own)} rollouts for {len(share)} prompts: "

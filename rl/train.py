@@ -49,7 +49,9 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
             close(parts.sampler)
             raise
         try:
-            _loop(config, run)
+            with run.saved_on_stop():
+                _loop(config, run)
+            run.finish()
         finally:
             run.close()
             if dist.is_main():
@@ -74,13 +76,13 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         meter = UpdateMeter()
         with run.watch("train"):
             for mini in run.policy_minibatches(experience, step, meter):
-                for micro in mini.microbatches(config.max_tokens_per_gpu):
+                for micro in run.microbatches(mini, meter):
                     pg = policy_loss(policy(micro.batch, temperature=temperature), micro)
                     policy.backward(pg.loss_sum, loss_divisor(config, mini), last=micro.last)
                     meter.add_policy(pg, first_minibatch=mini.number == 0)
                 run.step_policy(mini, meter)
             for mini in run.critic_minibatches(experience, step):
-                for micro in mini.microbatches(config.max_tokens_per_gpu):
+                for micro in run.microbatches(mini, meter):
                     vf = ppo.value_loss(
                         critic(micro.batch),
                         micro.values,
@@ -98,7 +100,6 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         run.record(row, meter, rollouts, scores)
         run.end_step(run.evaluation)
         bar.set_postfix(score=f"{row['score_mean']:.3f}", kl=f"{row['kl_mean']:.2f}")
-    run.finish()
 
 
 def _targets(

@@ -67,18 +67,38 @@ def fit(
     state = run.state
     total_steps = config.total_steps(len(rows), step=state.step, position=state.position)
     run.start(total_steps, resolved=resolved)
+    evaluate = partial(task.evaluate, engine, eval_rows) if eval_rows else None
+    with run.saved_on_stop():
+        _loop(config, task, engine, rows, evaluate, run)
+    run.finish()
+    run.close()
+    return state
+
+
+def _loop(
+    config: TrainingConfig,
+    task: Task[RowT],
+    engine: TrainEngine,
+    rows: Sequence[RowT],
+    evaluate: Callable[[], Metrics] | None,
+    run: TrainingRun[TrainingConfig],
+) -> None:
+    state = run.state
     order = Order(len(rows), seed=config.seed, position=state.position)
     last_position = sys.maxsize if config.max_steps else len(rows) * config.epochs
-    evaluate = partial(task.evaluate, engine, eval_rows) if eval_rows else None
     if evaluate and state.step == 0:
+        run.seed_draws("evaluation", 0)
         run.log_evaluation(evaluate())
+    run.resume_end(evaluate)
 
     for step, bar in run.steps("train"):
         with run.watch("train"):
             size = min(config.batch_size, last_position - order.position)
             batch = [rows[n] for n in order.take(size)]
-            loss, num_tokens = _accumulate(task, engine, batch, config.max_tokens_per_gpu)
-            rate = _learning_rate(config, step - 1, total_steps)
+            loss, num_tokens = _accumulate(
+                task, engine, batch, config.max_tokens_per_gpu, run.stop_if_asked
+            )
+            rate = _learning_rate(config, step - 1, run.total_steps)
             result = engine.step(rate)
         run.count_skipped(result.applied)
         state.step = step
@@ -95,9 +115,6 @@ def fit(
         )
         run.end_step(evaluate)
         bar.set_postfix(loss=f"{loss:.4f}")
-    run.finish()
-    run.close()
-    return state
 
 
 def _speed(run: TrainingRun[TrainingConfig], num_tokens: int) -> Metrics:
@@ -127,6 +144,7 @@ def _accumulate(
     engine: TrainEngine,
     batch: Sequence[RowT],
     max_tokens: int,
+    before_micro_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """Runs forward and backward over this rank's share of a batch.
 
@@ -142,6 +160,7 @@ def _accumulate(
     )
     total = torch.zeros(1, dtype=torch.float64, device=dist.device())
     for number, micro in enumerate(plan):
+        before_micro_batch()
         loss_sum = task.loss_sum(engine, [batch[i] for i in micro])
         engine.backward(loss_sum, weight, last=number == len(plan) - 1)
         total += loss_sum.detach().double()

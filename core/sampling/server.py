@@ -1,7 +1,7 @@
 """Starts sglang servers as processes, waits for them, records them and stops them.
 
 Each server has a record `STATE/NODE-PORT.json`, with the fields of a Server, and a log
-`STATE/NODE-PORT.log`. A process is only signalled if both its number and its start time are those
+`STATE/NODE-PORT.log`. A process is only signalled if both its number and its start are those
 recorded, since the system may have given the number to another process. sglang is never imported:
 the interpreter that runs it may belong to another environment.
 """
@@ -47,9 +47,9 @@ class Server:
     log: str
     """Absolute path of the log; the record is beside it."""
     command: list[str]
-    processes: list[tuple[int, float]]
-    """Number and start time (seconds since 1970) of the server's process; once ready, of its
-    children too."""
+    processes: list[tuple[int, str]]
+    """Number and start (see `start_mark`) of the server's process; once ready, of its children
+    too."""
 
     @property
     def pid(self) -> int:
@@ -172,10 +172,10 @@ def running(server: Server) -> list[psutil.Process]:
         is gone, the session's number may belong to another program: then the recorded ones only.
     """
     found = {}
-    for pid, start_time in server.processes:
+    for pid, mark in server.processes:
         with suppress(psutil.Error):
             process = psutil.Process(pid)
-            if abs(process.create_time() - start_time) < 2:
+            if start_mark(pid) == mark:
                 found[pid] = process
     if server.pid in found:
         for process in psutil.process_iter():
@@ -183,6 +183,22 @@ def running(server: Server) -> list[psutil.Process]:
                 if os.getsid(process.pid) == server.pid:
                     found[process.pid] = process
     return _alive(found.values())
+
+
+def start_mark(pid: int) -> str:
+    """Marks when a process started: the system's boot, and clock ticks since then.
+
+    Unlike a time of day it stays the same when the clock is set. Empty if there is no such process.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():  # not Linux
+        return str(psutil.Process(pid).create_time())
+    try:
+        # the name, in brackets, may hold spaces; field 22 is the start
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return f"{boot.read_text().strip()}/{fields[22 - 3]}"
 
 
 def has_exited(server: Server) -> bool:
@@ -270,8 +286,8 @@ def _launch(server: Server, config: ServerConfig, key: str | None) -> Server:
         except OSError as error:
             server.key_file.unlink(missing_ok=True)
             raise ValueError(f"python={command[0]}: cannot be run: {error.strerror}") from None
-    start_time = psutil.Process(process.pid).create_time()
-    return replace(server, command=command, processes=[(process.pid, start_time)])
+    processes = [(process.pid, start_mark(process.pid))]
+    return replace(server, command=command, processes=processes)
 
 
 def _wait(server: Server, config: ServerConfig) -> Server:
@@ -294,7 +310,7 @@ def _wait(server: Server, config: ServerConfig) -> Server:
             _mask_key(server.log, key.encode())
     if problem:
         raise ValueError(f"the server on port {server.port} {problem}: {_last_lines(server.log)}")
-    processes = [(process.pid, process.create_time()) for process in running(server)]
+    processes = [(process.pid, start_mark(process.pid)) for process in running(server)]
     ready = replace(server, processes=processes)
     _write_record(ready)
     return ready
@@ -352,7 +368,7 @@ def _open_private(path: str, flags: int) -> int:
 def _read_record(path: Path) -> Server:
     try:
         server = Server(**json.loads(path.read_text()))
-        processes = [(int(pid), float(start_time)) for pid, start_time in server.processes]
+        processes = [(int(pid), str(mark)) for pid, mark in server.processes]
         return replace(server, processes=processes)
     except (ValueError, TypeError):
         raise ValueError(f"{path}: not the record of a server: remove the file") from None

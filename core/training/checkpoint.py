@@ -8,9 +8,11 @@ OUTPUT/checkpoints/best             name of the checkpoint with the best evaluat
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -101,7 +103,7 @@ def find_resume(folder: Path, resume: str, *, trust: bool = False) -> Path | Non
     checkpoints = folder / "checkpoints"
     whole = {path.parent.name: path.parent for path in checkpoints.glob("step-*/state.json")}
     pointer = checkpoints / "latest"
-    pointed = whole.get(pointer.read_text().strip()) if pointer.exists() else None
+    pointed = whole.get(_pointed(pointer))
     return pointed or whole.get(max(whole, default=""))
 
 
@@ -217,16 +219,33 @@ def save(
 
 @contextlib.contextmanager
 def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
-    """Converts errors while writing large files to a full disk into a ValueError that says so."""
+    """Converts errors while writing large files to a full disk into a ValueError that says so.
+
+    A file that reached the limit on file sizes counts too.
+    """
     try:
         yield
-    except Exception:  # torch and safetensors raise errors of their own
+    except Exception as error:  # torch and safetensors raise errors of their own
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        too_large = os.strerror(errno.EFBIG).lower() in str(error).lower() or limit in sizes
+        if limit != resource.RLIM_INFINITY and too_large:
+            raise ValueError(
+                f"{folder}: {what} needs files of more than {limit} bytes, the limit of this "
+                "process: raise it (ulimit -f) and start again; the run resumes from its last "
+                "checkpoint"
+            ) from None
         if shutil.disk_usage(folder).free > 1 << 20:
             raise
         raise ValueError(
             f"{folder}: no space left for {what}: free some and start again; the run resumes "
             "from its last checkpoint"
         ) from None
+
+
+def _pointed(pointer: Path) -> str:
+    """The name that a pointer holds; empty if there is none. It may be damaged."""
+    return pointer.read_text(errors="replace").strip() if pointer.exists() else ""
 
 
 def _point(pointer: Path, name: str) -> None:
@@ -239,7 +258,7 @@ def _point(pointer: Path, name: str) -> None:
 
 def _prune(checkpoints: Path, total_limit: int) -> None:
     pointers = [checkpoints / name for name in ("latest", "best")]
-    kept = {pointer.read_text().strip() for pointer in pointers if pointer.exists()}
+    kept = set(map(_pointed, pointers))
     steps = sorted(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
     for path in steps[: max(0, len(steps) - total_limit)]:
         if path.name not in kept:

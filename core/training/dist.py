@@ -8,9 +8,6 @@ import atexit
 import contextlib
 import datetime
 import os
-import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,22 +15,30 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from .stopping import AgreedStop, Stopped
+from .watchdog import Failure, Watchdog, waiting
+
 T = TypeVar("T")
-_FAILED = "verippo/failed"
+WATCHED_SHARE = 0.8
+"""Share of the time-out after which a silent rank ends the run: before a collective gives up."""
+_timeout_seconds = 600.0
 
 
-def init(*, timeout_seconds: float = 1800.0) -> None:
+def init(*, timeout_seconds: float = 600.0) -> None:
     """Joins the process group described by the environment of deepspeed, torchrun or srun.
 
     Without such an environment the process is the only rank. The backend is NCCL on CUDA, gloo
     otherwise. Does nothing if a group exists already.
 
     Args:
-        timeout_seconds: a collective that waits longer ends the run.
+        timeout_seconds: a collective that waits longer ends the run, and so does a rank that gives
+            no sign of life.
 
     Raises:
-        ValueError: the environment is incomplete.
+        ValueError: the environment is incomplete, or the ranks do not meet in time.
     """
+    global _timeout_seconds
+    _timeout_seconds = timeout_seconds
     if td.is_initialized():
         return
     _adopt_slurm_environment()
@@ -63,7 +68,15 @@ def init(*, timeout_seconds: float = 1800.0) -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    td.init_process_group(_backend(), timeout=timeout)
+    try:
+        td.init_process_group(_backend(), timeout=timeout)
+    except td.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"rank {os.environ['RANK']}: not all {os.environ['WORLD_SIZE']} ranks met at {place} "
+            f"within timeout_seconds={timeout_seconds:g}: start all of them, and check that each "
+            f"host reaches that address ({str(error)[:200]})"
+        ) from None
     atexit.register(_leave)
 
 
@@ -119,20 +132,23 @@ def device() -> torch.device:
 def barrier() -> None:
     """Waits for all ranks."""
     if world_size() > 1:
-        td.barrier()
+        with waiting():
+            td.barrier()
 
 
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place, on the tensor's own device."""
     if world_size() > 1:
-        td.all_reduce(tensor)
+        with waiting():
+            td.all_reduce(tensor)
     return tensor
 
 
 def all_max(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place, on the tensor's own device."""
     if world_size() > 1:
-        td.all_reduce(tensor, op=td.ReduceOp.MAX)
+        with waiting():
+            td.all_reduce(tensor, op=td.ReduceOp.MAX)
     return tensor
 
 
@@ -141,7 +157,8 @@ def all_gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    td.all_gather_object(values, value)
+    with waiting():
+        td.all_gather_object(values, value)
     return values
 
 
@@ -150,7 +167,8 @@ def broadcast(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    td.broadcast_object_list(box, src=0)
+    with waiting():
+        td.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -222,53 +240,48 @@ class OuterGroup:
 
 @contextlib.contextmanager
 def fail_together(*, poll_seconds: float = 1.0) -> Iterator[None]:
-    """Ends all ranks within seconds when one raises, naming that rank and its error.
+    """Ends all ranks when one fails, is stopped or cannot be reached, naming that rank.
 
-    Otherwise the others would wait in a collective until its time-out. Enter it after `init`, on
-    every rank.
+    After an error this takes seconds, without a sign of life the time-out given to `init`.
+    Otherwise the others would wait in a collective. Enter it after `init`, on every rank.
     """
     if world_size() == 1:
         yield
         return
-    store = td.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
+    watchdog = Watchdog(
+        td.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+        ),
+        rank=rank(),
+        world_size=world_size(),
+        limit_seconds=WATCHED_SHARE * _timeout_seconds,
+        poll_seconds=min(poll_seconds, _timeout_seconds / 10),
     )
-    done = threading.Event()
-    watcher = threading.Thread(
-        target=_watch,
-        args=(store, done, poll_seconds),
-        daemon=True,
-    )
-    watcher.start()
+    watchdog.start()
     try:
         yield
         barrier()
+    except AgreedStop:  # raised by every rank
+        barrier()
+        raise
     except BaseException as error:
-        done.set()
         if torch.cuda.is_available():  # NCCL might wait for ranks that are in another collective
             atexit.unregister(_leave)
-        with contextlib.suppress(Exception):
-            if store.compare_set(_FAILED, "", f"rank {rank()}: {type(error).__name__}: {error}"):
-                time.sleep(2 * poll_seconds)  # rank 0 serves the store: let the others read it
+        if isinstance(error, Exception) and _is_collective_error(error):
+            watchdog.end_after(error)
+        if isinstance(error, Stopped):
+            failure = Failure(f"rank {rank()}: {error}", error.exit_status)
+        else:
+            failure = Failure(f"rank {rank()}: {type(error).__name__}: {error}")
+        watchdog.done.set()
+        watchdog.publish(failure)
         raise
     finally:
-        done.set()
-        # a daemon thread inside a C++ call would abort the process at its end
-        watcher.join(timeout=30)
+        watchdog.stop()
 
 
-def _watch(store: td.Store, done: threading.Event, poll_seconds: float) -> None:
-    while not done.wait(poll_seconds):
-        try:
-            failed = store.check([_FAILED])
-            reason = store.get(_FAILED).decode() if failed else ""
-        except Exception as error:
-            failed = True
-            reason = f"rank 0 is gone ({type(error).__name__})"
-        # this rank may be about to raise the same error itself
-        if failed and not done.wait(poll_seconds):
-            print(f"verippo: rank {rank()} stops: {reason}", file=sys.stderr, flush=True)
-            os._exit(1)
+def _is_collective_error(error: Exception) -> bool:
+    return isinstance(error, td.DistError) or "gloo" in str(error).lower()

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -184,11 +184,14 @@ def _drop_rows_after(file: Path, step: int) -> None:
 class Stopwatch:
     """Adds up the seconds of named phases: `with watch("rollout"): ...`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_enter: Callable[[str], None] = lambda phase: None) -> None:
+        """`on_enter` is called with the name of each phase that begins."""
+        self.on_enter = on_enter
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.on_enter(phase)
         start = time.perf_counter()
         try:
             yield

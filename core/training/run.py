@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, dist
+from . import checkpoint, dist, stopping
 from .metrics import MetricLog, Stopwatch, finite, start_log
 from .run_config import RunConfig
+from .watchdog import enter_phase
 
 Metrics = dict[str, Any]
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -34,6 +39,8 @@ class RunState:
     """Optimizer steps skipped because a gradient was not finite."""
     skipped_in_a_row: int = 0
     """Those since the last applied step."""
+    ending: bool = False
+    """Whether the last step still lacks its evaluation: a signal stopped the run before it."""
     run_id: str | None = None
     """Identifier of the wandb run."""
     extra: dict[str, float] = field(default_factory=dict)
@@ -102,9 +109,11 @@ class TrainingRun(Generic[ConfigT]):
     stop_early: Callable[[RunState], bool] = lambda state: False
     """Whether the run is done before its last step."""
     state: RunState = field(default_factory=RunState)
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    watch: Stopwatch = field(default_factory=lambda: Stopwatch(enter_phase))
     total_steps: int = 0
     log: MetricLog | None = None
+    saved: tuple[int, bool] = (0, False)
+    """Step and `ending` of the newest checkpoint."""
 
     def resume(self, *, resolved: dict[str, Any]) -> None:
         """Loads the checkpoint that `config.resume` selects, if there is one.
@@ -120,6 +129,12 @@ class TrainingRun(Generic[ConfigT]):
         found = checkpoint.find_resume(self.folder, self.config.resume, trust=trust)
         if found is None:
             self.state.settings = resolved
+            metrics = self.folder / "metrics.jsonl"
+            if dist.is_main() and metrics.exists() and metrics.stat().st_size:
+                print(
+                    f"output {self.folder}: has metrics of an earlier start but no checkpoint: "
+                    "starting over from step 0, and the metrics are replaced"
+                )
             return
         with checkpoint.explain_load_errors(found):
             checkpoint.verify(found)
@@ -129,7 +144,7 @@ class TrainingRun(Generic[ConfigT]):
         with checkpoint.explain_load_errors(found):
             for name, engine in self.engines.items():
                 engine.load(found, name)
-            torch.set_rng_state(torch.load(found / f"rng-{dist.rank()}.pt"))
+        self.saved = self.state.step, self.state.ending
 
     def start(self, total_steps: int, *, resolved: dict[str, Any]) -> None:
         """Opens the log. `resolved` is the configuration as plain values, for config.yaml."""
@@ -160,8 +175,45 @@ class TrainingRun(Generic[ConfigT]):
             disable=hidden,
         ) as bar:
             while not self.is_over:
+                self.seed_draws("step", self.state.step + 1)
                 yield self.state.step + 1, bar
                 bar.update()
+
+    def seed_draws(self, purpose: str, step: int) -> None:
+        """Seeds the global generators of torch, numpy and Python for this step and rank.
+
+        A user's functions that draw from them then repeat their draws when a run resumes.
+        """
+        text = f"{self.config.seed}/{purpose}/{step}/{dist.rank()}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    def stop_if_asked(self) -> None:
+        """Ends the run if any rank has received a signal to stop.
+
+        Every rank must call it, at a point where the weights are those of the last finished step.
+
+        Raises:
+            AgreedStop: on every rank.
+        """
+        # in host memory, so that no GPU has to catch up first
+        number = int(dist.all_max(torch.tensor([stopping.received()])))
+        if number:
+            raise stopping.AgreedStop(number)
+
+    @contextlib.contextmanager
+    def saved_on_stop(self) -> Iterator[None]:
+        """Saves the last finished step when `stop_if_asked` ends the run inside the block."""
+        with stopping.deferred():
+            try:
+                yield
+                self.stop_if_asked()
+            except stopping.AgreedStop:
+                if self.state.step and self.saved != (self.state.step, self.state.ending):
+                    self.save(best=False)
+                raise
 
     @property
     def is_over(self) -> bool:
@@ -211,19 +263,32 @@ class TrainingRun(Generic[ConfigT]):
         self.state.best = metrics
         return True
 
+    def resume_end(self, evaluate: Callable[[], Metrics] | None) -> None:
+        """Ends the step that a signal stopped before its evaluation, if the run resumes there."""
+        if self.state.ending:
+            self.end_step(evaluate)
+
     def end_step(self, evaluate: Callable[[], Metrics] | None) -> None:
         """Evaluates, exports the best model and saves a checkpoint, each when it is due.
 
-        `evaluate` returns the metrics of the held-out rows; None where there are none.
+        `evaluate` returns the metrics of the held-out rows; None where there are none. It may call
+        `stop_if_asked`.
         """
+        self.state.ending = True
+        self.stop_if_asked()
         best = False
         if evaluate and self.is_due(self.config.eval_every):
+            enter_phase("evaluate")
+            self.seed_draws("evaluation", self.state.step)
             metrics = evaluate()
             self.log_evaluation(metrics)
             best = self.is_best(metrics)
+        self.state.ending = False
         if best:
             self.export(self.folder / "model-best")
-        saves = self.is_due(self.config.save_every) or self.is_over
+        # a checkpoint from before the evaluation would repeat it
+        repeats = self.saved == (self.state.step, True)
+        saves = self.is_due(self.config.save_every) or self.is_over or repeats
         if saves or (best and self.save_when_best):
             self.save(best=best)
 
@@ -233,8 +298,8 @@ class TrainingRun(Generic[ConfigT]):
         def write(temporary: Path) -> None:
             for name, engine in self.engines.items():
                 engine.save(temporary, name)
-            torch.save(torch.get_rng_state(), temporary / f"rng-{dist.rank()}.pt")
 
+        enter_phase("save")
         self.state.run_id = self.log.run_id if self.log else None
         checkpoint.save(
             self.folder,
@@ -244,6 +309,7 @@ class TrainingRun(Generic[ConfigT]):
             best=best,
             total_limit=self.config.save_total_limit,
         )
+        self.saved = self.state.step, self.state.ending
 
     def finish(self) -> None:
         """Exports the final model."""

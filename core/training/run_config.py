@@ -71,8 +71,9 @@ class RunConfig:
     """Recompute activations in the backward pass instead of storing them."""
     max_tokens_per_gpu: CountingInt = 8192
     """Maximum number of tokens in a micro-batch."""
-    timeout_seconds: PositiveFloat = 1800.0
-    """Seconds that a collective operation may wait before the run ends with an error."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Seconds that a collective operation may wait, or a rank give no sign of life, before the run
+    ends with an error."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -307,7 +307,7 @@ def test_run_stopped_before_its_first_checkpoint_logs_no_step_twice(
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments(output, **settings))
     monkeypatch.undo()
-    assert caught.value.code == 1
+    assert caught.value.code == 130
     assert [row["step"] for row in rows_of(output, "eval")] == [0]
     cli.main(arguments(output, **settings | {"steps": 2}))
     assert [row["step"] for row in rows_of(output, "eval")] == [0, 2]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -179,3 +180,30 @@ def test_an_outer_group_that_nobody_joins_gives_up_after_its_time_out():
     )
     with pytest.raises(RuntimeError):
         group.join()
+
+
+HANGING_STORE = """
+import time
+from verippo.core.training.watchdog import Watchdog, enter_phase
+
+class Store:
+    def set(self, *_):
+        time.sleep(600)  # as when the host cannot be reached
+
+enter_phase("score")
+Watchdog(Store(), rank=1, world_size=2, limit_seconds=1.0, poll_seconds=0.1).start()
+time.sleep(600)
+"""
+
+
+def test_store_that_never_answers_ends_the_rank():
+    """So both sides of a cut link end: this one has no connection to rank 0, which holds it."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING_STORE], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"verippo: rank 1 stops: no sign of life for [123] s from rank 0 \(last in phase load\): "
+        r"stopped, killed or out of reach\n",
+        done.stderr,
+    ), done.stderr
