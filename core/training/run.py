@@ -52,17 +52,23 @@ def check_unchanged(
     Raises:
         ValueError: a field of `fixed` differs; the message shows both values of each.
     """
-    changed = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in fixed
-        if name in before and name in now and _as_path(before[name]) != _as_path(now[name])
-    ]
-    if changed:
+    if changed := changed_settings(fixed, before, now):
         raise ValueError(
             f"{where} was written with other settings, which cannot change within a run: "
             f"{', '.join(changed)}: set them back, or start over with --resume never and another "
             "--output"
         )
+
+
+def changed_settings(
+    fixed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """Names the fields of `fixed` whose values differ, each with both values."""
+    return [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in fixed
+        if name in before and name in now and _as_path(before[name]) != _as_path(now[name])
+    ]
 
 
 def _as_path(value: Any) -> Any:
