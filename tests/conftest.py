@@ -40,11 +40,7 @@ signal.signal(
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SGLANG = ROOT / ".sglang"
-SGLANG_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT / "tests" / "sglang" / "stubs"),
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+SGLANG_ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 CORPUS = [
     "## Thinking\n\nThe patient has a fever and a cough.\n\n## Final Response\n\nPneumonia",
@@ -243,7 +239,7 @@ def both_ranks(
 def sglang_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Fields of a ServerConfig with which the environment of `make test-sglang` serves on CPU, on a
     free port."""
-    if not (SGLANG / ".installed").exists():
+    if not (SGLANG / ".stubs").exists():
         pytest.skip("sglang's own environment is not there: make test-sglang")
     return {
         "python": str(SGLANG / "bin" / "python"),
