@@ -18,6 +18,7 @@ from ..core.training.metrics import peak_memory_gib
 from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
 from .config import PPOConfig
+from .experience import judged
 from .rollout import Rollout, RolloutPrompt, check_rollouts
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
@@ -90,8 +91,14 @@ class PPORun(TrainingRun[PPOConfig]):
         return rollouts
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """The verifier's scores: [rollouts] float64, the same on every rank."""
+        """The verifier's scores: [rollouts] float64, the same on every rank; NaN: no verdict."""
         return score(self.parts, rollouts)
+
+    def judged(self, rollouts: Sequence[Rollout], scores: Tensor) -> tuple[list[Rollout], Tensor]:
+        """The rollouts that can be trained on, and their scores; see `experience.judged`."""
+        config = self.config
+        compares = config.advantage != "gae" and not config.advantage_function
+        return judged(rollouts, scores, grouped=compares and config.samples_per_prompt > 1)
 
     def step_optimizers(
         self,
@@ -156,7 +163,11 @@ class PPORun(TrainingRun[PPOConfig]):
         rollouts = roll_out(self.parts, prompts, sampling, version=self.state.step)
         scores = self.score(rollouts)
         self._log_samples(rollouts, scores, split="eval")
-        return evaluation_metrics(rollouts, scores, config.verifier.right)
+        return evaluation_metrics(
+            *judged(rollouts, scores, grouped=False),
+            config.verifier.right,
+            needs_format=self.parts.verifier.needs_format,
+        )
 
     def _log_samples(
         self,
@@ -170,7 +181,12 @@ class PPORun(TrainingRun[PPOConfig]):
         first = list(zip(rollouts, scores.tolist(), strict=True))[:NUM_LOGGED_SAMPLES]
         for rollout, value in first:
             row = sample_row(
-                rollout, value, self.config.verifier, step=self.state.step, split=split
+                rollout,
+                value,
+                self.config.verifier,
+                needs_format=self.parts.verifier.needs_format,
+                step=self.state.step,
+                split=split,
             )
             self.log.write_text("samples", row)
 

@@ -67,9 +67,9 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("rollout"):
             rollouts = run.roll_out(run.next_prompts(step))
         with run.watch("score"):
-            scores = run.score(rollouts)  # [rollouts], the same on every rank
+            scores = run.score(rollouts)  # [rollouts], NaN without a verdict; equal on all ranks
         with run.watch("forward"):
-            experience, row = _targets(config, run, rollouts, scores)
+            experience, row = _targets(config, run, *run.judged(rollouts, scores))
 
         meter = UpdateMeter()
         with run.watch("train"):
@@ -143,6 +143,7 @@ def _targets(
         values=values,
         returns=returns,
         right_score=config.verifier.right,
+        needs_format=parts.verifier.needs_format,
     )
     check_logprob_gap(metrics, config.max_logprob_gap, step=run.state.step + 1)
     return experience, metrics
