@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.report.run_report import try_report
 from ..core.training import checkpoint, dist
 from ..core.training.packing import pack
-from ..core.training.run import Metrics
+from ..core.training.run import Metrics, print_next_commands
 from . import ppo
 from .advantages import importance_weights
 from .config import PPOConfig
@@ -54,6 +54,10 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
             run.close()
             if dist.is_main():
                 try_report(folder, title="PPO run")
+        print_next_commands(
+            folder,
+            "verippo eval --engine local --model MODEL --data test.json --output runs/eval",
+        )
         return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
 from ..core.training.packing import PackedBatch, pack_token_rows, share_out
 from ..core.training.pretrained import check_embedding, load_classifier, load_tokenizer, save_model
+from ..core.training.run import print_next_commands
 from .config import VerifierTrainingConfig
 from .finetune import train_and_eval_rows
 from .train import Task, fit
@@ -66,7 +68,20 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
         finally:
             if dist.is_main():
                 try_report(folder, title="Verifier training")
+        print_next_commands(folder, _next_command(config))
         return folder
+
+
+def _next_command(config: VerifierTrainingConfig) -> str:
+    options = "--verifier.model MODEL"
+    if config.threshold != VerifierTrainingConfig.threshold:
+        options += f" --verifier.threshold {config.threshold}"
+    if config.template:
+        options += f" --verifier.template {shlex.quote(config.template)}"
+    return (
+        f"verippo ppo --policy runs/sft/model {options} --data problems.json --steps 100 "
+        "--output runs/ppo"
+    )
 
 
 def _load(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -133,6 +134,30 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"real data is not at hand ({SHARED})")
     return SHARED
+
+
+@pytest.fixture
+def next_commands(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], list[str]]:
+    """The commands that a training run printed for its model, each accepted by its own options."""
+
+    def read(output: Path) -> list[str]:
+        from verippo.launch import cli
+        from verippo.launch.commands import COMMANDS, import_name
+
+        lines = capsys.readouterr().out.splitlines()
+        found = [line.removeprefix("next: ") for line in lines if line.startswith("next: ")]
+        assert [line for line in lines if line.startswith("model: ")][
+            -1
+        ] == f"model: {output}/model"
+        assert lines[-len(found) - 1].startswith("model: ")
+        for command in found:
+            program, name, *arguments = shlex.split(command)
+            assert program == "verippo"
+            cli.parse(import_name(COMMANDS[name].config), arguments, program=name)
+            assert f"{output}/model" in arguments
+        return found
+
+    return read
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,22 @@ def _as_path(value: Any) -> Any:
     if isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
     return value
+
+
+def print_next_commands(folder: Path, *commands: str) -> None:
+    """Prints where a finished run's model is, and the commands that use it.
+
+    Args:
+        folder: the run's folder.
+        commands: commands in which MODEL stands for the model's folder.
+    """
+    if not dist.is_main():
+        return
+    model = folder / "model"
+    best = folder / "model-best"
+    print(f"model: {model}" + (f" (best evaluated: {best})" if best.exists() else ""))
+    for command in commands:
+        print(f"next: {command.replace('MODEL', shlex.quote(str(model)))}")
 
 
 class Saveable(Protocol):

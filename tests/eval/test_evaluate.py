@@ -410,6 +410,27 @@ def test_local_engine_is_reproducible_and_resumes(ask, monkeypatch, tmp_path):
     assert ask(folder="first", **options)["items"] == first["items"]
 
 
+def test_local_answers_arrive_while_others_are_decoded(ask, monkeypatch, tmp_path):
+    generate = LocalSampler.generate
+    arrived = []
+
+    def watched(self, prompts, params):
+        on_completion = self.on_completion
+
+        def count(number, completion):
+            on_completion(number, completion)
+            journal = (tmp_path / "eval" / "journal.jsonl").read_text()
+            arrived.append(journal.count("finish_reason"))
+
+        if on_completion:  # not the sampler of the self-check
+            self.on_completion = count
+        return generate(self, prompts, params)
+
+    monkeypatch.setattr(LocalSampler, "generate", watched)
+    ask(engine="local", dtype="fp32", num=5, max_new_tokens=4, max_batch=2)
+    assert arrived == [1, 2, 3, 4, 5]
+
+
 def test_local_engine_fails_only_the_prompt_that_is_too_long(ask, tmp_path):
     long = {"question": "Item? " + "very " * 800, "options": OPTIONS, "answer_idx": "A"}
     data = write_items(tmp_path / "data.json", 2, long=[long])

@@ -207,9 +207,13 @@ def ppo_with_a_judge(llm_server, make_model, tmp_path, monkeypatch):
     return run
 
 
-def test_ppo_with_a_judge_reuses_journaled_verdicts(llm_server, ppo_with_a_judge, tmp_path):
+def test_ppo_with_a_judge_reuses_journaled_verdicts(
+    llm_server, ppo_with_a_judge, tmp_path, next_commands
+):
     server = llm_server(lambda body: "True" if "It is 4." in first(body) else "False")
     rows = ppo_with_a_judge(server, num=6, output="first")
+    (command,) = next_commands(tmp_path / "first")
+    assert f"eval --engine local --model {tmp_path}/first/model" in command
     (tmp_path / "second").mkdir()
     shutil.copy(tmp_path / "first" / "judge-journal-0.jsonl", tmp_path / "second")
     rows += ppo_with_a_judge(server, num=6, output="second")

@@ -71,6 +71,7 @@ def test_rows_without_a_label_are_judged_by_an_llm_once(
     make_model: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    next_commands: Callable[[Path], list[str]],
 ) -> None:
     rollout = {
         "prompt": "Which thinner?",
@@ -111,6 +112,8 @@ def test_rows_without_a_label_are_judged_by_an_llm_once(
     assert sum("Which thinner?" in text and "UFH" in text for text in asked) == 1
     train(config, resolved={})
     assert len(server.bodies) == 3
+    (command,) = next_commands(tmp_path / "out")
+    assert f"ppo --policy runs/sft/model --verifier.model {tmp_path}/out/model" in command
 
 
 def test_rows_on_which_no_verdict_is_to_be_had_are_left_out_and_counted(tmp_path: Path) -> None:
