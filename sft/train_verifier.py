@@ -97,6 +97,7 @@ def _load(
         limit=config.limit,
         seed=config.seed,
         wrong_per_question=config.wrong_per_question,
+        columns=config.columns,
         judge=partial(_judge, config, folder) if config.llm.model else None,
     )
     rows, num_cut = tokenise(answers, tokenizer, template=template, max_tokens=config.max_seq_len)

@@ -16,6 +16,7 @@ from verippo.core.llm.client import LLMConfig
 from verippo.core.training.engine import EngineConfig
 from verippo.rl.verifier import ClassifierVerifier
 from verippo.sft.config import VerifierTrainingConfig
+from verippo.sft.conversations import AnswerColumns
 from verippo.sft.train_verifier import calibration, train
 from verippo.sft.verifier_examples import from_question, load_answers
 
@@ -64,6 +65,46 @@ def test_every_kind_of_row_is_read_and_counted(tmp_path: Path) -> None:
         (3, True),
     ]
     assert answers[-1].response == "Heparin"
+
+
+def test_other_columns_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"reply": "a", "answer": "b", "correct": False, "label": "category"}])
+    )
+    columns = AnswerColumns(response="reply", reference="answer", label="correct")
+    options: dict[str, Any] = {"limit": None, "seed": 0, "wrong_per_question": 1}
+    (answer,), _ = load_answers(str(tmp_path / "rows.json"), columns=columns, **options)
+    assert (answer.response, answer.reference, answer.label) == ("a", "b", False)
+    columns = AnswerColumns(response="reply", reference="gold", label="correct")
+    with pytest.raises(ValueError, match="row 0: .*gold"):
+        load_answers(str(tmp_path / "rows.json"), columns=columns, **options)
+
+
+def test_prompt_and_completion_are_texts_or_turns(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Which thinner?"}
+    formatted = "## Thinking\n\nx\n\n## Final Response\n\nHeparin"
+    both = {"label": True, "reference": "Heparin"}
+    rows = [
+        {"prompt": "Which thinner?", "completion": "Heparin", **both},
+        {"prompt": [question], "completion": [{"role": "assistant", "content": "Heparin"}], **both},
+        {"prompt": "Which thinner?", "completion": formatted, **both},
+    ]
+    answers, kinds = load(tmp_path / "rows.json", rows)
+    assert kinds == {"labelled": 3}
+    assert {(a.response, a.reference, a.label) for a in answers} == {("Heparin", "Heparin", True)}
+    with pytest.raises(ValueError, match="row 0: .*reference"):
+        load(tmp_path / "rows.json", [{"prompt": "q", "completion": "a", "label": True}])
+    asked = []
+    unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in rows[:2]]
+    (tmp_path / "rows.json").write_text(json.dumps(unlabelled))
+    load_answers(
+        str(tmp_path / "rows.json"),
+        limit=None,
+        seed=0,
+        wrong_per_question=1,
+        judge=lambda cases: asked.extend(cases) or [True, True],
+    )
+    assert {(c.question, c.response) for c in asked} == {("Which thinner?", "Heparin")}
 
 
 def test_rows_without_a_label_are_judged_by_an_llm_once(
