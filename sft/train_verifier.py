@@ -28,6 +28,8 @@ from .finetune import train_and_eval_rows
 from .train import Task, fit
 from .verifier_examples import LabelledIds, load_answers, tokenise
 
+LABELS = ("wrong", "right")
+"""Names of the two classes in the exported config.json."""
 NUM_BINS = 10
 """Bins of the reliability curve, and thresholds at which error rates are reported."""
 
@@ -56,6 +58,8 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
             config, load, length=lambda row: len(row.token_ids), group=lambda row: row.row
         )
         module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
+        module.hf.config.id2label = dict(enumerate(LABELS))
+        module.hf.config.label2id = {label: number for number, label in enumerate(LABELS)}
         check_embedding(module.hf.config, tokenizer, config.model)
         engine = TrainEngine(module, config.engine)
         task = _task(config, tokenizer)
@@ -67,7 +71,7 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
                 _write_calibration(folder, calibration(p, labels, config.threshold))
         finally:
             if dist.is_main():
-                try_report(folder, title="Verifier training")
+                try_report(folder, title="Verifier training", classifier=True)
         print_next_commands(folder, _next_command(config))
         return folder
 

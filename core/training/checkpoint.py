@@ -229,6 +229,19 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
         ) from None
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives the files of a folder the permissions of any new file; safetensors makes its private.
+
+    Args:
+        folder: folder whose files this process has written.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def _point(pointer: Path, name: str) -> None:
     temporary = pointer.with_suffix(".tmp")
     temporary.write_text(name)

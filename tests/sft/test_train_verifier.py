@@ -259,6 +259,10 @@ def test_it_learns_to_tell_right_from_wrong_and_ppo_reads_it(
     )
     report = json.loads((tmp_path / "run" / "model" / "calibration.json").read_text())
     assert report["accuracy"]["value"] == 1.0
+    exported = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert exported["id2label"] == {"0": "wrong", "1": "right"}
+    assert exported["label2id"] == {"wrong": 0, "right": 1}
+    assert "nats per answer" in (tmp_path / "run" / "report.html").read_text()
     verifier = ClassifierVerifier.load(
         str(tmp_path / "run" / "model"),
         EngineConfig(zero_stage=0, dtype="fp32"),
