@@ -65,8 +65,7 @@ def load_answers(
 
     The kind of a row follows from its keys:
 
-        response, reference, label         a labelled answer; label is true/false or 1/0; with
-                                           `completion` in place of the response, text or turns
+        response, reference, label         a labelled answer; or `completion`, text or turns
         question, options, answer_idx      an exam question: right and wrong options
         Ground-True Answer, trajectory     a search record: each step's conclusion and verdict
         response, answer, judge            a rollout judged by a model; `judge` is true/false
