@@ -57,7 +57,13 @@ $(SGLANG_VENV)/.installed: tests/sglang/requirements.txt
 	@$(SGLANG_VENV)/bin/pip install --progress-bar on --no-deps "$(SGLANG)"
 	@touch $@
 
-test-sglang: $(VENV)/.installed $(SGLANG_VENV)/.installed
+# A path file makes the stubs part of the environment; packages that are really installed come before them.
+$(SGLANG_VENV)/.stubs: $(SGLANG_VENV)/.installed
+	@echo "$(CURDIR)/tests/sglang/stubs" > \
+	  "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/verippo-stubs.pth"
+	@touch $@
+
+test-sglang: $(VENV)/.installed $(SGLANG_VENV)/.stubs
 	@echo "tests against a real sglang server, on CPU ..."
 	$(BIN)/python -m pytest -m sglang
 

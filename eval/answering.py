@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.llm.client import LLM, BudgetSpent, LLMConfig, LLMError, gather_in_order
 from ..core.llm.journal import Journal, content_key
-from ..core.sampling.sampler import Prompt, SamplingParams, draw_seed
+from ..core.sampling.sampler import Completion, Prompt, SamplingParams, draw_seed
 from ..core.sampling.server import serving
 from ..core.text.chat import opens_thought, render_text
 from ..core.text.encoding import decode, encode, is_protected, special_ids
@@ -311,40 +311,65 @@ def _ask_local(
     network: Any = pretrained.load_causal_lm(config.model, dtype=config.dtype)
     pretrained.check_embedding(network.config, tokenizer, config.model)
     check_sampling(network.config, config.model)
-    stops = stop_token_ids(config.model, tokenizer)
-    sampler = LocalSampler(
-        network.to(dist.device()), stop_token_ids=stops, max_batch=config.max_batch
-    )
     params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     room = (pretrained.context_length(network.config) or sys.maxsize) - config.max_new_tokens
+    answers: dict[int, Answer] = {}
+    waiting: list[_LocalRequest] = []
+
+    def finish(place: int, answer: Answer) -> None:
+        answers[place] = answer
+        on_answer(asked[place], answer)
+
+    def on_completion(number: int, completion: Completion) -> None:
+        request = waiting[number]
+        ids = list(completion.token_ids)
+        output = with_open_thought(request.text, decode(tokenizer, ids))
+        answer = Answer(output, completion.finish_reason, len(ids))
+        asyncio.run(journal.record(request.key, vars(answer)))
+        finish(request.place, answer)
+
+    for request in _local_requests(config, asked, tokenizer):
+        num_tokens = len(request.prompt.token_ids)
+        if num_tokens > room:
+            error = (
+                f"{num_tokens} tokens of prompt leave no room for "
+                f"max_new_tokens={config.max_new_tokens}"
+            )
+            finish(request.place, Answer(error=error))
+        elif recorded := journal.get(request.key):
+            finish(request.place, Answer(**recorded))
+        else:
+            waiting.append(request)
+    sampler = LocalSampler(
+        network.to(dist.device()),
+        stop_token_ids=stop_token_ids(config.model, tokenizer),
+        max_batch=config.max_batch,
+        on_completion=on_completion,
+    )
+    sampler.generate([request.prompt for request in waiting], params)
+    return [answers[place] for place in range(len(asked))]
+
+
+@dataclass(frozen=True)
+class _LocalRequest:
+    """A question for the local engine."""
+
+    place: int
+    """Its number among the questions asked."""
+    key: str
+    """Key of its answer in the journal."""
+    text: str
+    """The rendered prompt."""
+    prompt: Prompt
+
+
+def _local_requests(
+    config: EvalConfig, asked: Sequence[AskedQuestion], tokenizer: Any
+) -> Iterator[_LocalRequest]:
     settings = (config.temperature, config.max_new_tokens)
-    prompts = []
-    for item in asked:
+    for place, item in enumerate(asked):
         messages = build_messages(config, item.question)
         text = render_text(tokenizer, messages, add_generation_prompt=True)
         ids = encode(tokenizer, text)
         key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
-        prompts.append((key, text, ids))
-    answers: list[Answer] = []
-    chunk_size = 4 * config.max_batch  # answers that are lost when the process is killed
-    for start in range(0, len(asked), chunk_size):
-        chunk = slice(start, start + chunk_size)
-        waiting = {
-            key: (text, Prompt(token_ids=ids, seed=item.seed))
-            for item, (key, text, ids) in zip(asked[chunk], prompts[chunk], strict=True)
-            if len(ids) <= room and not journal.get(key)
-        }
-        completions = sampler.generate([prompt for _, prompt in waiting.values()], params)
-        for (key, (text, _)), completion in zip(waiting.items(), completions, strict=True):
-            ids = list(completion.token_ids)
-            output = with_open_thought(text, decode(tokenizer, ids))
-            answer = Answer(output, completion.finish_reason, len(ids))
-            asyncio.run(journal.record(key, vars(answer)))
-        for item, (key, _, ids) in zip(asked[chunk], prompts[chunk], strict=True):
-            recorded: dict[str, Any] = journal.get(key) or {
-                "error": f"{len(ids)} tokens of prompt leave no room for "
-                f"max_new_tokens={config.max_new_tokens}"
-            }
-            answers.append(Answer(**recorded))
-            on_answer(item, answers[-1])
-    return answers
+        yield _LocalRequest(place, key, text, Prompt(token_ids=ids, seed=item.seed))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
+from ..core.training.run import changed_settings
 from .accuracy_report import percent, print_rows, render_page
 from .config import CompareConfig, Scoring
 from .results import AnswerRow, ItemRow, group_by
@@ -56,7 +57,8 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
         The output folder.
 
     Raises:
-        ValueError: an evaluation cannot be read, or the two share no item.
+        ValueError: an evaluation cannot be read, the two share no item, or the output folder holds
+            another comparison.
     """
     first_settings, first = load_results(config.first)
     second_settings, second = load_results(config.second)
@@ -82,6 +84,7 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
         },
     )
     folder = prepare_output(config.output, resume="auto")
+    _check_output(folder, resolved)
     record = {**resolved, **vars(comparison)}
     text = json.dumps(record, ensure_ascii=False, indent=1, default=vars)
     replace_file(folder / "compare.json", text)
@@ -95,6 +98,22 @@ def compare(config: CompareConfig, *, resolved: dict[str, Any]) -> Path:
     print_comparison(config, comparison)
     print(f"report: {page}")
     return folder
+
+
+def _check_output(folder: Path, resolved: dict[str, Any]) -> None:
+    """Refuses to replace the comparison of other evaluations, or with other settings."""
+    file = folder / "compare.json"
+    if not file.exists():
+        return
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: not a comparison: choose another --output") from None
+    if changed := changed_settings(["first", "second", "scoring", "seed"], before, resolved):
+        raise ValueError(
+            f"output {folder}: holds another comparison ({', '.join(changed)}): "
+            "choose another --output"
+        )
 
 
 def load_results(path: str) -> tuple[dict[str, Any], list[ItemRow]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from ..core.bounds import Bounds, CountingInt, NonNegativeFloat, NonNegativeInt, check_bounds
 from ..core.llm.config import LLMConfig
@@ -20,6 +23,21 @@ NucleusFloat = Annotated[
     ),
 ]
 Scoring = Literal["strict_cascade", "original"]
+FIXED = (
+    "model",
+    "engine",
+    "endpoint",
+    "prompt",
+    "system_prompt",
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+    "scoring",
+    "seed",
+    "dtype",
+    "llm.model",
+)
+"""Settings that make an evaluation another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +93,8 @@ class EvalConfig:
     seed: int = 0
     """Seed of every draw, combined with (item, run, permutation)."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: reuse the answers in the journal of `output`; never: refuse a folder that has a
-    journal."""
+    """auto: reuse the answers in the journal of `output`, whose items and runs may be added to but
+    whose settings may not change; never: refuse a folder that has a journal."""
     retry_failed: bool = False
     """Ask again about the items that failed for good in an earlier run."""
 
@@ -127,6 +145,21 @@ class EvalConfig:
                 "drop --top_p, or use a server"
             )
 
+    def fixed(self, before: Mapping[str, Any]) -> list[str]:
+        """Lists the settings that must be equal for a folder's evaluation to be continued.
+
+        Items, runs and permutations may be added, but none taken away.
+
+        Args:
+            before: The evaluation's settings, from its config.yaml.
+        """
+        smaller = [name for name in ("runs", "permutations") if getattr(self, name) < before[name]]
+        if (self.limit or math.inf) < (before["limit"] or math.inf):
+            smaller.append("limit")
+        if not _files(before["data"]) <= _files(self.data):
+            smaller.append("data")
+        return [*FIXED, *smaller]
+
     @property
     def nucleus(self) -> float:
         """Effective value of `top_p`."""
@@ -146,6 +179,10 @@ class EvalConfig:
         )
 
 
+def _files(sources: str) -> set[Path]:
+    return {Path(source.strip()).resolve() for source in sources.split(",")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Compares two evaluations of the same items."""
@@ -155,7 +192,7 @@ class CompareConfig:
     second: str
     """Output folder or results.json of the other evaluation; differences are second minus first."""
     output: str = "comparison"
-    """Folder for compare.json and compare.html."""
+    """Folder for compare.json and compare.html; one that holds another comparison is refused."""
     scoring: Scoring = "strict_cascade"
     """Scoring that decides which answers are right. Both count an empty answer as wrong here, so
     that every item can be compared."""

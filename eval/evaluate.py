@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..core.llm.journal import Journal
 from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
+from ..core.training.run import changed_settings
 from .accuracy_report import print_table, write_report
 from .answering import Answer, AskedQuestion, OnAnswer, ask, check_weights, list_questions_to_ask
 from .config import EvalConfig
@@ -34,7 +35,8 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
         The output folder.
 
     Raises:
-        ValueError: the data, the model, the server or the output folder cannot be used.
+        ValueError: the data, the model, the server or the output folder cannot be used,
+            or the folder holds an evaluation with other settings.
     """
     folder = prepare_output(config.output, resume="auto")
     if config.resume == "never" and (folder / "journal.jsonl").exists():
@@ -57,6 +59,7 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
             mininterval=interval,
         ) as bar,
     ):
+        _check_settings(config, folder, journal, resolved)
         check_weights(journal, config.model)
         settings = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         replace_file(folder / "config.yaml", settings)
@@ -71,6 +74,24 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
     print_table(results)
     print(f"report: {page}")
     return folder
+
+
+def _check_settings(
+    config: EvalConfig, folder: Path, journal: Journal, resolved: dict[str, Any]
+) -> None:
+    """Refuses to replace the answers of an evaluation with other settings."""
+    settings = folder / "config.yaml"
+    # an evaluation that got no answer may start again with other settings
+    has_answers = any(isinstance(journal.get(key), dict) for key in journal)
+    if has_answers and settings.exists():
+        before = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        now = resolved | {"llm.model": config.llm.model}
+        before["llm.model"] = before["llm"]["model"]
+        if changed := changed_settings(config.fixed(before), before, now):
+            raise ValueError(
+                f"output {folder}: holds an evaluation with other settings "
+                f"({', '.join(changed)}): choose another --output, or set them back"
+            )
 
 
 def _load(config: EvalConfig) -> tuple[list[Question], list[str]]:

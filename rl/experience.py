@@ -7,6 +7,7 @@ does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..core.training import dist
 from ..core.training.packing import PackedBatch, empty_batch, share_out
+from .rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,33 @@ class Experience:
     def minibatches(self, num: int, *, seed: tuple[int, ...]) -> Iterator[MiniBatch]:
         """Yields `num` mini-batches of whole sequences, equally many, in a seeded permutation.
 
-        The permutation is the same on every rank.
+        There are fewer where the step has fewer sequences, since none may be empty. The
+        permutation is the same on every rank.
         """
         order = np.random.default_rng(seed).permutation(self.batch.num_seqs)
-        for number, seqs in enumerate(np.array_split(order, num)):
+        for number, seqs in enumerate(np.array_split(order, min(num, len(order)))):
             yield MiniBatch(experience=self, seqs=seqs.tolist(), number=number)
+
+
+def judged(
+    rollouts: Sequence[Rollout], scores: Tensor, *, grouped: bool
+) -> tuple[list[Rollout], Tensor]:
+    """Selects the rollouts that the update is made of: those with a verdict.
+
+    Args:
+        rollouts: the step's rollouts.
+        scores: [rollouts], NaN without a verdict.
+        grouped: whether a score is compared with those of the same problem; a rollout that is left
+            alone by the missing verdicts then has no advantage, and is left out too.
+
+    Returns:
+        The rollouts and their scores.
+    """
+    kept = (~scores.isnan()).nonzero().flatten().tolist()
+    if grouped and len(kept) < len(rollouts):
+        sizes = Counter(rollouts[n].problem.index for n in kept)
+        kept = [n for n in kept if sizes[rollouts[n].problem.index] > 1]
+    return [rollouts[n] for n in kept], scores[kept]
 
 
 @dataclass(frozen=True, kw_only=True)

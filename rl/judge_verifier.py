@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ class JudgeVerifier:
     """Counts a response as right when an LLM says that it agrees with the reference answer.
 
     A broken format counts as unparsable and an empty final response as wrong, without a call. A
-    response without a verdict is wrong too; see Judge.verdicts.
+    response without a verdict has no score: it takes no part in the update.
     """
 
+    needs_format = True
     num_cut = 0
     num_unjudged = 0
 
@@ -40,7 +42,7 @@ class JudgeVerifier:
         self.tiers = tiers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One tier per rollout, in order.
+        """One tier per rollout, in order; NaN without a verdict.
 
         Raises:
             RuntimeError, ValueError: as Judge.verdicts; the message names the problem.
@@ -57,10 +59,12 @@ class JudgeVerifier:
         }
         verdicts = dict(zip(answers, self.judge.verdicts([*answers.values()]), strict=True))
         self.num_unjudged = self.judge.num_unjudged
-        return [
-            self.tiers.score(bool(verdicts.get(number)), parsable=rollout.final is not None)
-            for number, rollout in enumerate(rollouts)
-        ]
+        scores = []
+        for number, rollout in enumerate(rollouts):
+            verdict = verdicts.get(number, False)
+            score = self.tiers.score(bool(verdict), parsable=rollout.final is not None)
+            scores.append(math.nan if verdict is None else score)
+        return scores
 
 
 def share_of_limits(config: LLMConfig, num_ranks: int) -> LLMConfig:

@@ -22,7 +22,7 @@ from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
 from ..core.training.stopping import abortable
 from .config import PPOConfig
-from .experience import Experience, MicroBatch, MiniBatch
+from .experience import Experience, MicroBatch, MiniBatch, judged
 from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
@@ -100,10 +100,16 @@ class PPORun(TrainingRun[PPOConfig]):
         return rollouts
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """The verifier's scores: [rollouts] float64, the same on every rank."""
+        """The verifier's scores: [rollouts] float64, the same on every rank; NaN: no verdict."""
         scores = score(self.parts, rollouts)
         self.stop_if_asked()
         return scores
+
+    def judged(self, rollouts: Sequence[Rollout], scores: Tensor) -> tuple[list[Rollout], Tensor]:
+        """The rollouts that can be trained on, and their scores; see `experience.judged`."""
+        config = self.config
+        compares = config.advantage != "gae" and not config.advantage_function
+        return judged(rollouts, scores, grouped=compares and config.samples_per_prompt > 1)
 
     @property
     def kl_coef(self) -> float:
@@ -245,7 +251,11 @@ class PPORun(TrainingRun[PPOConfig]):
         rollouts = self._roll_out(prompts, sampling)
         scores = self.score(rollouts)
         self._log_samples(rollouts, scores, split="eval")
-        return evaluation_metrics(rollouts, scores, config.verifier.right)
+        return evaluation_metrics(
+            *judged(rollouts, scores, grouped=False),
+            config.verifier.right,
+            needs_format=self.parts.verifier.needs_format,
+        )
 
     def _log_samples(
         self,
@@ -259,7 +269,12 @@ class PPORun(TrainingRun[PPOConfig]):
         first = list(zip(rollouts, scores.tolist(), strict=True))[:NUM_LOGGED_SAMPLES]
         for sampled, value in first:
             row = sample_row(
-                sampled, value, self.config.verifier, step=self.state.step, split=split
+                sampled,
+                value,
+                self.config.verifier,
+                needs_format=self.parts.verifier.needs_format,
+                step=self.state.step,
+                split=split,
             )
             self.log.write_text("samples", row)
 

@@ -32,6 +32,7 @@ def step_metrics(
     values: Tensor,
     returns: Tensor,
     right_score: float,
+    needs_format: bool = True,
 ) -> dict[str, Any]:
     """Metrics of a step's rollouts and fixed targets, before the update.
 
@@ -46,12 +47,13 @@ def step_metrics(
         values: of the critic.
         returns: targets of the critic.
         right_score: score from which a response counts as right.
+        needs_format: whether the verifier counts a broken format as unparsable.
     """
     mask = batch.response_mask
     num = len(rollouts)
     sampled = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprobs])
     gap = (logprobs[mask] - sampled).abs()
-    return _of_rollouts(rollouts, scores, right_score, prefix="score_") | {
+    return _of_rollouts(rollouts, scores, right_score, needs_format, prefix="score_") | {
         "kl_mean": float((logprobs - ref_logprobs)[mask].sum()) / num,
         "reward_mean": float(rewards[mask].sum()) / num,
         "entropy": float(entropy[mask].mean()),
@@ -106,12 +108,16 @@ def check_logprob_gap(metrics: dict[str, Any], limit: float, *, step: int) -> No
 
 
 def evaluation_metrics(
-    rollouts: Sequence[Rollout], scores: Tensor, right_score: float
+    rollouts: Sequence[Rollout],
+    scores: Tensor,
+    right_score: float,
+    *,
+    needs_format: bool = True,
 ) -> dict[str, Any]:
     """Metrics of an evaluation: those of a step that need no forward pass of the trainer."""
     return (
         {"num": len(rollouts)}
-        | _of_rollouts(rollouts, scores, right_score, prefix="")
+        | _of_rollouts(rollouts, scores, right_score, needs_format, prefix="")
         | {"score_std": float(scores.std())}
     )
 
@@ -120,6 +126,7 @@ def _of_rollouts(
     rollouts: Sequence[Rollout],
     scores: Tensor,
     right_score: float,
+    needs_format: bool,
     *,
     prefix: str,
 ) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def _of_rollouts(
     return {
         "score_mean": float(scores.mean()),
         f"{prefix}right_rate": float((scores >= right_score).double().mean()),
-        f"{prefix}unparsable_rate": sum(r.final is None for r in rollouts) / num,
+        f"{prefix}unparsable_rate": sum(needs_format and r.final is None for r in rollouts) / num,
         "exact_rate": sum(map(is_right, rollouts)) / num,
         "reasoned_rate": sum(r.reasoned for r in rollouts) / num,
         "response_length_mean": sum(len(r.response_ids) for r in rollouts) / num,
@@ -140,20 +147,26 @@ def sample_row(
     score: float,
     verifier: VerifierConfig,
     *,
+    needs_format: bool = True,
     step: int,
     split: str,
 ) -> dict[str, Any]:
-    """A row of samples.jsonl: a sampled text with its score and verdict."""
+    """A row of samples.jsonl: a sampled text with its score and verdict.
+
+    `needs_format`: whether the verifier counts a broken format as unparsable.
+    """
     verdict = "right" if score >= verifier.right else "wrong"
-    if rollout.final is None:
+    if needs_format and rollout.final is None:
         verdict = "unparsable"
+    if math.isnan(score):
+        verdict = "unjudged"
     return {
         "step": step,
         "split": split,
         "prompt": rollout.problem.question,
         "response": rollout.text,
         "answer": rollout.problem.answer,
-        "score": round(score, 6),
+        "score": None if math.isnan(score) else round(score, 6),
         "verdict": verdict,
     }
 

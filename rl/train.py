@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.report.run_report import try_report
 from ..core.training import checkpoint, dist
 from ..core.training.packing import pack
-from ..core.training.run import Metrics
+from ..core.training.run import Metrics, print_next_commands
 from . import ppo
 from .advantages import length_penalties, loss_divisor, loss_weights
 from .config import PPOConfig
@@ -56,6 +56,10 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
             run.close()
             if dist.is_main():
                 try_report(folder, title="PPO run")
+        print_next_commands(
+            folder,
+            "verippo eval --engine local --model MODEL --data test.json --output runs/eval",
+        )
         return folder
 
 
@@ -69,9 +73,9 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("rollout"):
             rollouts = run.roll_out(run.next_prompts(step))
         with run.watch("score"):
-            scores = run.score(rollouts)  # [rollouts], the same on every rank
+            scores = run.score(rollouts)  # [rollouts], NaN without a verdict; equal on all ranks
         with run.watch("forward"):
-            experience, row = _targets(config, run, rollouts, scores)
+            experience, row = _targets(config, run, *run.judged(rollouts, scores))
 
         meter = UpdateMeter()
         with run.watch("train"):
@@ -151,6 +155,7 @@ def _targets(
         values=values,
         returns=returns,
         right_score=config.verifier.right,
+        needs_format=parts.verifier.needs_format,
     )
     check_logprob_gap(metrics, config.max_logprob_gap, step=run.state.step + 1)
     return experience, metrics | correction | {"kl_coef": kl_coef}

@@ -26,13 +26,18 @@ from .rollout import Rollout
 class Verifier(Protocol):
     """Gives every rollout a score."""
 
+    needs_format: bool
+    """Whether a response in a broken format counts as unparsable."""
     num_cut: int
     """Inputs shortened so far to fit the verifier, on this rank."""
     num_unjudged: int
     """Responses so far that got no verdict, on this rank."""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One score per rollout, in order. Every rank calls it, with its own rollouts."""
+        """One score per rollout, in order; NaN for a response without a verdict.
+
+        Every rank calls it, with its own rollouts.
+        """
         ...
 
 
@@ -48,6 +53,7 @@ def is_right(rollout: Rollout) -> bool:
 class ExactMatchVerifier:
     """Counts a response as right when `is_right` holds; a broken format as unparsable."""
 
+    needs_format = True
     num_cut = 0
     num_unjudged = 0
 
@@ -65,6 +71,7 @@ class ExactMatchVerifier:
 class FunctionVerifier:
     """Scores by a user's function, which maps rollouts to numbers that are used as they are."""
 
+    needs_format = False
     num_cut = 0
     num_unjudged = 0
 
@@ -103,6 +110,8 @@ class ClassifierVerifier:
     is not asked about a broken format, which is unparsable, or an empty final response, which is
     wrong.
     """
+
+    needs_format = True
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from ..core.bounds import CountingInt, NonNegativeFloat, PositiveInt, UnitFloat
 from ..core.llm.client import LLMConfig
 from ..core.training.run_config import RunConfig
 from ..core.training.schedule import ScheduleKind
-from .conversations import Columns
+from .conversations import AnswerColumns, Columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,8 @@ class SFTConfig(TrainingConfig):
 class VerifierTrainingConfig(TrainingConfig):
     """Configuration of the two-class verifier's training."""
 
+    columns: AnswerColumns = field(default_factory=AnswerColumns)
+    """Keys of response, reference and label in a data row."""
     template: str | None = None
     """Text file with {response} and {reference}, in place of the built-in template."""
     threshold: UnitFloat = 0.4
@@ -112,4 +114,4 @@ class VerifierTrainingConfig(TrainingConfig):
 
     @property
     def fixed(self) -> tuple[str, ...]:
-        return (*super().fixed, "template", "wrong_per_question")
+        return (*super().fixed, "columns", "template", "wrong_per_question")

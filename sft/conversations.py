@@ -35,6 +35,18 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerColumns:
+    """Keys of a labelled answer, from which the verifier learns."""
+
+    response: str = "response"
+    """Key of the response; rows may have a completion instead."""
+    reference: str = "reference"
+    """Key of the reference answer."""
+    label: str = "label"
+    """Key of the label: true or 1 for a right response, false or 0 for a wrong one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversation:
     """The turns of a row; the last one is trained on."""
 

@@ -19,11 +19,18 @@ from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
 from ..core.training.packing import PackedBatch, empty_batch, pack, share_out
 from ..core.training.pretrained import check_embedding, load_policy, load_tokenizer, save_model
+from ..core.training.run import print_next_commands
 from .config import SFTConfig, TrainingConfig
 from .examples import Example, load_examples
 from .train import Task, fit
 
 RowT = TypeVar("RowT")
+NEXT_COMMANDS = (
+    "verippo verifier --model MODEL --data rows.json --output runs/verifier",
+    "verippo ppo --policy MODEL --verifier.model runs/verifier/model --data problems.json "
+    "--steps 100 --output runs/ppo",
+    "verippo eval --engine local --model MODEL --data test.json --output runs/eval",
+)
 MAX_NAMED_ROWS = 20
 """Number of over-long rows that a message names."""
 
@@ -63,6 +70,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
         finally:
             if dist.is_main():
                 try_report(folder, title="Supervised fine-tuning")
+        print_next_commands(folder, *NEXT_COMMANDS)
         return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,14 @@ from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
 from ..core.training.packing import PackedBatch, pack_token_rows, share_out
 from ..core.training.pretrained import check_embedding, load_classifier, load_tokenizer, save_model
+from ..core.training.run import print_next_commands
 from .config import VerifierTrainingConfig
 from .finetune import train_and_eval_rows
 from .train import Task, fit
 from .verifier_examples import LabelledIds, load_answers, tokenise
 
+LABELS = ("wrong", "right")
+"""Names of the two classes in the exported config.json."""
 NUM_BINS = 10
 """Bins of the reliability curve, and thresholds at which error rates are reported."""
 
@@ -55,6 +59,8 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
             config, load, length=lambda row: len(row.token_ids), group=lambda row: row.row
         )
         module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
+        module.hf.config.id2label = dict(enumerate(LABELS))
+        module.hf.config.label2id = {label: number for number, label in enumerate(LABELS)}
         check_embedding(module.hf.config, tokenizer, config.model)
         engine = TrainEngine(module, config.engine)
         task = _task(config, tokenizer)
@@ -66,8 +72,21 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
                 _write_calibration(folder, calibration(p, labels, config.threshold))
         finally:
             if dist.is_main():
-                try_report(folder, title="Verifier training")
+                try_report(folder, title="Verifier training", classifier=True)
+        print_next_commands(folder, _next_command(config))
         return folder
+
+
+def _next_command(config: VerifierTrainingConfig) -> str:
+    options = "--verifier.model MODEL"
+    if config.threshold != VerifierTrainingConfig.threshold:
+        options += f" --verifier.threshold {config.threshold}"
+    if config.template:
+        options += f" --verifier.template {shlex.quote(config.template)}"
+    return (
+        f"verippo ppo --policy runs/sft/model {options} --data problems.json --steps 100 "
+        "--output runs/ppo"
+    )
 
 
 def _load(
@@ -86,6 +105,7 @@ def _load(
         purpose=purpose,
         seed=config.seed,
         wrong_per_question=config.wrong_per_question,
+        columns=config.columns,
         judge=partial(_judge, config, folder) if config.llm.model else None,
     )
     rows, num_cut = tokenise(answers, tokenizer, template=template, max_tokens=config.max_seq_len)

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.llm.judge import JudgedAnswer
 from ..core.text.chat import parse_response
-from ..core.text.data import ANSWER_KEY, QUESTION_KEY, Purpose, load_rows, text_field
+from ..core.text.data import ANSWER_KEY, QUESTION_KEY, Purpose, Row, load_rows, text_field
 from ..core.text.verifier_text import verifier_input
+from .conversations import AnswerColumns
 
 PHRASES = (
     "{}",
@@ -57,6 +58,7 @@ def load_answers(
     limit: int | None,
     seed: int,
     wrong_per_question: int,
+    columns: AnswerColumns = AnswerColumns(),  # noqa: B008 immutable
     judge: JudgeFunction | None = None,
     purpose: Purpose = "train",
 ) -> tuple[list[LabelledAnswer], dict[str, int]]:
@@ -64,7 +66,7 @@ def load_answers(
 
     The kind of a row follows from its keys:
 
-        response, reference, label         a labelled answer; label is true/false or 1/0
+        response, reference, label         a labelled answer; or `completion`, text or turns
         question, options, answer_idx      an exam question: right and wrong options
         Ground-True Answer, trajectory     a search record: each step's conclusion and verdict
         response, answer, judge            a rollout judged by a model; `judge` is true/false
@@ -75,6 +77,7 @@ def load_answers(
         limit: rows to read of each source; None for all.
         seed: seed of the phrases and wrong options that are drawn.
         wrong_per_question: wrong options used of each exam question.
+        columns: keys of response, reference and label.
         judge: labels the rows that have no label.
         purpose: as for `load_rows`.
 
@@ -89,9 +92,9 @@ def load_answers(
     kinds: Counter[str] = Counter()
     for number, row in enumerate(load_rows(sources, limit=limit, purpose=purpose)):
         where = f"data {sources}: row {number}"
-        if _is_unlabelled(row) and judge is not None:
+        if _is_unlabelled(row, columns) and judge is not None:
             kinds["unlabelled"] += 1
-            cases = from_unlabelled(row, where=where, name=f"row {number}")
+            cases = from_unlabelled(row, columns, where=where, name=f"row {number}")
             unlabelled |= dict(enumerate(cases, start=len(answers)))
             # the label is a placeholder until `judge` has been asked
             found = [
@@ -100,7 +103,9 @@ def load_answers(
             ]
         else:
             rng = random.Random(f"{seed}/{number}")
-            kind, found = _from_row(row, where=where, rng=rng, num_wrong=wrong_per_question)
+            kind, found = _from_row(
+                row, columns, where=where, rng=rng, num_wrong=wrong_per_question
+            )
             kinds[kind] += 1
         answers += [replace(answer, row=number) for answer in found]
     if judge is not None:
@@ -124,32 +129,45 @@ def _with_verdicts(
     ]
 
 
-def _is_unlabelled(row: dict[str, Any]) -> bool:
+def _is_unlabelled(row: Row, columns: AnswerColumns) -> bool:
     is_question = "options" in row and "answer_idx" in row
-    labelled = "label" in row or is_question or "trajectory" in row or "judge" in row
-    return "response" in row and not labelled
+    labelled = columns.label in row or is_question or "trajectory" in row or "judge" in row
+    return (columns.response in row or "completion" in row) and not labelled
+
+
+def _response(row: Row, columns: AnswerColumns, where: str) -> str:
+    """The response of a row, or the final response of its completion if that has the format."""
+    if columns.response in row or "completion" not in row:
+        return text_field(row, columns.response, where=where)
+    completion = text_field(
+        row | {"completion": _last_turn(row["completion"])}, "completion", where=where
+    )
+    parsed = parse_response(completion)
+    return parsed.final if parsed and parsed.final else completion
+
+
+def _last_turn(value: Any) -> Any:
+    """The content of the last of a list of turns; any other value as it is."""
+    is_turns = isinstance(value, list) and value and isinstance(value[-1], dict)
+    return value[-1].get("content") if is_turns else value
 
 
 def _from_row(
-    row: dict[str, Any],
+    row: Row,
+    columns: AnswerColumns,
     *,
     where: str,
     rng: random.Random,
     num_wrong: int,
 ) -> tuple[str, list[LabelledAnswer]]:
     """The kind of a row that has labels, and its answers."""
-    if "label" in row:
-        response, reference = (
-            text_field(row, key, where=where) for key in ("response", "reference")
+    if columns.label in row:
+        answer = LabelledAnswer(
+            response=_response(row, columns, where),
+            reference=text_field(row, columns.reference, where=where),
+            label=_label(row[columns.label], where),
         )
-        label = _label(row["label"], where)
-        return "labelled", [
-            LabelledAnswer(
-                response=response,
-                reference=reference,
-                label=label,
-            )
-        ]
+        return "labelled", [answer]
     if "trajectory" in row:
         return "search record", from_search_record(row, where=where)
     if "options" in row and "answer_idx" in row:
@@ -162,9 +180,10 @@ def _from_row(
     if "judge" in row:
         return "judged rollout", from_judged_rollout(row, where=where)
     raise ValueError(
-        f"{where}: has {', '.join(sorted(row))[:200]}; needs response+reference+label, "
-        "question+options+answer_idx, trajectory, or response+answer+judge; give llm.model to "
-        "have rows without a label judged"
+        f"{where}: has {', '.join(sorted(row))[:200]}; needs "
+        f"{columns.response}+{columns.reference}+{columns.label} (--columns names other keys), "
+        "completion in place of the response, question+options+answer_idx, trajectory, or "
+        "response+answer+judge; give llm.model to have rows without a label judged"
     )
 
 
@@ -260,14 +279,15 @@ def from_judged_rollout(row: dict[str, Any], *, where: str) -> list[LabelledAnsw
     ]
 
 
-def from_unlabelled(row: dict[str, Any], *, where: str, name: str) -> list[JudgedAnswer]:
+def from_unlabelled(
+    row: Row, columns: AnswerColumns, *, where: str, name: str
+) -> list[JudgedAnswer]:
     """A response and its reference, or a rollout's final response, for an LLM to judge."""
     keys = (QUESTION_KEY, "question", "prompt")
-    question = next((str(row[key]) for key in keys if key in row), "(not given)")
-    if "reference" in row:
-        response, reference = (
-            text_field(row, key, where=where) for key in ("response", "reference")
-        )
+    question = next((str(_last_turn(row[key])) for key in keys if key in row), "(not given)")
+    if columns.reference in row:
+        response = _response(row, columns, where)
+        reference = text_field(row, columns.reference, where=where)
         return [JudgedAnswer(name, question, reference, response)]
     rollout = from_judged_rollout(row | {"judge": False}, where=where)
     return [JudgedAnswer(name, question, answer.reference, answer.response) for answer in rollout]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,11 +41,7 @@ signal.signal(
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SGLANG = ROOT / ".sglang"
-SGLANG_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT / "tests" / "sglang" / "stubs"),
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+SGLANG_ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 CORPUS = [
     "## Thinking\n\nThe patient has a fever and a cough.\n\n## Final Response\n\nPneumonia",
@@ -137,6 +134,30 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"real data is not at hand ({SHARED})")
     return SHARED
+
+
+@pytest.fixture
+def next_commands(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], list[str]]:
+    """The commands that a training run printed for its model, each accepted by its own options."""
+
+    def read(output: Path) -> list[str]:
+        from verippo.launch import cli
+        from verippo.launch.commands import COMMANDS, import_name
+
+        lines = capsys.readouterr().out.splitlines()
+        found = [line.removeprefix("next: ") for line in lines if line.startswith("next: ")]
+        assert [line for line in lines if line.startswith("model: ")][
+            -1
+        ] == f"model: {output}/model"
+        assert lines[-len(found) - 1].startswith("model: ")
+        for command in found:
+            program, name, *arguments = shlex.split(command)
+            assert program == "verippo"
+            cli.parse(import_name(COMMANDS[name].config), arguments, program=name)
+            assert f"{output}/model" in arguments
+        return found
+
+    return read
 
 
 @pytest.fixture
@@ -243,7 +264,7 @@ def both_ranks(
 def sglang_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Fields of a ServerConfig with which the environment of `make test-sglang` serves on CPU, on a
     free port."""
-    if not (SGLANG / ".installed").exists():
+    if not (SGLANG / ".stubs").exists():
         pytest.skip("sglang's own environment is not there: make test-sglang")
     return {
         "python": str(SGLANG / "bin" / "python"),

@@ -22,6 +22,8 @@ print("server_args=", {"api_key": key})
 if fault == "exits":
     print("RuntimeError: out of memory")
     sys.exit(1)
+if fault == "imports":
+    import torchvision  # noqa: F401 the server runs without site-packages
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 if fault == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

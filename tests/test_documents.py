@@ -12,7 +12,7 @@ import torch
 from verippo.core.text.data import load_problems, load_rows
 from verippo.eval.questions import load_questions
 from verippo.search.problems import exam_question
-from verippo.sft.conversations import read_conversation
+from verippo.sft.conversations import AnswerColumns, read_conversation
 from verippo.sft.verifier_examples import load_answers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,8 +95,15 @@ def test_the_example_rows_load(example_rows, tmp_path):
     for row in load_rows(write(example_rows["sft"])):
         assert read_conversation(row, where="row 0").turns[-1]["role"] == "assistant"
     options = {"limit": None, "seed": 0, "wrong_per_question": 1}
-    answers, _ = load_answers(write(example_rows["verifier"]), **options)
-    assert answers[0].label is True
+    named = [row for row in example_rows["verifier"] if "reply" in row]
+    plain = [row for row in example_rows["verifier"] if "reply" not in row]
+    columns = AnswerColumns(response="reply", reference="gold", label="correct")
+    answers = load_answers(write(plain), **options)[0]
+    answers += load_answers(write(named), **options, columns=columns)[0]
+    assert len(answers) == 4
+    assert {(a.response, a.reference, a.label) for a in answers} == {
+        ("It is vitamin C.", "Vitamin C", True)
+    }
     (question,), _ = load_questions(write(example_rows["eval"][0]))
     assert question.options[question.gold] == "Vitamin C"
 

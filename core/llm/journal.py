@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,10 @@ class Journal:
                 self._spans[key] = span
                 end = offset
         return end
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the key of every item."""
+        return iter(self._spans)
 
     def get(self, key: str) -> Any | None:
         """The recorded value; None if there is none or the last entry is a failure."""

@@ -32,6 +32,7 @@ MEASURES = {
     "unparsable_rate": "Unparsable",
     "truncated_rate": "Truncated",
     "response_length_mean": "Tokens per response",
+    "accuracy": "Accuracy",
     "loss": "Loss (nats per token)",
     "token_accuracy": "Token accuracy",
 }
@@ -168,7 +169,7 @@ def as_interval(key: str, cell: object, num: object) -> Interval:
         return Interval(*(number(cell.get(part)) for part in Interval._fields))
     value = number(cell)
     count = number(num)
-    if key.endswith("_rate") and value is not None and count and 0 <= value <= 1:
+    if key.endswith(("_rate", "accuracy")) and value is not None and count and 0 <= value <= 1:
         return Interval(value, *wilson_interval(value * count, int(count)))
     return Interval(value)
 
@@ -205,20 +206,23 @@ def choose_samples(samples: list[Row]) -> list[Row]:
     return chosen
 
 
-def try_report(folder: Path, *, title: str) -> None:
+def try_report(folder: Path, *, title: str, classifier: bool = False) -> None:
     """Writes the report at the end of a run, and prints an I/O error instead of raising it.
 
     Args:
         folder: Output folder of the run.
         title: Heading of the page.
+        classifier: Whether the loss is that of answers instead of tokens.
     """
     try:
-        write_report(folder, title=title)
+        write_report(folder, title=title, classifier=classifier)
     except OSError as error:
         print(f"verippo: the report was not written: {error}", file=sys.stderr)
 
 
-def write_report(folder: Path, *, title: str, output: Path | None = None) -> Path:
+def write_report(
+    folder: Path, *, title: str, output: Path | None = None, classifier: bool = False
+) -> Path:
     """Writes the page of a run from the files that its folder holds so far.
 
     Sections whose files are missing are left out; files with unreadable parts are listed.
@@ -227,6 +231,7 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
         folder: Output folder of the run.
         title: Heading of the page.
         output: Path of the page; None writes report.html in the folder.
+        classifier: Whether the loss is that of answers instead of tokens.
 
     Returns:
         Path of the page.
@@ -243,6 +248,8 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
     means, block_size = average_blocks(train, MAX_POINTS)
     data = {"train": means, "eval": evals}
     reliability = draw_reliability(calibration.get("curve") or [])
+    kind = "answers" if classifier else "tokens"
+    measures = MEASURES | ({"loss": "Loss (nats per answer)"} if classifier else {})
     expected = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "config.yaml", "environment.json")
     return write_page(
         output or folder / "report.html",
@@ -253,12 +260,12 @@ def write_report(folder: Path, *, title: str, output: Path | None = None) -> Pat
         train=train,
         metric_names=list(dict.fromkeys(chain(*train))),
         block_size=block_size,
-        charts=list(draw_charts("training", data)),
+        charts=[*draw_charts(kind, data), *draw_charts("training", data)],
         score_charts=[*draw_charts("score", data), *reliability],
         calibration=calibration,
         environment=environment,
         stages=stages,
-        measures=MEASURES,
+        measures=measures,
         stages_compared=compare_stages(stages, evals),
         samples=choose_samples(samples),
         num_samples=len(samples),

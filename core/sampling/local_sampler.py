@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,18 +34,21 @@ class LocalSampler:
         stop_token_ids: Sequence[int],
         max_batch: int = 64,
         progress: bool = False,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> None:
         """Args:
         model: a causal language model with packed attention, from `load_causal_lm`.
         stop_token_ids: ids that end a response.
         max_batch: responses decoded at once.
         progress: whether to show a progress bar.
+        on_completion: called with a prompt's number and its completion as soon as it is finished.
         """
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.stop_ids = torch.tensor(sorted(stop_token_ids), device=self.device)
         self.max_batch = max_batch
         self.progress = progress
+        self.on_completion = on_completion
         self.version = 0
 
     @torch.no_grad()
@@ -113,6 +116,8 @@ class LocalSampler:
                         finish_reason="stop" if stopped else "length",
                         version=self.version,
                     )
+                    if self.on_completion:
+                        self.on_completion(item, done[item])
                     bar.update()
         return [done[i] for i in range(len(prompts))]
 

@@ -33,6 +33,9 @@ from .server_command import (
     read_api_key,
 )
 
+MISSING_ON_CPU = r"No module named '(torchvision|sgl_kernel)|torchvision::nms|could not load .*_ops"
+"""Errors of an sglang without the packages, or the stand-ins for them, that a CPU needs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
@@ -344,6 +347,11 @@ def _last_lines(log: str) -> str:
     summary = f"{' | '.join(lines[-4:])[-700:] or 'the log is empty'} (full log: {log})"
     if "No module named 'sglang'" in text:
         summary += "; give --python, the interpreter of an environment that has sglang"
+    elif re.search(MISSING_ON_CPU, text):
+        summary += (
+            "; without a GPU, sglang needs the environment that `make test-sglang` installs: "
+            "run it (again), and give --python .sglang/bin/python"
+        )
     return summary
 
 

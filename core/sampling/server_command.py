@@ -21,6 +21,8 @@ CPU_ARGUMENTS = (
 )
 """Arguments for a CPU. Without AMX only sglang's torch-native backend runs; without
 --sleep-on-idle an idle scheduler would keep a core busy."""
+CPU_VARIABLES = {"SGLANG_USE_CPU_ENGINE": "1"}
+"""Environment variables for a CPU."""
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
 """Prefixes of the variables that torchrun and deepspeed set. A server that inherited them would
@@ -44,7 +46,8 @@ class ServerConfig:
     mem_fraction: float | None = None
     """Share of a GPU's memory for weights and key-value cache; by default sglang decides."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto uses CUDA where torch sees a GPU; cpu runs sglang on any x86 CPU, slowly."""
+    """auto uses CUDA where torch sees a GPU; cpu runs sglang on any x86 CPU, slowly, with the
+    environment that `make test-sglang` installs (--python .sglang/bin/python)."""
     python: str | None = None
     """Python interpreter of the environment that has sglang; default: this one."""
     api_key_env: str | None = None
@@ -87,12 +90,7 @@ def launch_command(config: ServerConfig, model: str, port: int) -> list[str]:
         The program and its arguments; `config.arguments` come last, and so take precedence.
     """
     options = ["--model-path", model, "--host", config.host, "--port", str(port)]
-    on_cpu = config.device == "cpu"
-    if config.device == "auto":
-        import torch
-
-        on_cpu = not torch.cuda.is_available()
-    options += shlex.split(CPU_ARGUMENTS) if on_cpu else []
+    options += shlex.split(CPU_ARGUMENTS) if _on_cpu(config) else []
     if config.tp * config.dp > 1:
         options += ["--tp-size", str(config.tp), "--dp-size", str(config.dp)]
     if config.mem_fraction is not None:
@@ -106,6 +104,14 @@ def launch_command(config: ServerConfig, model: str, port: int) -> list[str]:
     ]
 
 
+def _on_cpu(config: ServerConfig) -> bool:
+    if config.device != "auto":
+        return config.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
 def launch_environment(config: ServerConfig) -> dict[str, str]:
     """Environment of a server: this process's, without launcher variables and the API key."""
     inherited = {
@@ -113,7 +119,9 @@ def launch_environment(config: ServerConfig) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(LAUNCHER_VARIABLES) and name != config.api_key_env
     }
-    return inherited | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | config.environment
+    own = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    own |= CPU_VARIABLES if _on_cpu(config) else {}
+    return inherited | own | config.environment
 
 
 def check_model(model: str) -> str:

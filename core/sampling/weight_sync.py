@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from ..training import dist
+from ..training.checkpoint import follow_umask
 from .sglang_client import ServerError, SglangServer
 from .sglang_fleet import Fleet, call_each
 from .sglang_requests import (
@@ -123,6 +124,7 @@ class DiskSync:
             files |= {name: file for name, _ in bucket}
         index = json.dumps({"metadata": {}, "weight_map": files})
         (target / "model.safetensors.index.json").write_text(index)
+        follow_umask(target)  # the servers may run as another user
         request = disk_request(str(target), version)
         fleet.ask(
             lambda server: server.ask(request, timeout_seconds=self.timeout_seconds, retries=2)

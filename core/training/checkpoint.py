@@ -248,6 +248,19 @@ def _pointed(pointer: Path) -> str:
     return pointer.read_text(errors="replace").strip() if pointer.exists() else ""
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives the files of a folder the permissions of any new file; safetensors makes its private.
+
+    Args:
+        folder: folder whose files this process has written.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def _point(pointer: Path, name: str) -> None:
     temporary = pointer.with_suffix(".tmp")
     temporary.write_text(name)

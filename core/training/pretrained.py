@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from .checkpoint import explain_full_disk
+from .checkpoint import explain_full_disk, follow_umask
 from .model import ATTENTION, Classifier, Critic, Policy
 from .self_check import check_config, check_family
 
@@ -243,6 +243,7 @@ def save_model(
         finally:
             hf.config._attn_implementation = attention
         tokenizer.save_pretrained(folder)
+        follow_umask(folder)
 
 
 def _one_line(error: Exception) -> str:

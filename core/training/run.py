@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,12 +62,7 @@ def check_unchanged(
     Raises:
         ValueError: a field of `fixed` differs; the message shows both values of each.
     """
-    changed = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in fixed
-        if name in before and name in now and _as_path(before[name]) != _as_path(now[name])
-    ]
-    if changed:
+    if changed := changed_settings(fixed, before, now):
         raise ValueError(
             f"{where} was written with other settings, which cannot change within a run: "
             f"{', '.join(changed)}: set them back, or start over with --resume never and another "
@@ -74,11 +70,38 @@ def check_unchanged(
         )
 
 
+def changed_settings(
+    fixed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """Names the fields of `fixed` whose values differ, each with both values."""
+    return [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in fixed
+        if name in before and name in now and _as_path(before[name]) != _as_path(now[name])
+    ]
+
+
 def _as_path(value: Any) -> Any:
     """The same value for each way to write the path of an existing file."""
     if isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
     return value
+
+
+def print_next_commands(folder: Path, *commands: str) -> None:
+    """Prints where a finished run's model is, and the commands that use it.
+
+    Args:
+        folder: the run's folder.
+        commands: commands in which MODEL stands for the model's folder.
+    """
+    if not dist.is_main():
+        return
+    model = folder / "model"
+    best = folder / "model-best"
+    print(f"model: {model}" + (f" (best evaluated: {best})" if best.exists() else ""))
+    for command in commands:
+        print(f"next: {command.replace('MODEL', shlex.quote(str(model)))}")
 
 
 class Saveable(Protocol):

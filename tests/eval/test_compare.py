@@ -148,3 +148,20 @@ def test_files_that_are_no_evaluation_are_refused(evaluated, tmp_path, capsys):
             compared(tmp_path, evaluated(f"first-{len(path)}", "A"), path)
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_another_comparison_asks_for_another_folder(evaluated, tmp_path, capsys):
+    first, second, third = (evaluated(name, "AB") for name in ("first", "second", "third"))
+    compared(tmp_path, first, second)
+    written = (tmp_path / "out" / "compare.json").read_bytes()
+    compared(tmp_path, first, second)
+    for others in ((first, third), (first, second, "--scoring", "original")):
+        with pytest.raises(SystemExit) as caught:
+            compared(tmp_path, *others)
+        assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert (
+        f"holds another comparison (second {second} -> {third}): choose another --output" in error
+    )
+    assert "scoring strict_cascade -> original" in error
+    assert (tmp_path / "out" / "compare.json").read_bytes() == written

@@ -410,6 +410,27 @@ def test_local_engine_is_reproducible_and_resumes(ask, monkeypatch, tmp_path):
     assert ask(folder="first", **options)["items"] == first["items"]
 
 
+def test_local_answers_arrive_while_others_are_decoded(ask, monkeypatch, tmp_path):
+    generate = LocalSampler.generate
+    arrived = []
+
+    def watched(self, prompts, params):
+        on_completion = self.on_completion
+
+        def count(number, completion):
+            on_completion(number, completion)
+            journal = (tmp_path / "eval" / "journal.jsonl").read_text()
+            arrived.append(journal.count("finish_reason"))
+
+        if on_completion:  # not the sampler of the self-check
+            self.on_completion = count
+        return generate(self, prompts, params)
+
+    monkeypatch.setattr(LocalSampler, "generate", watched)
+    ask(engine="local", dtype="fp32", num=5, max_new_tokens=4, max_batch=2)
+    assert arrived == [1, 2, 3, 4, 5]
+
+
 def test_local_engine_fails_only_the_prompt_that_is_too_long(ask, tmp_path):
     long = {"question": "Item? " + "very " * 800, "options": OPTIONS, "answer_idx": "A"}
     data = write_items(tmp_path / "data.json", 2, long=[long])
@@ -538,3 +559,49 @@ def test_journal_of_another_process_is_refused(ask, mixed, tmp_path):
         with pytest.raises(ValueError, match="another process"):
             ask(mixed)
     assert not (tmp_path / "eval" / "config.yaml").exists()  # the other run's file is kept
+
+
+def test_other_settings_ask_for_another_folder(ask, mixed, tmp_path):
+    ask(mixed)
+    results, settings = (tmp_path / "eval" / name for name in ("results.json", "config.yaml"))
+    before = results.read_bytes(), settings.read_bytes()
+    for changed, named in (
+        ({"temperature": 0.9}, "temperature 0.5 -> 0.9"),
+        ({"prompt": "free", "seed": 3}, "prompt strict -> free, seed 0 -> 3"),
+        ({"scoring": "original"}, "scoring strict_cascade -> original"),
+        ({"limit": 2}, "limit None -> 2"),
+        ({"num": 4}, r"data \S*data-10.json -> \S*data-4.json"),
+        ({"llm": {"model": "b"}}, "llm.model  -> b"),
+    ):
+        with pytest.raises(ValueError, match=rf"eval: holds an .*{named}.*another --output"):
+            ask(mixed, **changed)
+    assert (results.read_bytes(), settings.read_bytes()) == before
+    assert len(mixed.bodies) == 10
+
+
+def test_items_runs_and_orders_can_be_added(ask, llm_server, tmp_path):
+    server = llm_server(lambda body: f"The answer is {GOLD[item_of(body)]}.")
+    ask(server, limit=3)
+    ask(server)
+    assert len(server.bodies) == 10
+    ask(server, runs=2)
+    assert len(server.bodies) == 20
+    more = {"runs": 2, "permutations": 1}
+    ask(server, **more, llm={"concurrency": 2})
+    assert len(server.bodies) == 40
+    data = ",".join(str(tmp_path / f"data-{num}.json") for num in (10, 2))
+    other = {"question": "Item <5>?", "options": OPTIONS, "answer_idx": "A"}
+    (tmp_path / "data-2.json").write_text(json.dumps({"other": [other]}))
+    assert ask(server, data=data, **more)["all"]["num"] == 11
+    with pytest.raises(ValueError, match="runs 2 -> 1"):
+        ask(server, data=data, permutations=1)
+
+
+def test_settings_can_change_after_a_run_without_answers(ask, llm_server):
+    module = llm_server.module
+    server = llm_server(
+        lambda body: "ok" if "messages" in body else module.error(404, "no completions")
+    )
+    with pytest.raises(ValueError, match="no completions"):
+        ask(server)
+    assert ask(server, endpoint="chat")["all"]["num"] == 10

@@ -97,6 +97,16 @@ def test_a_server_that_exits_gives_one_line_and_status_two(serve):
     assert "RuntimeError: out of memory" in err
 
 
+def test_a_missing_cpu_package_names_the_environment_to_use(serve):
+    code, _, err = serve("start", "--port", "0", "--environment", '{"FAKE": "imports"}')
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "No module named 'torchvision'" in err
+    assert (
+        "`make test-sglang` installs: run it (again), and give --python .sglang/bin/python" in err
+    )
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_in_the_foreground_a_signal_stops_the_servers(fake_sglang, tmp_path, sent, status):
     with foreground(fake_sglang, tmp_path) as process:

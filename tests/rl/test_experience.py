@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from verippo.core.training import dist
 from verippo.core.training.packing import pack
 from verippo.core.training.pretrained import load_critic, load_policy
-from verippo.rl.experience import Experience, MiniBatch, compute, share
+from verippo.rl.experience import Experience, MiniBatch, compute, judged, share
 
 
 def rows(lengths, seed=0):
@@ -52,6 +53,27 @@ def test_minibatches_are_a_partition_into_equal_counts():
     assert [mini.num_response_tokens for mini in minis] == [
         sum(s + 1 for s in mini.seqs) for mini in minis
     ]
+
+
+def of_problem(index):
+    return SimpleNamespace(problem=SimpleNamespace(index=index))
+
+
+def test_only_rollouts_with_a_verdict_make_up_the_update():
+    rollouts = [of_problem(index) for index in (3, 3, 5, 5, 5)]
+    scores = torch.tensor([0.1, math.nan, 1.0, 0.1, math.nan], dtype=torch.float64)
+    kept, of_kept = judged(rollouts, scores, grouped=False)
+    assert kept == [rollouts[0], rollouts[2], rollouts[3]]
+    assert of_kept.tolist() == [0.1, 1.0, 0.1]
+    # the first response of problem 3 has nothing left to be compared with
+    kept, of_kept = judged(rollouts, scores, grouped=True)
+    assert kept == rollouts[2:4]
+    assert of_kept.tolist() == [1.0, 0.1]
+
+
+def test_no_mini_batch_is_empty_when_sequences_are_missing():
+    minis = list(an_experience([(1, 2)] * 3).minibatches(4, seed=(0, 1, 0)))
+    assert [mini.num_response_tokens for mini in minis] == [2, 2, 2]
 
 
 def test_each_epoch_step_and_seed_has_its_own_permutation_and_the_same_one_when_asked_again():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import textwrap
 
@@ -74,13 +75,12 @@ def test_missing_verdict_raises_and_names_the_problem(llm_server):
         judge(server).score([final("Pneumonia"), final("Asthma", index=7)])
 
 
-def test_single_unjudged_response_is_wrong_and_counted(llm_server):
+def test_single_unjudged_response_has_no_score_and_is_counted(llm_server):
     server = llm_server(lambda body: "untrue" if "Asthma" in first(body) else "True")
     verifier = judge(server)
-    assert (
-        verifier.score([final("Pneumonia"), final("Asthma"), *[final("Pneumonia")] * 8])
-        == [3.0, 2.0] + [3.0] * 8
-    )
+    scores = verifier.score([final("Pneumonia"), final("Asthma"), *[final("Pneumonia")] * 8])
+    assert math.isnan(scores.pop(1))
+    assert scores == [3.0] * 9
     assert verifier.num_unjudged == 1
 
 
@@ -140,7 +140,9 @@ def test_each_of_two_ranks_judges_its_own_rollouts(llm_server, two_ranks, tmp_pa
     assert ["True" in text for text in journals] == [True, False]  # rank 0 has the even ones
 
 
-def test_ppo_with_a_judge_reuses_journaled_verdicts(llm_server, make_model, tmp_path, monkeypatch):
+@pytest.fixture
+def ppo_with_a_judge(llm_server, make_model, tmp_path, monkeypatch):
+    """Runs one PPO step with a scripted judge; the response to problem n is "It is n."."""
     (tmp_path / "answering.py").write_text(
         textwrap.dedent("""
         from dataclasses import replace
@@ -155,9 +157,24 @@ def test_ppo_with_a_judge_reuses_journaled_verdicts(llm_server, make_model, tmp_
         """)
     )
     monkeypatch.syspath_prepend(tmp_path)
-    rows = [{QUESTION_KEY: f"Which {n}?", ANSWER_KEY: f"number {n}"} for n in range(6)]
-    (tmp_path / "problems.json").write_text(json.dumps(rows))
-    server = llm_server(lambda body: "True" if "It is 4." in first(body) else "False")
+
+    def run(server, *, num, output, options=()):
+        rows = [{QUESTION_KEY: f"Which {n}?", ANSWER_KEY: f"number {n}"} for n in range(num)]
+        (tmp_path / "problems.json").write_text(json.dumps(rows))
+        cli.main(
+            [
+                *argv,
+                "--llm.base_url",
+                server.url,
+                "--prompts_per_step",
+                str(num),
+                *options,
+                "--output",
+                str(tmp_path / output),
+            ]
+        )
+        return [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").open()]
+
     argv = [
         "ppo",
         "--policy",
@@ -168,14 +185,10 @@ def test_ppo_with_a_judge_reuses_journaled_verdicts(llm_server, make_model, tmp_
         str(tmp_path / "problems.json"),
         "--verifier.kind",
         "judge",
-        "--llm.base_url",
-        server.url,
         "--llm.model",
         "m",
         "--steps",
         "1",
-        "--prompts_per_step",
-        "6",
         "--epochs",
         "1",
         "--sampling.max_new_tokens",
@@ -191,11 +204,38 @@ def test_ppo_with_a_judge_reuses_journaled_verdicts(llm_server, make_model, tmp_
         "--log_to",
         "jsonl",
     ]
-    cli.main([*argv, "--output", str(tmp_path / "first")])
+    return run
+
+
+def test_ppo_with_a_judge_reuses_journaled_verdicts(
+    llm_server, ppo_with_a_judge, tmp_path, next_commands
+):
+    server = llm_server(lambda body: "True" if "It is 4." in first(body) else "False")
+    rows = ppo_with_a_judge(server, num=6, output="first")
+    (command,) = next_commands(tmp_path / "first")
+    assert f"eval --engine local --model {tmp_path}/first/model" in command
     (tmp_path / "second").mkdir()
     shutil.copy(tmp_path / "first" / "judge-journal-0.jsonl", tmp_path / "second")
-    cli.main([*argv, "--output", str(tmp_path / "second")])
-    for output in ("first", "second"):
-        (row,) = map(json.loads, (tmp_path / output / "metrics.jsonl").read_text().splitlines())
-        assert row["score_mean"] == pytest.approx((1.0 + 5 * 0.1) / 6)
+    rows += ppo_with_a_judge(server, num=6, output="second")
+    assert [row["score_mean"] for row in rows] == pytest.approx([(1.0 + 5 * 0.1) / 6] * 2)
     assert len(server.bodies) == 6
+
+
+@pytest.mark.parametrize("minibatches", [1, 10])
+def test_ppo_leaves_responses_without_a_verdict_out(
+    llm_server, ppo_with_a_judge, tmp_path, minibatches
+):
+    replies = {"It is 4.": "True", "It is 7.": "perhaps"}
+    server = llm_server(
+        lambda body: next(
+            (reply for text, reply in replies.items() if text in first(body)), "False"
+        )
+    )
+    options = ["--minibatches", str(minibatches), "--verifier.wrong", "0.25"]
+    (row,) = ppo_with_a_judge(server, num=10, output="run", options=options)
+    assert row["verifier_unjudged"] == 1
+    assert row["score_mean"] == pytest.approx((1.0 + 8 * 0.25) / 9)
+    assert row["score_right_rate"] == pytest.approx(1 / 9)
+    assert row["tokens_generated"] == 9 * 3
+    assert row["skipped_steps"] == 0
+    assert math.isfinite(row["policy_loss"])

@@ -15,6 +15,7 @@ from verippo.rl import ppo
 from verippo.rl.config import VerifierConfig
 from verippo.rl.rollout import Rollout
 from verippo.rl.step_metrics import UpdateMeter, evaluation_metrics, sample_row, step_metrics
+from verippo.rl.verifier import FunctionVerifier
 
 
 def a_rollout(text, *, prompt, logprobs, truncated=False, answer="Pneumonia"):
@@ -120,6 +121,25 @@ def test_a_samples_verdict_and_the_right_rate_agree_on_what_is_right(right):
     assert second["verdict"] == "unparsable"
     assert sample_row(ROLLOUTS[0], 0.1, verifier, step=3, split="train")["verdict"] == "wrong"
     assert evaluation_metrics(ROLLOUTS, scores, right)["right_rate"] == 0.5
+
+
+def test_a_verifier_that_needs_no_format_finds_nothing_unparsable():
+    verifier = VerifierConfig(kind="function", function="m:f")
+    options = {"needs_format": FunctionVerifier.needs_format}
+    scores = torch.tensor([0.0, 1.0], dtype=torch.float64)  # the second has no format
+    rows = [
+        sample_row(r, s, verifier, step=1, split="train", **options)
+        for r, s in zip(ROLLOUTS, scores.tolist(), strict=True)
+    ]
+    assert [row["verdict"] for row in rows] == ["wrong", "right"]
+    assert metrics(scores=scores, **options)["score_unparsable_rate"] == 0
+    assert evaluation_metrics(ROLLOUTS, scores, 1.0, **options)["unparsable_rate"] == 0
+
+
+def test_a_sample_without_a_verdict_says_so():
+    verifier = VerifierConfig(kind="judge")
+    row = sample_row(ROLLOUTS[0], math.nan, verifier, step=1, split="train")
+    assert (row["verdict"], row["score"]) == ("unjudged", None)
 
 
 def losses(*, policy, clipped, kl, value, num, largest):

@@ -267,7 +267,9 @@ def test_overlong_rows_are_counted_and_named_or_refused(
         train(SFTConfig(output=str(tmp_path / "refuse"), overlong="refuse", **options), resolved={})
 
 
-def test_a_real_record_trains_a_real_model(shared: Path, tmp_path: Path) -> None:
+def test_a_real_record_trains_a_real_model(
+    shared: Path, tmp_path: Path, next_commands: Callable[[Path], list[str]]
+) -> None:
     config = SFTConfig(
         model=str(shared / "models" / "stories260K"),
         data=str(shared / "data" / "medical_demo_198.json"),
@@ -282,3 +284,5 @@ def test_a_real_record_trains_a_real_model(shared: Path, tmp_path: Path) -> None
     losses = [row["loss"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert torch.isfinite(torch.tensor(losses)).all()
+    used_by = [command.split()[1] for command in next_commands(tmp_path / "run")]
+    assert used_by == ["verifier", "ppo", "eval"]

@@ -16,6 +16,7 @@ from verippo.core.llm.client import LLMConfig
 from verippo.core.training.engine import EngineConfig
 from verippo.rl.verifier import ClassifierVerifier
 from verippo.sft.config import VerifierTrainingConfig
+from verippo.sft.conversations import AnswerColumns
 from verippo.sft.train_verifier import calibration, train
 from verippo.sft.verifier_examples import from_question, load_answers
 
@@ -66,11 +67,52 @@ def test_every_kind_of_row_is_read_and_counted(tmp_path: Path) -> None:
     assert answers[-1].response == "Heparin"
 
 
+def test_other_columns_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"reply": "a", "answer": "b", "correct": False, "label": "category"}])
+    )
+    columns = AnswerColumns(response="reply", reference="answer", label="correct")
+    options: dict[str, Any] = {"limit": None, "seed": 0, "wrong_per_question": 1}
+    (answer,), _ = load_answers(str(tmp_path / "rows.json"), columns=columns, **options)
+    assert (answer.response, answer.reference, answer.label) == ("a", "b", False)
+    columns = AnswerColumns(response="reply", reference="gold", label="correct")
+    with pytest.raises(ValueError, match="row 0: .*gold"):
+        load_answers(str(tmp_path / "rows.json"), columns=columns, **options)
+
+
+def test_prompt_and_completion_are_texts_or_turns(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Which thinner?"}
+    formatted = "## Thinking\n\nx\n\n## Final Response\n\nHeparin"
+    both = {"label": True, "reference": "Heparin"}
+    rows = [
+        {"prompt": "Which thinner?", "completion": "Heparin", **both},
+        {"prompt": [question], "completion": [{"role": "assistant", "content": "Heparin"}], **both},
+        {"prompt": "Which thinner?", "completion": formatted, **both},
+    ]
+    answers, kinds = load(tmp_path / "rows.json", rows)
+    assert kinds == {"labelled": 3}
+    assert {(a.response, a.reference, a.label) for a in answers} == {("Heparin", "Heparin", True)}
+    with pytest.raises(ValueError, match="row 0: .*reference"):
+        load(tmp_path / "rows.json", [{"prompt": "q", "completion": "a", "label": True}])
+    asked = []
+    unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in rows[:2]]
+    (tmp_path / "rows.json").write_text(json.dumps(unlabelled))
+    load_answers(
+        str(tmp_path / "rows.json"),
+        limit=None,
+        seed=0,
+        wrong_per_question=1,
+        judge=lambda cases: asked.extend(cases) or [True, True],
+    )
+    assert {(c.question, c.response) for c in asked} == {("Which thinner?", "Heparin")}
+
+
 def test_rows_without_a_label_are_judged_by_an_llm_once(
     llm_server: Any,
     make_model: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    next_commands: Callable[[Path], list[str]],
 ) -> None:
     rollout = {
         "prompt": "Which thinner?",
@@ -111,6 +153,8 @@ def test_rows_without_a_label_are_judged_by_an_llm_once(
     assert sum("Which thinner?" in text and "UFH" in text for text in asked) == 1
     train(config, resolved={})
     assert len(server.bodies) == 3
+    (command,) = next_commands(tmp_path / "out")
+    assert f"ppo --policy runs/sft/model --verifier.model {tmp_path}/out/model" in command
 
 
 def test_rows_on_which_no_verdict_is_to_be_had_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -215,6 +259,10 @@ def test_it_learns_to_tell_right_from_wrong_and_ppo_reads_it(
     )
     report = json.loads((tmp_path / "run" / "model" / "calibration.json").read_text())
     assert report["accuracy"]["value"] == 1.0
+    exported = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert exported["id2label"] == {"0": "wrong", "1": "right"}
+    assert exported["label2id"] == {"wrong": 0, "right": 1}
+    assert "nats per answer" in (tmp_path / "run" / "report.html").read_text()
     verifier = ClassifierVerifier.load(
         str(tmp_path / "run" / "model"),
         EngineConfig(zero_stage=0, dtype="fp32"),

@@ -213,6 +213,36 @@ def test_sft_run_has_its_own_curves_only(tmp_path):
     assert written == {"metrics.jsonl", "eval.jsonl", "x.html"}
 
 
+def test_a_verifiers_page_has_its_loss_per_answer_and_its_accuracy(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 0.7}])
+    write_lines(
+        tmp_path / "eval.jsonl",
+        [
+            {"step": step, "loss": 0.7, "accuracy": accuracy, "num": 100}
+            for step, accuracy in ((0, 0.5), (1, 0.81))
+        ],
+    )
+    page = write_report(tmp_path, title="Verifier", classifier=True).read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Loss", "Accuracy"]
+    assert "nats per answer" in page
+    assert "nats per token" not in page
+    assert "accuracy 50.0% → 81.0%" in text
+    assert "81.0% (72.2–87.5%)" in text  # Wilson, 81 of 100
+
+
+def test_page_without_evaluation_names_the_options_for_one(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "score_mean": 0.7}])
+    page = write_report(tmp_path, title="PPO").read_text(encoding="utf-8")
+    assert "<code>--eval_data</code> or <code>--eval_fraction</code>" in page
+
+
+def test_the_environment_is_shown_whole(page):
+    (box,) = [a for _, a in Tags(page).found if a.get("aria-label") == "Environment"]
+    assert "whole" in (box["class"] or "").split()
+    assert ".scroll.whole { max-height: none; }" in page
+
+
 def test_unpaired_surrogate_is_replaced(tmp_path):
     (tmp_path / "samples.jsonl").write_text(
         '{"step": 1, "response": "unpaired \\ud800, line\\u2028end"}\n'

@@ -20,7 +20,7 @@ import pytest
 
 from verippo.core.sampling import server as module
 from verippo.core.sampling.server import servers, serving, start, start_all, stop
-from verippo.core.sampling.server_command import ServerConfig, launch_command
+from verippo.core.sampling.server_command import ServerConfig, launch_command, launch_environment
 
 
 @pytest.fixture
@@ -299,6 +299,13 @@ def test_variables_of_rank_launchers_are_not_inherited(make, monkeypatch):
     assert "'MINE'" in names
     assert "'PYTHONSAFEPATH'" in names
     assert not [name for name in ("RANK", "WORLD_SIZE", "MASTER", "TORCHELASTIC") if name in names]
+
+
+def test_sglang_is_told_to_run_on_cpu(make):
+    assert launch_environment(make(device="cpu"))["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert "SGLANG_USE_CPU_ENGINE" not in launch_environment(make(device="cuda"))
+    own = make(device="cpu", environment={"SGLANG_USE_CPU_ENGINE": "0"})
+    assert launch_environment(own)["SGLANG_USE_CPU_ENGINE"] == "0"
 
 
 def test_fields_become_sglangs_arguments(make):

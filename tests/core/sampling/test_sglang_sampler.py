@@ -521,6 +521,9 @@ def test_disk_sync_saves_the_weights_and_keeps_only_the_newest(serve, connect, t
             places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
             seen.append({name: load_file(folder / file)[name] for name, file in places.items()})
             files.append(sorted(set(places.values())))
+            # servers of another user must be able to read them, where the umask allows it
+            plain = (folder / "model.safetensors.index.json").stat().st_mode
+            assert {(folder / file).stat().st_mode for file in places.values()} == {plain}
 
     seen, files = [], []
     server = serve(look)

@@ -1,3 +1,4 @@
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -397,6 +398,20 @@ def test_an_exported_policy_loads_in_transformers_with_equal_logits(
     batch = pack(random_rows())
     with torch.no_grad():  # the policy itself is none the worse
         assert torch.equal(policy(batch), load_policy(tmp_path, dtype="fp32")(batch))
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_the_files_of_an_export_follow_the_umask(make_model, tmp_path, mask, mode):
+    policy = load_policy(make_model(), dtype="fp32")
+    before = os.umask(mask)
+    try:
+        save_model(tmp_path, policy.hf, policy.hf.state_dict(), load_tokenizer(make_model()))
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {mode}
 
 
 def test_a_full_disk_is_named_while_a_model_is_exported(make_model, tmp_path, monkeypatch):
