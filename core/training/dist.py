@@ -18,6 +18,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from ..messages import printable
+
 T = TypeVar("T")
 _FAILED = "verippo/failed"
 
@@ -270,5 +272,5 @@ def _watch(store: td.Store, done: threading.Event, poll_seconds: float) -> None:
             reason = f"rank 0 is gone ({type(error).__name__})"
         # this rank may be about to raise the same error itself
         if failed and not done.wait(poll_seconds):
-            print(f"verippo: rank {rank()} stops: {reason}", file=sys.stderr, flush=True)
+            print(f"verippo: rank {rank()} stops: {printable(reason)}", file=sys.stderr, flush=True)
             os._exit(1)
