@@ -65,9 +65,23 @@ class Answer:
     num_tokens: int = 0
     error: str | None = None
 
+    @classmethod
+    def from_json(cls, entry: Any) -> Answer:
+        """The answer that the journal holds.
+
+        Raises:
+            TypeError: the entry has another form.
+        """
+        answer = cls(**entry)
+        if not entry or not isinstance(answer.text, str):
+            raise TypeError("it has no text")
+        return answer
+
 
 OnAnswer = Callable[[AskedQuestion, Answer], None]
 """Function that is called with each answer as it arrives."""
+OnReady = Callable[[], None]
+"""Function that is called once model and prompts are checked, before the first answer."""
 
 
 def list_questions_to_ask(
@@ -113,8 +127,7 @@ def build_messages(config: EvalConfig, question: Question) -> list[dict[str, str
         config: Configuration with the prompt and the system prompt.
         question: Question with its options in the order to show.
 
-    Returns:
-        The messages, each with role and content.
+    Returns: the messages, each with role and content.
     """
     options = "\n".join(f"{letter}. {text}" for letter, text in question.options.items())
     # not str.format, because a question may contain braces
@@ -154,6 +167,7 @@ def ask(
     asked: Sequence[AskedQuestion],
     journal: Journal,
     on_answer: OnAnswer,
+    on_ready: OnReady,
 ) -> list[Answer]:
     """Answers the questions with the configured engine.
 
@@ -162,17 +176,22 @@ def ask(
         asked: Questions to ask.
         journal: Journal of answers; a question whose answer it holds is not asked again.
         on_answer: Called with each answer as it arrives.
+        on_ready: Called once model and prompts are checked.
 
     Returns:
         One answer for each question, in order.
 
     Raises:
-        ValueError: the server answered none of the first calls, or the budget is spent.
+        ValueError: the model or a prompt cannot be used, the server answered none of the first
+            calls, or the budget is spent.
     """
     if config.engine == "local":
-        return _ask_local(config, asked, journal, on_answer)
+        return _ask_local(config, asked, journal, on_answer, on_ready)
+    prompts = _server_prompts(config, asked)
     with _server(config) as client:
-        return asyncio.run(_ask_server(config, client, asked, journal, on_answer))
+        client.api_key()  # raises for a missing one
+        on_ready()
+        return asyncio.run(_ask_server(config, client, asked, prompts, journal, on_answer))
 
 
 @contextmanager
@@ -191,39 +210,67 @@ def _server(config: EvalConfig) -> Iterator[LLMConfig]:
         yield replace(config.client, base_url=f"{server.url}/v1", **keys)
 
 
+@dataclass(frozen=True)
+class _ServerPrompts:
+    """What is sent to a server."""
+
+    texts: Sequence[str]
+    """Rendered prompts; empty where the server applies its own template."""
+    bodies: Sequence[str | list[int]]
+    """The same, by `server_prompt`."""
+    extra: dict[str, Any]
+    """Further fields of each request."""
+
+
+def _server_prompts(config: EvalConfig, asked: Sequence[AskedQuestion]) -> _ServerPrompts:
+    from ..core.training.pretrained import has_tokenizer, load_tokenizer
+
+    completes = config.endpoint == "completions"
+    if not completes and not (config.engine == "serve" and has_tokenizer(config.model)):
+        return _ServerPrompts([], [], {})
+    tokenizer: Any = load_tokenizer(config.model)
+    texts = [_rendered(config, item, tokenizer) for item in asked] if completes else []
+    bodies = [server_prompt(tokenizer, text) for text in texts]
+    return _ServerPrompts(texts, bodies, server_fields(config.model, tokenizer))
+
+
+def _rendered(config: EvalConfig, item: AskedQuestion, tokenizer: Any) -> str:
+    """The prompt by the model's chat template; errors name the item and the model."""
+    question = item.question
+    try:
+        messages = build_messages(config, question)
+        return render_text(tokenizer, messages, add_generation_prompt=True)
+    except ValueError as error:
+        raise ValueError(f"{question.where}: model {config.model}: {error}") from None
+
+
 async def _ask_server(
     config: EvalConfig,
     client: LLMConfig,
     asked: Sequence[AskedQuestion],
+    prompts: _ServerPrompts,
     journal: Journal,
     on_answer: OnAnswer,
 ) -> list[Answer]:
-    from ..core.training.pretrained import has_tokenizer, load_tokenizer
-
-    completes = config.endpoint == "completions"
-    tokenizer: Any = None
-    if completes or config.engine == "serve" and has_tokenizer(config.model):
-        tokenizer = load_tokenizer(config.model)
-    extra = server_fields(config.model, tokenizer) if tokenizer else {}
     llm = LLM(client, journal=journal, retry_failed=config.retry_failed, may_be_empty=True)
     num_first = min(client.concurrency, len(asked))
     finished: list[Answer] = []
 
-    async def answer_one(item: AskedQuestion) -> Answer:
-        messages = build_messages(config, item.question)
+    async def answer_one(number: int) -> Answer:
+        item = asked[number]
         draw: dict[str, Any] = {
             "draw": item.run,
             "seed": item.seed,
             "top_p": config.nucleus,
-            "extra": extra,
+            "extra": prompts.extra,
         }
         try:
-            if completes:
-                text = render_text(tokenizer, messages, add_generation_prompt=True)
-                reply = await llm.complete(server_prompt(tokenizer, text), **draw)
+            if prompts.texts:
+                text = prompts.texts[number]
+                reply = await llm.complete(prompts.bodies[number], **draw)
             else:
                 text = ""
-                reply = await llm.ask(messages, **draw)
+                reply = await llm.ask(build_messages(config, item.question), **draw)
             output = with_open_thought(text, reply.text)
             answer = Answer(output, reply.finish_reason, reply.completion_tokens)
         except LLMError as error:
@@ -240,7 +287,9 @@ async def _ask_server(
         return answer
 
     try:
-        answers = await gather_in_order(asked, answer_one, concurrency=client.items_at_once)
+        answers = await gather_in_order(
+            range(len(asked)), answer_one, concurrency=client.items_at_once
+        )
     finally:
         await llm.close()
     usage = llm.usage
@@ -303,6 +352,7 @@ def _ask_local(
     asked: Sequence[AskedQuestion],
     journal: Journal,
     on_answer: OnAnswer,
+    on_ready: OnReady,
 ) -> list[Answer]:
     from ..core.sampling.local_sampler import LocalSampler, check_sampling
     from ..core.training import dist, pretrained
@@ -328,7 +378,9 @@ def _ask_local(
         asyncio.run(journal.record(request.key, vars(answer)))
         finish(request.place, answer)
 
-    for request in _local_requests(config, asked, tokenizer):
+    requests = list(_local_requests(config, asked, tokenizer))
+    on_ready()
+    for request in requests:
         num_tokens = len(request.prompt.token_ids)
         if num_tokens > room:
             error = (
@@ -336,8 +388,8 @@ def _ask_local(
                 f"max_new_tokens={config.max_new_tokens}"
             )
             finish(request.place, Answer(error=error))
-        elif recorded := journal.get(request.key):
-            finish(request.place, Answer(**recorded))
+        elif recorded := journal.get_as(request.key, Answer.from_json):
+            finish(request.place, recorded)
         else:
             waiting.append(request)
     sampler = LocalSampler(
@@ -368,8 +420,7 @@ def _local_requests(
 ) -> Iterator[_LocalRequest]:
     settings = (config.temperature, config.max_new_tokens)
     for place, item in enumerate(asked):
-        messages = build_messages(config, item.question)
-        text = render_text(tokenizer, messages, add_generation_prompt=True)
+        text = _rendered(config, item, tokenizer)
         ids = encode(tokenizer, text)
         key = content_key("local", config.model, config.dtype, ids, item.seed, *settings)
         yield _LocalRequest(place, key, text, Prompt(token_ids=ids, seed=item.seed))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from ..core.files import parse_json, read_file
 from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from ..core.training.run import changed_settings
@@ -132,18 +133,29 @@ def load_results(path: str) -> tuple[dict[str, Any], list[ItemRow]]:
     if file.is_dir():
         file /= "results.json"
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        items = [
-            ItemRow(**item | {"answers": [AnswerRow(**answer) for answer in item["answers"]]})
-            for item in results["items"]
-        ]
+        data = read_file(file, name="results")
+    except ValueError as error:
+        raise ValueError(f"{error}: give the output folder of `verippo eval`") from None
+    try:
+        results = parse_json(data, where=str(file))
+        items = [_item_row(item) for item in results["items"]]
+        if len({len(item.answers) for item in items}) != 1:
+            raise ValueError("no items, or different numbers of answers")
         return dict(results["config"]), items
-    except OSError as error:
-        raise ValueError(
-            f"{file}: {error.strerror}: give the output folder of `verippo eval`"
-        ) from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{file}: not the results.json of `verippo eval`") from None
+
+
+def _item_row(item: dict[str, Any]) -> ItemRow:
+    """An item as `verippo eval` wrote it; an error of any kind for another."""
+    answers = [AnswerRow(**answer) for answer in item["answers"]]
+    row = ItemRow(**item | {"answers": answers})
+    letters = [answer.letters for answer in answers]
+    if not isinstance(row.options, dict) or not isinstance(row.source, str):
+        raise TypeError("options or source")
+    if not answers or any(set(each) != set(get_args(Scoring)) for each in letters):
+        raise TypeError("answers")
+    return row
 
 
 def shared_items(first: list[ItemRow], second: list[ItemRow]) -> list[Pair]:

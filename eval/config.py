@@ -52,6 +52,8 @@ class EvalConfig:
     {"source": [{question, options, answer_idx, answer}, ...]}."""
     output: str
     """Folder for results.json, answers.jsonl, report.html and the journal."""
+    offline: bool = False
+    """Connect to nothing but the given servers: models and data must be on this machine."""
     model: str = ""
     """Hugging Face folder or hub id. The local and serve engines load its weights; the completions
     endpoint uses its chat template; otherwise, the name by which the server knows the model."""

@@ -13,6 +13,7 @@ import yaml
 from tqdm import tqdm
 
 from ..core.llm.journal import Journal
+from ..core.messages import printable
 from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from ..core.training.run import changed_settings
@@ -38,13 +39,13 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
         ValueError: the data, the model, the server or the output folder cannot be used,
             or the folder holds an evaluation with other settings.
     """
+    questions, malformed = _load(config)
     folder = prepare_output(config.output, resume="auto")
     if config.resume == "never" and (folder / "journal.jsonl").exists():
         raise ValueError(
             f"output {folder}: holds an evaluation already: choose another folder, "
             "or resume it with --resume auto"
         )
-    questions, malformed = _load(config)
     asked = list_questions_to_ask(
         questions, runs=config.runs, permutations=config.permutations, seed=config.seed
     )
@@ -60,10 +61,13 @@ def evaluate(config: EvalConfig, *, resolved: dict[str, Any]) -> Path:
         ) as bar,
     ):
         _check_settings(config, folder, journal, resolved)
-        check_weights(journal, config.model)
-        settings = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-        replace_file(folder / "config.yaml", settings)
-        answers = ask(config, asked, journal, _progress(bar))
+
+        def begin() -> None:
+            check_weights(journal, config.model)
+            settings = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+            replace_file(folder / "config.yaml", settings)
+
+        answers = ask(config, asked, journal, _progress(bar), begin)
     items = item_rows(questions, asked, answers, config.scoring)
     seconds = round(time.monotonic() - started, 1)
     results = summarise_evaluation(config, items, malformed, seconds=seconds)
@@ -97,12 +101,13 @@ def _check_settings(
 def _load(config: EvalConfig) -> tuple[list[Question], list[str]]:
     questions, malformed = load_questions(config.data, limit=config.limit)
     for line in malformed:
-        print(f"{'skipped' if config.skip_bad else 'malformed'}: {line}", file=sys.stderr)
+        kind = "skipped" if config.skip_bad else "malformed"
+        print(f"{kind}: {printable(line)}", file=sys.stderr)
     if malformed and not config.skip_bad:
         total = len(malformed) + len(questions)
         raise ValueError(
-            f"{config.data}: {len(malformed)} malformed of {total} items: "
-            "correct them, or leave them out with --skip_bad true"
+            f"{config.data}: {len(malformed)} malformed of {total} items, the first: "
+            f"{malformed[0]}: correct them, or leave them out with --skip_bad true"
         )
     return questions, malformed
 
@@ -118,8 +123,7 @@ def _progress(bar: tqdm[Any]) -> OnAnswer:
         question = asked.question
         num_right += extract_choice(answer.text, question.options) == question.gold
         if answer.error:
-            where = f"{question.file}: {question.source} item {question.index}"
-            tqdm.write(f"failed: {where}: {answer.error}", file=sys.stderr)
+            tqdm.write(f"failed: {printable(f'{question.where}: {answer.error}')}", file=sys.stderr)
         bar.set_postfix(accuracy=f"{num_right / (bar.n + 1):.3f}", refresh=False)
         bar.update()
 

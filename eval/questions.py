@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections import Counter
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.text.data import load_rows
+from ..core.text.data import load_json, load_rows
 
 MIN_OPTIONS = 2
 MAX_OPTIONS = 14
@@ -32,6 +31,11 @@ class Question:
     index: int
     """Position of the item in its source's list, from 0."""
     file: str
+
+    @property
+    def where(self) -> str:
+        """Name of the item in messages."""
+        return f"{self.file}: {self.source} item {self.index}"
 
 
 def load_questions(
@@ -103,12 +107,9 @@ def _items(sources: str, limit: int | None) -> Iterator[tuple[str, str, int, int
 
 def _read(file: str) -> dict[str, list[Any]]:
     path = Path(file).expanduser()
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json" or path.is_dir() or not path.exists():
         return {path.stem: list(load_rows(file, purpose="test"))}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"data {file}: not valid JSON: {error}") from None
+    content = load_json(path)
     if isinstance(content, list):
         return {path.stem: content}
     if not isinstance(content, dict) or not all(isinstance(x, list) for x in content.values()):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
+from ..core.messages import mask_credentials
 from ..core.report.statistics import wilson_interval
 from ..core.text.chat import parse_response
 from .answering import Answer, AskedQuestion
@@ -280,6 +281,7 @@ def summarise_evaluation(
     """
     settings = {name: getattr(config, name) for name in REPORTED_SETTINGS}
     settings |= {"model": config.client.model, "top_p": config.nucleus}
+    settings = mask_credentials(settings)
     failures = [
         Failure(
             source=item.source,

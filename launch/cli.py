@@ -8,14 +8,20 @@ import errno
 import io
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ..core.files import is_main_process, removing_traces
+from ..core.messages import mask_credentials, printable
 from ..core.training import stopping
 from . import interruption
 from .commands import COMMANDS, Command, import_name
 from .help import command_help, usage
+from .offline import check_servers, go_offline_if_asked
+from .option_check import check_names, check_texts, read_config_files
 from .option_groups import options
 
 # keeps child processes started in the repository from importing its kernels/ instead of the
@@ -33,6 +39,10 @@ USER_ERRNOS = (
     errno.EACCES,
     errno.EROFS,
     errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EPERM,
 )
 """Operating-system errors that the user can remedy; others are bugs and show their traceback."""
 
@@ -46,12 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments; None: those of the process.
     """
+    sys.excepthook = show_crash
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if arguments else 2)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # `serve start` is one command
     name = " ".join(arguments[:words])
+    if name not in COMMANDS and arguments[1:2] in (["-h"], ["--help"]) and usage(name):
+        print(usage(name))  # of commands of two words, such as `serve`
+        sys.exit(0)
     if name not in COMMANDS:
         fail(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -79,10 +93,19 @@ def run(name: str, arguments: list[str]) -> None:
         sys.exit(0)
     command = COMMANDS[name]
     named = name_positional(command, arguments)
+    files = read_config_files(named)
+    go_offline_if_asked(named, files)
+    config_class = import_name(command.config)
+    check_names(name, config_class, named, files)
     config = None
-    with stopping.handled() if name in interruption.TRAINING else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if name in interruption.TRAINING:
+            stack.enter_context(stopping.handled())
         try:
-            config, resolved = parse(import_name(command.config), named, program=f"verippo {name}")
+            config, resolved = parse(config_class, named, program=f"verippo {name}")
+            check_servers(config)
+            if "output" in resolved and is_main_process():
+                stack.enter_context(removing_traces(Path(config.output).expanduser()))
             import_name(command.run)(config, resolved=resolved)
         except KeyboardInterrupt as error:
             sys.exit(interruption.end(error, name, arguments, config))
@@ -107,25 +130,39 @@ def parse(config_class: type, arguments: list[str], *, program: str) -> tuple[An
         program: Name of the command, for messages.
 
     Returns:
-        The configuration, and the same as plain values.
+        The configuration, and the same as plain values without the credentials in its URLs.
 
     Raises:
         ValueError: A key is unknown, a value has the wrong type, or the class refuses it.
     """
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=program, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(config_class, None, fail_untyped=False)
     try:
-        namespace = parser.parse_args(complete_switches(config_class, arguments))
+        with masked_output():
+            namespace = parser.parse_args(complete_switches(config_class, arguments))
         plain = namespace.clone()
         plain.pop("config", None)
         refuse_nulls(config_class, plain)
         config = config_class(**vars(parser.instantiate(plain)))
     except jsonargparse.ArgumentError as error:
-        raise ValueError(one_line(error)) from None
-    return config, dataclasses.asdict(config)
+        raise ValueError(str(error)) from None
+    resolved = dataclasses.asdict(config)
+    check_texts(resolved)
+    return config, mask_credentials(resolved)
+
+
+@contextlib.contextmanager
+def masked_output() -> Iterator[None]:
+    """Removes credentials from what the body prints, which is what --print_config shows."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        print(mask_credentials(printed.getvalue()), end="")
 
 
 def refuse_nulls(config_class: type, values: Any, prefix: str = "") -> None:
@@ -150,15 +187,16 @@ def complete_switches(config_class: type, arguments: list[str]) -> list[str]:
     return completed
 
 
-def one_line(error: Exception | str) -> str:
-    """A message on one line."""
-    return " ".join(str(error).split())
-
-
 def fail(message: str) -> None:
-    """Prints a message to stderr and exits with status 2."""
-    print(f"verippo: {one_line(message)}", file=sys.stderr, flush=True)
+    """Prints a message to stderr, on one line, and exits with status 2."""
+    print(f"verippo: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def show_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints a traceback without the credentials in its URLs."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(mask_credentials(text), end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

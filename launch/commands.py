@@ -109,13 +109,13 @@ verippo serve start --model runs/sft/model --num 2 --tp 2 --gpus 4,5,6,7
     ),
     "serve status": Command(
         "lists the started servers",
-        "verippo.launch.serve:ServedConfig",
+        "verippo.launch.serve:StatusConfig",
         "verippo.launch.serve:status",
         "verippo serve status",
     ),
     "serve stop": Command(
         "stops the started servers and their child processes",
-        "verippo.launch.serve:ServedConfig",
+        "verippo.launch.serve:StopConfig",
         "verippo.launch.serve:stop",
         """
 verippo serve stop

@@ -30,10 +30,12 @@ usage: verippo {name} [--config FILE.yaml] [--OPTION VALUE ...]
 A YAML file may hold any of these options; --print_config prints them all as YAML."""
 
 
-def usage() -> str:
-    """Lists the commands."""
-    lines = [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
-    return USAGE.format(commands="\n".join(lines))
+def usage(group: str = "") -> str:
+    """Lists the commands, or those whose first word is `group`; empty if there are none."""
+    start = f"{group} " if group else ""
+    chosen = {name: each for name, each in COMMANDS.items() if name.startswith(start)}
+    lines = [f"  {name:<14}{command.summary}" for name, command in chosen.items()]
+    return USAGE.format(commands="\n".join(lines)) if lines else ""
 
 
 def command_help(name: str) -> str:

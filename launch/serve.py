@@ -62,15 +62,14 @@ class ServeConfig(ServerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedConfig:
-    """Lists or stops the servers that `verippo serve start` started."""
+class StatusConfig:
+    """Lists the servers that `verippo serve start` started: a line for each, with its address,
+    whether it answers, its process, model and log."""
 
     port: int | None = None
     """Port of one server; default: all servers."""
     state: str = STATE
     """Folder of the servers' records and logs, as given to start."""
-    stop_timeout_seconds: NonNegativeFloat = 60.0
-    """Seconds to let running requests finish before the processes are killed."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -90,6 +89,15 @@ class ServedConfig:
                 f"({self.state})"
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig(StatusConfig):
+    """Stops the servers that `verippo serve start` started on this machine, once their running
+    requests are done."""
+
+    stop_timeout_seconds: NonNegativeFloat = 60.0
+    """Seconds to let running requests finish before the processes are killed."""
 
 
 def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
@@ -118,13 +126,13 @@ def start(config: ServeConfig, *, resolved: dict[str, Any]) -> None:
                 stop_server(server, timeout_seconds=config.stop_timeout_seconds)
 
 
-def status(config: ServedConfig, *, resolved: dict[str, Any]) -> None:
+def status(config: StatusConfig, *, resolved: dict[str, Any]) -> None:
     """Runs the command `serve status`, which prints a line for each server."""
     for server, state in config.chosen():
         print(_line(server, state))
 
 
-def stop(config: ServedConfig, *, resolved: dict[str, Any]) -> None:
+def stop(config: StopConfig, *, resolved: dict[str, Any]) -> None:
     """Runs the command `serve stop`; servers on other nodes are not stopped."""
     for server, state in config.chosen():
         if state == "elsewhere":

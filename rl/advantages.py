@@ -15,7 +15,7 @@ from . import ppo
 from .config import PPOConfig
 from .corrections import adaptive_lambda, sampler_correction
 from .experience import MicroBatch, MiniBatch
-from .hooks import load_function
+from .hooks import describe, load_function
 from .policy_losses import SequenceLoss, TokenLoss
 from .rollout import Rollout
 
@@ -42,7 +42,8 @@ def advantage_function(config: PPOConfig) -> AdvantageFunction:
 def policy_loss_function(config: PPOConfig) -> PolicyLossFunction:
     """The policy loss that a configuration names."""
     if config.policy_loss_function:
-        loss = load_function(config.policy_loss_function, option="policy_loss_function")
+        function = load_function(config.policy_loss_function, option="policy_loss_function")
+        loss = partial(_checked_loss, function, config.policy_loss_function)
     else:
         losses = {"ppo": _ppo_loss, "gspo": _gspo_loss, "cispo": _cispo_loss}
         loss = partial(losses[config.policy_loss], config=config)
@@ -180,15 +181,42 @@ def _checked(
     rollouts: Sequence[Rollout],
 ) -> tuple[Tensor, Tensor]:
     """Calls a user's estimator and checks its result."""
+    name = f"advantage_function={name}"
     result = function(rewards, values, batch, rollouts)
     if not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(f"{name} returned {type(result).__name__}: must be (advantages, returns)")
+        raise ValueError(
+            f"{name} returned {describe(result)}: must be a tuple (advantages, returns)"
+        )
     for part, tensor in zip(("advantages", "returns"), result, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.shape != rewards.shape:
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: {part} are {shape}, must be [{len(rewards)}], one per token")
+        is_tensor = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        if not is_tensor or tensor.shape != rewards.shape:
+            raise ValueError(
+                f"{name} returned {describe(tensor)} as {part}: must be a Tensor of floats of "
+                f"shape [{len(rewards)}], one per token"
+            )
         if not bool(tensor[batch.response_mask].isfinite().all()):
             raise ValueError(f"{name}: {part} hold a value that is not finite")
+    return result
+
+
+def _checked_loss(
+    function: PolicyLossFunction, name: str, logprobs: Tensor, micro: MicroBatch
+) -> ppo.PolicyLoss:
+    """Calls a user's policy loss and checks its result."""
+    name = f"policy_loss_function={name}"
+    result = function(logprobs, micro)
+    if not isinstance(result, ppo.PolicyLoss):
+        raise ValueError(f"{name} returned {describe(result)}: must be a PolicyLoss")
+    for part, value in result._asdict().items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(
+                f"{name} returned {describe(value)} as {part}: must be a Tensor of one number"
+            )
+    if logprobs.requires_grad and not result.loss_sum.requires_grad:
+        raise ValueError(
+            f"{name} returned a loss_sum without gradient: compute it from the log-probs, "
+            "not from a copy"
+        )
     return result
 
 

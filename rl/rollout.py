@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..core.sampling.sampler import Prompt, Sampler, SamplingParams, draw_seed
+from ..core.sampling.sampler import Completion, Prompt, Sampler, SamplingParams, draw_seed
 from ..core.text.chat import parse_response, render_prompt
 from ..core.text.data import Problem
 from ..core.text.encoding import decode
+from .hooks import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +94,11 @@ def rollout(
         One rollout per prompt, in order.
 
     Raises:
-        ValueError: the sampler returned another number of completions.
+        ValueError: the sampler returned something else than one completion for each prompt.
     """
     requests = [Prompt(token_ids=prompt.token_ids, seed=prompt.seed) for prompt in prompts]
     completions = sampler.generate(requests, sampling)
-    if len(completions) != len(prompts):
-        raise ValueError(
-            f"the sampler returned {len(completions)} completions for {len(prompts)} prompts: "
-            "it must return one for each"
-        )
+    _check_completions(completions, num=len(prompts))
     return [
         Rollout(
             problem=prompt.problem,
@@ -113,6 +112,83 @@ def rollout(
         )
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def _check_completions(completions: Any, *, num: int) -> None:
+    """Refuses what a sampler must not return."""
+    expected = f"it must return a list of {num}, one Completion for each prompt"
+    if not isinstance(completions, (list, tuple)):
+        raise ValueError(f"the sampler's generate returned {describe(completions)}: {expected}")
+    for number, completion in enumerate(completions):
+        if not isinstance(completion, Completion):
+            raise ValueError(
+                f"the sampler's generate returned {describe(completion)} as completion {number}: "
+                f"{expected}"
+            )
+        _check_tokens(
+            completion.token_ids, completion.logprobs, name=f"the sampler's completion {number}"
+        )
+    if len(completions) != num:
+        raise ValueError(
+            f"the sampler returned {len(completions)} completions for {num} prompts: "
+            "it must return one for each"
+        )
+
+
+def checked_rollout(
+    function: RolloutFunction,
+    name: str,
+    sampler: Sampler,
+    prompts: Sequence[RolloutPrompt],
+    sampling: SamplingParams,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Rollout]:
+    """Calls a user's rollout function and checks its result.
+
+    Args:
+        function: the function.
+        name: what errors call it.
+        sampler, prompts, sampling, tokenizer: its arguments.
+
+    Raises:
+        ValueError: it does not return a list of one rollout for each prompt, with plain token ids,
+            log-probs and text.
+    """
+    rollouts: Any = function(sampler, prompts, sampling, tokenizer=tokenizer)
+    expected = f"it must return a list of {len(prompts)}, one Rollout for each prompt"
+    if not isinstance(rollouts, (list, tuple)):
+        raise ValueError(f"{name} returned {describe(rollouts)}: {expected}")
+    for number, one in enumerate(rollouts):
+        if not isinstance(one, Rollout):
+            raise ValueError(f"{name} returned {describe(one)} as rollout {number}: {expected}")
+        where = f"{name} returned rollout {number}, in which"
+        if not isinstance(one.problem, Problem) or not isinstance(one.text, str):
+            raise ValueError(f"{where} problem or text is of the wrong kind: use a Problem and str")
+        _check_tokens(one.prompt_ids, [], name=f"{where} the prompt")
+        _check_tokens(one.response_ids, one.sampler_logprobs, name=f"{where} the response")
+    if len(rollouts) != len(prompts):
+        raise ValueError(
+            f"{name} returned {len(rollouts)} rollouts for {len(prompts)} prompts: "
+            "it must return one for each"
+        )
+    return list(rollouts)
+
+
+def _check_tokens(ids: Any, logprobs: Any, *, name: str) -> None:
+    """Refuses an empty list of ids, ids that are no integers, and log-probs that are no numbers."""
+    for what, values, kind in (
+        ("token ids", ids, numbers.Integral),
+        ("log-probs", logprobs, numbers.Real),
+    ):
+        is_array = isinstance(values, np.ndarray) and values.ndim == 1
+        if not is_array and (not isinstance(values, Sequence) or isinstance(values, (str, bytes))):
+            raise ValueError(f"{name} has {describe(values)} as {what}: expected a list")
+        wrong = [value for value in values if not isinstance(value, kind)]
+        if wrong:
+            raise ValueError(f"{name} has {describe(wrong[0])} among its {what}")
+    if not len(ids):
+        raise ValueError(f"{name} has no token ids: expected at least one")
 
 
 def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int) -> None:
@@ -136,7 +212,7 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
                 f"rollout {number} has {len(ids)} response tokens and {len(logprobs)} sampler "
                 "log-probs: each token needs a finite one"
             )
-        if not all(0 <= token < vocabulary for token in ids):
+        if not all(0 <= token < vocabulary for token in (*rollout.prompt_ids, *ids)):
             raise ValueError(
                 f"rollout {number} has a token id outside the vocabulary of {vocabulary}"
             )
@@ -145,8 +221,18 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], *, system: str | None
 ) -> list[list[int]]:
-    """Token ids of every problem's prompt, by the tokenizer's chat template."""
-    return [render_prompt(tokenizer, problem.question, system=system) for problem in problems]
+    """Token ids of every problem's prompt, by the tokenizer's chat template.
+
+    Raises:
+        ValueError: the template refuses a question; the message names its row.
+    """
+    prompts = []
+    for problem in problems:
+        try:
+            prompts.append(render_prompt(tokenizer, problem.question, system=system))
+        except ValueError as error:
+            raise ValueError(f"row {problem.index}: {error}") from None
+    return prompts
 
 
 def rollout_prompts(

@@ -39,9 +39,16 @@ from .advantages import (
     policy_loss_function,
 )
 from .config import PPOConfig
-from .hooks import load_function
+from .hooks import check_sampler, load_function
 from .judge_verifier import share_of_limits
-from .rollout import RolloutFunction, RolloutPrompt, prompt_ids, rollout, rollout_prompts
+from .rollout import (
+    RolloutFunction,
+    RolloutPrompt,
+    checked_rollout,
+    prompt_ids,
+    rollout,
+    rollout_prompts,
+)
 from .verifier import (
     ClassifierVerifier,
     ExactMatchVerifier,
@@ -133,7 +140,9 @@ def set_up(config: PPOConfig) -> Components:
     reference = load_policy(reference_path, dtype=config.dtype)
     rollout_function: RolloutFunction = rollout
     if config.rollout_function:
-        rollout_function = load_function(config.rollout_function, option="rollout_function")
+        function = load_function(config.rollout_function, option="rollout_function")
+        name = f"rollout_function={config.rollout_function}"
+        rollout_function = functools.partial(checked_rollout, function, name)
     return Components(
         policy=TrainEngine(policy, config.engine),
         critic=critic,
@@ -244,7 +253,8 @@ def _verifier(config: PPOConfig) -> Verifier:
         return JudgeVerifier(limits, journal=journal, seed=config.seed, tiers=tiers)
     if options.kind == "function":
         assert options.function
-        return FunctionVerifier(load_function(options.function, option="verifier.function"))
+        function = load_function(options.function, option="verifier.function")
+        return FunctionVerifier(function, name=f"verifier.function={options.function}")
     assert options.model
     return ClassifierVerifier.load(
         options.model,
@@ -272,7 +282,7 @@ def _sampler(
     if config.sampler.kind == "factory":
         assert config.sampler.factory
         factory = load_function(config.sampler.factory, option="sampler.factory")
-        return factory(config.policy, stops)
+        return check_sampler(factory(config.policy, stops), name=config.sampler.factory)
     if config.sampler.kind == "sglang":
         return SglangSampler(
             config.sampler,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from ..core.training import dist
 from ..core.training.engine import EngineConfig, FrozenEngine
 from ..core.training.packing import microbatches, pack_token_rows
 from ..core.training.pretrained import load_classifier, load_tokenizer
+from .hooks import describe
 from .judge_verifier import JudgeVerifier as JudgeVerifier
 from .rollout import Rollout
 
@@ -75,8 +76,15 @@ class FunctionVerifier:
     num_cut = 0
     num_unjudged = 0
 
-    def __init__(self, function: Callable[[Sequence[Rollout]], Sequence[float]]) -> None:
+    def __init__(
+        self, function: Callable[[Sequence[Rollout]], Sequence[float]], *, name: str | None = None
+    ) -> None:
+        """Args:
+        function: maps rollouts to scores.
+        name: what errors call it; by default its own name.
+        """
         self.function = function
+        self.name = name or getattr(function, "__name__", "the verifier function")
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One score per rollout, in order.
@@ -84,12 +92,17 @@ class FunctionVerifier:
         Raises:
             ValueError: the function returned another number of scores, or no finite numbers.
         """
-        name = getattr(self.function, "__name__", "the verifier function")
+        name = self.name
         returned = self.function(rollouts)
+        expected = f"expected a list of {len(rollouts)} numbers, one for each rollout"
+        if isinstance(returned, (dict, set, str, bytes)):  # would be read as other numbers
+            raise ValueError(f"{name} returned {describe(returned)}: {expected}")
         try:
-            scores = [float(score) for score in returned]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must return a list of numbers: {error}") from None
+            scores = [_number(score) for score in returned]
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} returned {describe(returned)} ({error}): {expected}"
+            ) from None
         if len(scores) != len(rollouts):
             raise ValueError(
                 f"{name} returned {len(scores)} scores for {len(rollouts)} rollouts: "
@@ -101,6 +114,12 @@ class FunctionVerifier:
                     f"{name} returned {score} for rollout {number}: scores must be finite"
                 )
         return scores
+
+
+def _number(score: Any) -> float:
+    if isinstance(score, (str, bytes)):
+        raise TypeError(f"it holds {describe(score)}")
+    return float(score)
 
 
 class ClassifierVerifier:

@@ -17,6 +17,8 @@ class AskingConfig:
     """Input rows: comma-separated JSON, JSONL or Parquet files, datasets folders or hub ids."""
     output: str
     """Folder that receives the result, journal.jsonl and the report."""
+    offline: bool = False
+    """Connect to nothing but the given servers: models and data must be on this machine."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """Model that writes, judges and verifies."""
     language: Literal["en", "zh"] = "en"

@@ -141,8 +141,7 @@ async def _finish_one(
     llms: list[LLM],
     num_items: int,
 ) -> ItemResult:
-    entry = journal.get(key)
-    known = ItemResult.from_json(entry) if entry is not None else None
+    known = journal.get_as(key, ItemResult.from_json)
     if known and not (known.outcome == "failed" and config.retry_failed):
         return known
     # each --retry_failed allows as many further asks as the first turn had

@@ -91,7 +91,7 @@ ROOMS = {
     "report": set(),
 }
 # modules directly under core, which every sub-package may import
-SHARED = {"bounds", "files", "http_library"}
+SHARED = {"bounds", "files", "http_library", "messages"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

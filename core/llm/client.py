@@ -11,6 +11,7 @@ import openai
 from tqdm import tqdm
 
 from ..http_library import httpx
+from ..messages import mask_credentials
 from .budget import BudgetSpent, Usage
 from .config import LLMConfig
 from .journal import Journal, content_key
@@ -171,9 +172,9 @@ class LLM:
     ) -> Reply:
         """The reply from the journal, from an equal call in flight, or from the server."""
         if self.journal is not None:
-            if (known := self.journal.get(key)) is not None:
+            if (known := self.journal.get_as(key, Reply.from_json)) is not None:
                 self.usage.cached_calls += 1
-                return Reply(**known)
+                return known
             if not self.retry_failed and (reason := self.journal.error(key)) is not None:
                 self.usage.cached_calls += 1
                 self.usage.failures += 1
@@ -289,7 +290,7 @@ class LLM:
     def _line(self, reason: str) -> str:
         """The reason in one line, with the model and without the API key, which servers quote."""
         text = " ".join(reason.replace(self._client.api_key, "***").split())[:500]
-        return f"{self.config.model} at {self._client.base_url}: {text}"
+        return mask_credentials(f"{self.config.model} at {self._client.base_url}: {text}")
 
 
 def _message(error: openai.APIStatusError) -> str:

@@ -8,9 +8,13 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from ..files import check_regular
+
+Value = TypeVar("Value")
 
 
 def content_key(*parts: Any) -> str:
@@ -33,6 +37,16 @@ class _Span(NamedTuple):
     length: int
 
 
+def _key(line: bytes) -> str | None:
+    """The key of a complete entry; None for anything else."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    key = entry.get("key") if isinstance(entry, dict) else None
+    return key if isinstance(key, str) else None
+
+
 class Journal:
     """A JSONL file of entries {"key", "value"} or {"key", "error"}.
 
@@ -47,10 +61,13 @@ class Journal:
             path: the file.
 
         Raises:
-            ValueError: another process has it open, or a line before the last one is damaged.
+            ValueError: another process has it open, it is no regular file, or a line before the
+                last one is damaged.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            check_regular(path, name="journal")
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         # A thread that writes may outlive an interrupted event loop.
         self._lock = threading.Lock()
@@ -78,10 +95,7 @@ class Journal:
             for number, line in enumerate(lines, start=1):
                 span = _Span(offset, len(line))
                 offset += len(line)
-                try:
-                    key = json.loads(line)["key"] if line.endswith(b"\n") else None
-                except (ValueError, KeyError, TypeError):
-                    key = None
+                key = _key(line)
                 if key is None:
                     damaged_line = damaged_line or number
                     continue
@@ -101,6 +115,21 @@ class Journal:
     def get(self, key: str) -> Any | None:
         """The recorded value; None if there is none or the last entry is a failure."""
         return self._entry(key).get("value")
+
+    def get_as(self, key: str, convert: Callable[[Any], Value]) -> Value | None:
+        """The recorded value, converted; None if there is none or the last entry is a failure.
+
+        Raises:
+            ValueError: the value has another form than `convert` reads.
+        """
+        value = self.get(key)
+        try:
+            return None if value is None else convert(value)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"journal {self.path}: the entry of key {key} has another form ({error}): delete "
+                "the line; its item is then done again"
+            ) from None
 
     def error(self, key: str) -> str | None:
         """The reason of the failure, if that is the last entry."""

@@ -26,6 +26,18 @@ class Reply(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
 
+    @classmethod
+    def from_json(cls, entry: Any) -> Reply:
+        """The reply that the journal holds.
+
+        Raises:
+            TypeError: the entry has another form.
+        """
+        reply = cls(**entry)
+        if not (isinstance(reply.text, str) and isinstance(reply.finish_reason, str)):
+            raise TypeError("its text is no text")
+        return reply
+
 
 class UnreadableReply(httpx.TransportError):
     """An answer without usable text. A transport error, because openai retries those."""

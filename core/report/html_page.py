@@ -23,7 +23,10 @@ def number(x: object) -> float | None:
     Returns:
         The number; None for NaN, infinity and anything that is not a number.
     """
-    return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
+    try:
+        return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
+    except OverflowError:  # an integer beyond the floats
+        return None
 
 
 def format_number(x: object, percent: bool = False) -> str:

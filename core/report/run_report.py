@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..messages import printable
 from .html_page import format_number, number, write_page
 from .statistics import Interval, wilson_interval
 
@@ -115,7 +116,7 @@ def parse_object(text: str) -> Row | None:
     """
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -207,7 +208,7 @@ def choose_samples(samples: list[Row]) -> list[Row]:
 
 
 def try_report(folder: Path, *, title: str, classifier: bool = False) -> None:
-    """Writes the report at the end of a run, and prints an I/O error instead of raising it.
+    """Writes the report at the end of a run, and prints an error instead of raising it.
 
     Args:
         folder: Output folder of the run.
@@ -216,8 +217,9 @@ def try_report(folder: Path, *, title: str, classifier: bool = False) -> None:
     """
     try:
         write_report(folder, title=title, classifier=classifier)
-    except OSError as error:
-        print(f"verippo: the report was not written: {error}", file=sys.stderr)
+    except Exception as error:  # of a full disk, or of damaged files; the run itself is done
+        reason = f"{type(error).__name__}: {error}"
+        print(f"verippo: the report was not written: {printable(reason)}", file=sys.stderr)
 
 
 def write_report(

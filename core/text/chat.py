@@ -5,8 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from .encoding import encode, protect, split_at_special
 
 if TYPE_CHECKING:
@@ -106,12 +104,12 @@ def render_text(
     Raises:
         ValueError: the chat template refuses the conversation, or leaves out a part of it.
     """
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
     messages = [
         {key: part if key == "role" else protect(tokenizer, part) for key, part in message.items()}
         for message in messages
     ]
     try:
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
         text: Any = tokenizer.apply_chat_template(
             messages,
             chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
@@ -119,9 +117,8 @@ def render_text(
             add_generation_prompt=add_generation_prompt,
             date_codes=_DATE_CODES,
         )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        # such as a template without a system turn; or its own faults, which are of any kind
-        reason = " ".join(str(error).split())
+    except Exception as error:  # such as one without a system turn, or a fault of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"the chat template refuses the conversation: {reason}") from None
     _check_complete(text, messages)
     return text

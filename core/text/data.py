@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from ..files import check_regular, is_path, parse_json, read_file
 
 QUESTION_KEY = "Open-ended Verifiable Question"
 ANSWER_KEY = "Ground-True Answer"
@@ -62,23 +63,24 @@ def load_rows(sources: str, *, limit: int | None = None, purpose: Purpose = "tra
 def _load_source(source: str, purpose: Purpose) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_dir():
-        return _without_nulls(_load_folder(path, "", purpose))
+        return _explained(path, lambda: _load_folder(path, "", purpose))
     if not path.exists():
         folder, _, split = source.rpartition(":")
-        if folder and Path(folder).expanduser().is_dir():
-            return _without_nulls(_load_folder(Path(folder).expanduser(), split, purpose))
+        saved = Path(folder).expanduser()
+        if folder and saved.is_dir():
+            return _explained(saved, lambda: _load_folder(saved, split, purpose))
         name = source.partition(":")[0]
-        if Path(name).suffix or source.startswith((".", "/", "~")) or name.count("/") != 1:
+        if Path(name).suffix or is_path(name) or "/" not in name:
             raise ValueError(f"data {source}: no such file")
         return _without_nulls(_load_hub(source, purpose))
     if path.suffix == ".parquet":
-        return _without_nulls(_load_parquet(path))
+        return _explained(path, lambda: _load_parquet(path))
     if path.suffix == ".json":
         rows = _load_json(path)
     elif path.suffix == ".jsonl":
-        lines = path.read_bytes().split(b"\n")
+        lines = read_file(path, name="data").split(b"\n")
         rows = [
-            _parse(line, where=f"data {path}: line {number}")
+            parse_json(line, where=f"data {path}: line {number}")
             for number, line in enumerate(lines, start=1)
             if line.strip()
         ]
@@ -94,15 +96,19 @@ def _load_source(source: str, purpose: Purpose) -> list[Row]:
     return rows
 
 
-def _parse(data: bytes, *, where: str) -> Any:
+def _explained(path: Path, load: Callable[[], Iterable[Row]]) -> list[Row]:
+    """The rows of a table; whatever a damaged one raises becomes a ValueError with its path."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
+        return _without_nulls(load())
+    except Exception as error:  # pyarrow and datasets raise errors of a dozen types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if reason.startswith("data "):
+            raise
+        raise ValueError(f"data {path}: cannot be read: {reason}") from None
 
 
 def _load_json(path: Path) -> list[Any]:
-    content = _parse(path.read_bytes(), where=f"data {path}")
+    content = load_json(path)
     if isinstance(content, list):
         return content
     parts = content.values() if isinstance(content, dict) else []
@@ -112,10 +118,20 @@ def _load_json(path: Path) -> list[Any]:
     return [row for part in parts for row in part]
 
 
+def load_json(path: Path) -> Any:
+    """The content of a data file in JSON.
+
+    Raises:
+        ValueError: it is no regular file, or not valid JSON; the message names it.
+    """
+    return parse_json(read_file(path, name="data"), where=f"data {path}")
+
+
 def _load_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    check_regular(path, name="data")
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:

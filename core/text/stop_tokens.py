@@ -30,11 +30,18 @@ def server_stop_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     end: Any = tokenizer.eos_token_id
     try:
         configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
+    except OSError:  # there is none
         configured = None
+    except Exception as error:
+        raise ValueError(
+            f"model {path}: generation_config.json cannot be read: {type(error).__name__}: {error}"
+        ) from None
     if configured is None:
         return {end}
-    return {end, *(configured if isinstance(configured, list) else [configured])}
+    ids = configured if isinstance(configured, list) else [configured]
+    if not all(type(number) is int for number in ids):
+        raise ValueError(f"model {path}: generation_config.json: eos_token_id is {configured!r}")
+    return {end, *ids}
 
 
 def _template_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -102,8 +102,7 @@ def find_resume(folder: Path, resume: str, *, trust: bool = False) -> Path | Non
         return path
     checkpoints = folder / "checkpoints"
     whole = {path.parent.name: path.parent for path in checkpoints.glob("step-*/state.json")}
-    pointer = checkpoints / "latest"
-    pointed = whole.get(_pointed(pointer))
+    pointed = whole.get(_pointed(checkpoints / "latest"))
     return pointed or whole.get(max(whole, default=""))
 
 
@@ -243,11 +242,6 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def _pointed(pointer: Path) -> str:
-    """The name that a pointer holds; empty if there is none. It may be damaged."""
-    return pointer.read_text(errors="replace").strip() if pointer.exists() else ""
-
-
 def follow_umask(folder: Path) -> None:
     """Gives the files of a folder the permissions of any new file; safetensors makes its private.
 
@@ -269,9 +263,13 @@ def _point(pointer: Path, name: str) -> None:
     _sync(pointer.parent)
 
 
+def _pointed(pointer: Path) -> str:
+    """The name in a pointer's file; empty if it is missing. A damaged one names no checkpoint."""
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+
+
 def _prune(checkpoints: Path, total_limit: int) -> None:
-    pointers = [checkpoints / name for name in ("latest", "best")]
-    kept = set(map(_pointed, pointers))
+    kept = {_pointed(checkpoints / name) for name in ("latest", "best")}
     steps = sorted(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
     for path in steps[: max(0, len(steps) - total_limit)]:
         if path.name not in kept:

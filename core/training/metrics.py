@@ -15,6 +15,9 @@ from typing import Any
 
 import yaml
 
+from ..files import read_yaml
+from ..messages import mask_credentials
+
 LOGGERS = ("jsonl", "tensorboard", "wandb")
 FILES = ("metrics", "eval", "samples")
 
@@ -151,10 +154,9 @@ def start_log(
 
 def _settings(record: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(record.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # never written, or cut off by a kill
+        return read_yaml(record, name="settings")
+    except ValueError:  # never written, or cut off by a kill
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,9 +174,10 @@ def _drop_rows_after(file: Path, step: int) -> None:
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off by a kill; its step is repeated
-        if row.get("step", step) <= step:
+            keep = row.get("step", step) <= step
+        except (ValueError, RecursionError, AttributeError, TypeError):
+            continue  # cut off by a kill, or damaged otherwise; its step is repeated
+        if keep:
             kept.append(line + "\n")
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -223,7 +226,7 @@ def environment(world_size: int) -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        "command": mask_credentials(" ".join(sys.argv)),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu_cores": os.cpu_count(),

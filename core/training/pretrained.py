@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from ..files import is_path
 from .checkpoint import explain_full_disk, follow_umask
 from .model import ATTENTION, Classifier, Critic, Policy
 from .self_check import check_config, check_family
@@ -138,14 +139,23 @@ def _silence_dropout(hf: PreTrainedModel) -> None:
             module.p = 0.0
 
 
+def check_exists(path: str) -> None:
+    """Refuses a path that does not exist, instead of looking for it on the hub.
+
+    Raises:
+        ValueError: it does not exist, and is no hub id.
+    """
+    if is_path(path) and not Path(path).exists():
+        raise ValueError(f"model {path}: no such folder")
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model.
 
     Raises:
         ValueError: it cannot be loaded, or has no end-of-sequence token.
     """
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ValueError(f"model {path}: no such folder")
+    check_exists(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
@@ -186,6 +196,7 @@ def load_config(path: str) -> PretrainedConfig:
     Raises:
         ValueError: it cannot be loaded.
     """
+    check_exists(path)
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:

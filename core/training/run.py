@@ -49,6 +49,14 @@ class RunState:
     settings: dict[str, Any] = field(default_factory=dict)
     """Configuration at the checkpoint, as plain values."""
 
+    def __post_init__(self) -> None:
+        for name in ("step", "position", "tokens", "skipped_steps", "skipped_in_a_row"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"state.json: {name} is {value!r}: must be a count")
+        if not isinstance(self.settings, dict) or not isinstance(self.best, dict | None):
+            raise ValueError("state.json: settings or best is no object")
+
 
 def check_unchanged(
     fixed: Sequence[str],

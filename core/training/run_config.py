@@ -28,6 +28,8 @@ class RunConfig:
     """Training rows: comma-separated JSON, JSONL or Parquet files, datasets folders or hub ids."""
     output: str
     """Folder that receives everything the run writes."""
+    offline: bool = False
+    """Connect to nothing but the given servers: models and data must be on this machine."""
     limit: PositiveInt | None = None
     """Number of rows to read from the start of each source; null reads all."""
     seed: SeedInt = 0

@@ -14,7 +14,7 @@ import pytest
 
 from verippo.core.sampling.server import running, servers
 from verippo.launch import cli
-from verippo.launch.serve import ServeConfig, ServedConfig
+from verippo.launch.serve import ServeConfig, StatusConfig
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_listening_on_all_interfaces_without_a_key_gives_a_warning(serve):
 
 
 def test_a_command_needs_no_options():
-    assert cli.parse(ServedConfig, [], program="verippo serve status")[0] == ServedConfig()
+    assert cli.parse(StatusConfig, [], program="verippo serve status")[0] == StatusConfig()
 
 
 def test_a_port_without_a_server_is_named(serve):

@@ -107,9 +107,12 @@ def test_without_a_critic_values_are_zero_and_steps_do_nothing(step, tmp_path):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda r: r, "returned Tensor: must be"),
-        (lambda r: (r, r[1:]), r"returns are \(\d+,\), must be \[\d+\], one per token"),
-        (lambda r: ([0.0], r), "advantages are list"),
+        (lambda r: r, "returned a Tensor of shape .*: must be"),
+        (
+            lambda r: (r, r[1:]),
+            r"of shape \(\d+,\) .* as returns: must be .* \[\d+\], one per token",
+        ),
+        (lambda r: ([0.0], r), "returned list of 1 as advantages"),
         (lambda r: (r, r * float("nan")), "returns hold a value that is not finite"),
     ],
 )
