@@ -40,26 +40,42 @@ class Mention:
     """Whether the option's words follow its letter: "B. Aspirin", but not "A stroke"."""
     listed: bool = False
     """Whether the mention belongs to a list of options, none of which is singled out."""
+    sign: str = ""
+    """Tick or cross that follows on the line, before another option."""
+
+    @property
+    def letters(self) -> str:
+        """The letters of a list such as "A, B and C", or the only letter."""
+        return self.letter or "".join(re.findall(r"\b[A-Z]\b", self.text))
+
+    @cached_property
+    def excluded(self) -> bool:
+        """Whether the option is said to be wrong."""
+        clause = w.TURN.split(self.left)[-1]
+        return self.sign == "✗" or bool(
+            w.DENIED_LEFT.search(clause) or w.DENIED_RIGHT.match(self.right)
+        )
 
     @cached_property
     def denied(self) -> bool:
-        """Whether the sentence denies the option or is hypothetical."""
+        """Whether the option is said to be wrong, or the sentence is hypothetical."""
         clause = w.TURN.split(self.left)[-1]
-        return bool(
-            w.DENIED_LEFT.search(clause)
-            or w.DENIED_RIGHT.match(self.right)
-            or w.SUPPOSED.search(f"{clause} _ {self.right}")
-        )
+        return self.excluded or bool(w.SUPPOSED.search(f"{clause} _ {self.right}"))
 
-    @property
+    @cached_property
     def claimed(self) -> bool:
         """Whether the sentence states that the option is the answer."""
         if self.mark == "?" or self.denied:
             return False
-        if w.CLAIM_LEFT.search(self.left):
+        if self.sign or self.explicit:
             return True
         claim = w.CLAIM_RIGHT.match(self.right)
         return claim is not None and not w.DENIED_GAP.search(claim["gap"] or claim["cngap"] or "")
+
+    @cached_property
+    def explicit(self) -> bool:
+        """Whether the sentence announces the answer, as in "the answer is B"."""
+        return bool(w.CLAIM_LEFT.search(self.left))
 
     @property
     def concluded(self) -> bool:
@@ -102,7 +118,10 @@ def normalise(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).replace("İ", "I")
     while "\\" in text and (shorter := w.LATEX.sub(r"\1", text)) != text:
         text = shorter
-    return w.MARKUP.sub("", text).strip()
+    text = w.CERTAINTY.sub("", w.MARKUP.sub("", text).translate(w.SIGNS))
+    text = w.BOXES.sub(lambda box: "|✓" if box["yes"] else "|✗", text)
+    text = w.SIGN_FIRST.sub(lambda line: line[1] + w.SIGNED.sub(r"\2 \1", line[2]), text)
+    return w.EMOJI.sub("", text).strip()
 
 
 @lru_cache(maxsize=4096)
@@ -121,6 +140,10 @@ def option_texts(options: tuple[tuple[str, str], ...]) -> OptionTexts:
         words = " ".join(normalise(text).lower().split()).strip(" .。;,\"'“”")
         key = w.ARTICLE.sub("", words)
         texts[key] = None if key in texts else letter
+    for words, letter in list(texts.items()):
+        species = re.fullmatch(r"([a-z])[a-z]+ ([a-z]{4,})", words)
+        if species and species[2] not in texts:  # Escherichia coli is also called E. coli
+            texts.setdefault(f"{species[1]}. {species[2]}", letter)
     texts.pop("", None)
     return tuple(sorted(texts.items(), key=lambda pair: -len(pair[0])))
 
@@ -140,7 +163,7 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
     # a letter inside an option's own words, such as the B of "hepatitis B", is no label
     with_letters = (pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0]))
     names = find_texts(lower, tuple(with_letters))
-    words_of = {letter: words for words, letter in texts if letter}
+    words_of = {letter: words for words, letter in reversed(texts) if letter}
     mentions: list[Mention] = []
     end = 0
     for match in w.LABEL.finditer(text):
@@ -151,7 +174,31 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
         if mention is not None:
             mentions.append(mention)
             end = mention.end
-    return _mark_lists(text, mentions, options)
+    return _mark_lists(text, _add_signs(text, _without_small_lists(text, mentions)), options)
+
+
+def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
+    """Leaves out the small letters that number items: "a) oxygen, b) fluids"."""
+    small = {
+        label.start: label.letter
+        for label in labels
+        if not label.own_words and w.NUMBERING.match(text, label.start)
+    }
+    return [m for m in labels if m.start not in small] if {"A", "B"} <= {*small.values()} else labels
+
+
+def _add_signs(text: str, labels: list[Mention]) -> list[Mention]:
+    """Notes the tick or cross that follows each label on its line, before the next label."""
+    ends = [line_end(text, label.end) for label in labels]
+    starts = [*(label.start for label in labels[1:]), len(text)]
+    signs = [
+        re.findall("[✓✗]", text[label.end : min(end, start)])
+        for label, end, start in zip(labels, ends, starts, strict=False)
+    ]
+    return [
+        replace(label, sign=found[-1] if found else "")
+        for label, found in zip(labels, signs, strict=True)
+    ]
 
 
 def _read_label(

@@ -74,30 +74,74 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
         output: The model's whole output.
         options: Letter -> text of each option.
     """
-    text = normalise(final_response(output))
-    texts = option_texts(tuple(options.items()))
-    labels = find_labels(text, texts, options)
-    if claims := [label for label in labels if label.claimed]:
-        return _last(claims, "statement", options)
-    labels = [label for label in labels if label.letter is None or label.letter in options]
-    # a letter counts as the conclusion only where the sentence ends with it
-    final = [m for m in labels if m.mark != "?" and not m.right.strip(" .,)")]
-    if claims := [label for label in final if label.concluded]:
-        return _last(claims, "statement", options)
-    words = find_words(text, texts, labels)
-    if claims := _claimed_words(words):
-        return _last(claims, "statement", options)
-    if alone := _label_alone(text, labels):
-        return _last([alone], "letter", options)
-    if found := _words_alone(text, words):
-        return _last(found, "text", options)
+    text = normalise(final_response(output) or _conclusion(output))
+    run_on = w.RUN_ON.search(text, 1)
+    # what follows is read only if the response names no option before
+    for part in (text[: run_on.start()], text) if run_on else (text,):
+        if found := _read(part, options):
+            return found
     return Extraction(None, "none")
 
 
-def _last(claims: list[Mention], rule: str, options: dict[str, str]) -> Extraction:
-    letter = claims[-1].letter
+def _conclusion(output: str) -> str:
+    """Last paragraph of a finished `## Thinking` that lacks the heading of the final response."""
+    *before, last = re.split(r"\n\s*\n", output.rpartition(THINKING)[2].strip())
+    return last if before and THINKING in output and _is_complete(normalise(last)) else ""
+
+
+def _read(text: str, options: dict[str, str]) -> Extraction | None:
+    """Reads a response; None when it names no option."""
+    texts = option_texts(tuple(options.items()))
+    labels = find_labels(text, texts, options)
+    words = find_words(text, texts, labels)
+    if not labels and not words:
+        return None
+    fields = [_read(value.strip("\"' "), options) for value in _fields(text)]
+    if readings := [field for field in fields if field]:
+        return _last([field.letter for field in readings], "statement")
+    named = [label for label in labels if label.letter is None or label.letter in options]
+    # a letter counts as the conclusion only where the sentence ends with it
+    final = [m for m in named if m.mark != "?" and not m.right.strip(" .,)")]
+    evidence: list[tuple[str, list[Mention]]] = [
+        ("statement", [label for label in labels if label.claimed]),
+        ("statement", [label for label in final if label.concluded]),
+        ("statement", _claimed_words(words)),
+    ]
+    excluded = {x: m.start for m in labels if m.excluded for x in m.letters}
+    for rule, claims in evidence:
+        claims = [m for m in claims if excluded.get(m.letter or "", -1) < m.start]
+        if claims:
+            return _decide(text, claims, options)
+    if alone := _label_alone(text, named):
+        return _last([alone.letter], "letter")
+    remaining = [letter for letter in options if letter not in excluded]
+    if len(remaining) == 1:
+        return Extraction(remaining[0], "elimination")
+    if found := _words_alone(text, words):
+        return _last([found[-1].letter], "text")
+    return Extraction(None, "none")
+
+
+def _fields(text: str) -> list[str]:
+    return [next(filter(None, match.group("json", "boxed", "tagged")), "") for match in w.FIELD.finditer(text)]
+
+
+def _last(letters: list[str | None], rule: str) -> Extraction:
+    return Extraction(letters[-1], rule, conflicting=len({*letters}) > 1)
+
+
+def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extraction:
+    """The last claim, unless it merely stands beside one of another option."""
+    chosen = claims[0]
+    undecided = False
+    for claim in claims[1:]:
+        if claim.explicit or w.CORRECTION.search(text[chosen.end : claim.start].lower()):
+            chosen, undecided = claim, False
+        elif not chosen.explicit:
+            undecided |= claim.letter != chosen.letter
     conflicting = len({claim.letter for claim in claims}) > 1
-    return Extraction(letter if letter in options else None, rule, conflicting)
+    letter = None if undecided or chosen.letter not in options else chosen.letter
+    return Extraction(letter, "statement", conflicting)
 
 
 def _claimed_words(words: list[Mention]) -> list[Mention]:

@@ -9,10 +9,42 @@ from __future__ import annotations
 import re
 
 MARKUP = re.compile(
-    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|\w+\|>"
+    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|(?!im_start)\w+\|>"
     r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
 """Emphasis, end tokens and LaTeX spacing, which are removed."""
+SIGNS = str.maketrans(
+    dict.fromkeys("✔✅☑√", "✓") | dict.fromkeys("✘✖❌❎☒☐", "✗") | {"🅰": "A", "🅱": "B"}
+)
+"""Ticks, crosses and boxed letters, each kind written in one way."""
+BOXES = re.compile(r"(?P<yes>\[[xX✓]\]|\|[ \t]*(?:correct|yes|right|true|best|most (?:likely|appropriate)"
+    r"|正确|对|是)\b[^|\n]*)|\[ \]|×(?=\s*$)|"
+    r"\|[ \t]*(?:no\b|not\b|incorrect|wrong|false|inappropriate|unlikely|不|错|否)[^|\n]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Boxes and cells of a table that say yes or no, which are read as a tick or a cross."""
+SIGN_FIRST = re.compile(r"(?m)^([\s•>|-]*)([✓✗].*)")
+"""Line whose ticks and crosses stand before the options."""
+SIGNED = re.compile(r"([✓✗])([^✓✗]+)")
+EMOJI = re.compile("[☀-✒✙-➿⬀-⯿\U0001f000-\U0001faff\ufe0f]")
+CERTAINTY = re.compile(
+    r"\b(?:there (?:is|can be|is really) |i have |it is )?(?:no|without(?: a| any)?|beyond(?: a| any| all)?"
+    r"|hardly any|little) (?:shadow of a )?(?:doubt|question about (?:it|that))(?: that| about (?:it|that))?\b[,:]?|(?:毫无疑问|无疑|毫无疑义)[,:]?",
+    re.IGNORECASE,
+)
+"""Assurance, which is removed so that it does not read as doubt."""
+RUN_ON = re.compile(
+    r"\n\W*(?:(?:next |new |another )?question(?: \d+)?|user|human|assistant|q|题目|问题|用户)(?: ?\d+)?\s*[:.\n]"
+    r"|<\|im_start\|>", re.IGNORECASE)
+"""Starts another question or turn, which the model made up."""
+FIELD = re.compile(
+    r"""["'](?:\w*answer\w*|(?:\w+_)?(?:choice|option|letter)|prediction|selected|答案)["']\s*:\s*"""
+    r"""(?P<json>"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^,}\n]*)"""
+    r"""|boxed\s*\{(?P<boxed>[^{}]*)\}|<(?P<tag>(?:final_?)?(?:answer|choice|option))>"""
+    r"""(?P<tagged>[^<]*)</(?P=tag)>""",
+    re.IGNORECASE,
+)
+"""Field of the response that holds the answer alone."""
 LATEX = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it))\s*\{([^{}]*)\}")
 
 LABEL = re.compile(
@@ -52,12 +84,14 @@ LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
 """Separates the labels of a list with one option a line, each perhaps with a comment."""
 LOWER_CASE = re.compile(
-    r"[b-z][.,:;)](?:\s|$)|a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n])|(?<=[:=>] )|(?<![\s\S])|"
-    r"(?<=is )(?!a))[a-z]\s*(?:$|\n)"
+    r"[b-hj-z](?=\s*(?:[.,:;!?)\]}\"'|✓✗—–\n]|$)|\s+(?:-|is|was|because|since|as|fits|seems|it)\b|\s-\s)|"
+    r"a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n一-鿿])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
 """A lower-case letter that stands for an option, rather than for an article or a cut word."""
+NUMBERING = re.compile(r"\(?[a-z][).]\s")
+"""Small letter that numbers an item of a list."""
 FOLLOWS = re.compile(
-    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/]|-\s|\.(?!\s?[a-z])|[一-鿿])|(?:\.?\s+(?:because|"
+    r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/✓✗]|-\s|\.(?!\s?[a-z])|[一-鿿])|(?:\.?\s+(?:because|"
     r"since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|"
     r"instead|not|over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|"
     r"correspond\w*|therefore|option|choice|makes?|fits?|seems|(?!cells|vitamins|waves|lymphocytes|"
@@ -126,7 +160,7 @@ CLAIM_RIGHT = re.compile(
     r"[\s.):,-]*(?P<gap>[^.!?\n]{0,80}?)(?:\b(?:is|are|was|(?:would|must|should|has to) be|seems|"
     r"appears|remains|being|as)\b|[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|"
     r"likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
-    rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}|[^\w\n]*[✓✔✅]"
+    rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}"
     r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
     r"more) (?:likely|probable|plausible)\b|it is\b)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|"
@@ -195,5 +229,11 @@ TURN = re.compile(
 )
 """Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
+CORRECTION = re.compile(
+    r"\b(?:wait|actually|no|sorry|oops|correct(?:ion| myself)|scratch that|second thoughts?|reflection|"
+    r"however|but|yet|instead|rather|mean|meant|revis\w+|reconsider\w*|again|changes? my mind|"
+    r"so|therefore|thus|hence)\b|更正|不对|等等|但|改|再|所以|因此|故"
+)
+"""Stands between two claims of which the second one counts."""
 COMMON_WORDS = re.compile("yes|no|maybe|none|all|both|true|false|n/a|never|always|是|否")
 """Options that occur as words in any text; they count only where STANDS_APART follows."""
