@@ -75,7 +75,7 @@ class Mention:
     @cached_property
     def explicit(self) -> bool:
         """Whether the sentence announces the answer, as in "the answer is B"."""
-        return bool(w.CLAIM_LEFT.search(self.left))
+        return bool(w.CLAIM_LEFT.search(self.left) or w.EXPLICIT_RIGHT.match(self.right))
 
     @property
     def concluded(self) -> bool:
@@ -90,8 +90,12 @@ class Mention:
     @property
     def singled_out(self) -> bool:
         """Whether the option stands alone, or its sentence recommends it."""
-        endorsed = w.ENDORSEMENT.search(self.left + self.right)
-        return bool(w.SETS_OFF.match(self.right) or endorsed)
+        return bool(w.SETS_OFF.match(self.right)) or self.endorsed
+
+    @property
+    def endorsed(self) -> bool:
+        """Whether the sentence recommends the option."""
+        return bool(w.ENDORSEMENT.search(self.left + self.right))
 
     @property
     def common(self) -> bool:
@@ -196,8 +200,12 @@ def _add_signs(text: str, labels: list[Mention]) -> list[Mention]:
         for label, end, start in zip(labels, ends, starts, strict=False)
     ]
     return [
-        replace(label, sign=found[-1] if found else "")
-        for label, found in zip(labels, signs, strict=True)
+        replace(
+            label,
+            sign=found[-1] if found else "",
+            right=label.right[: max(0, start - label.end)],
+        )
+        for label, found, start in zip(labels, signs, starts, strict=False)
     ]
 
 

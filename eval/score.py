@@ -86,7 +86,10 @@ def extract(output: str, options: dict[str, str]) -> Extraction:
 def _conclusion(output: str) -> str:
     """Last paragraph of a finished `## Thinking` that lacks the heading of the final response."""
     *before, last = re.split(r"\n\s*\n", output.rpartition(THINKING)[2].strip())
-    return last if before and THINKING in output and _is_complete(normalise(last)) else ""
+    if THINKING not in output or not before:
+        return ""
+    headed = w.FINAL_HEADING.match(before[-1]) or w.FINAL_HEADING.match(last)
+    return last if headed or _is_complete(normalise(last)) else ""
 
 
 def _read(text: str, options: dict[str, str]) -> Extraction | None:
@@ -108,14 +111,16 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
         ("statement", _claimed_words(words)),
     ]
     excluded = {x: m.start for m in labels if m.excluded for x in m.letters}
-    for rule, claims in evidence:
+    standing = [m for m in named if excluded.get(m.letter or "", -1) < m.start]
+    for _, claims in evidence:
         claims = [m for m in claims if excluded.get(m.letter or "", -1) < m.start]
         if claims:
             return _decide(text, claims, options)
-    if alone := _label_alone(text, named):
+    if alone := _label_alone(text, standing):
         return _last([alone.letter], "letter")
     remaining = [letter for letter in options if letter not in excluded]
-    if len(remaining) == 1:
+    # a list with one option a line may have been cut before the last one
+    if len(remaining) == 1 and not (remaining[0] == [*options][-1] and "\n" in text):
         return Extraction(remaining[0], "elimination")
     if found := _words_alone(text, words):
         return _last([found[-1].letter], "text")
@@ -205,11 +210,13 @@ def _words_alone(text: str, words: list[Mention]) -> list[Mention]:
         for word in words
         if not (word.denied or word.common or word.unsure or w.EXAMPLE_LEFT.search(word.left))
     ]
-    if len({word.letter for word in supported}) != 1 or any(word.listed for word in supported):
-        return []
     stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
     # the response's first sentence ends at, and its last one begins at:
     first_end, last_start = (stops[0], stops[-1]) if stops else (len(text), 0)
+    if len({word.letter for word in supported}) > 1:
+        supported = [word for word in supported if word.start >= last_start and word.endorsed]
+    if len({word.letter for word in supported}) != 1 or any(word.listed for word in supported):
+        return []
     outer = any(word.start < first_end or word.start >= last_start for word in supported)
     singled_out = any(word.singled_out for word in supported)
     return supported if outer and singled_out and _is_complete(text) else []

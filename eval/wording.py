@@ -13,6 +13,7 @@ MARKUP = re.compile(
     r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
 """Emphasis, end tokens and LaTeX spacing, which are removed."""
+FINAL_HEADING = re.compile(r"\W*(?:final )?(?:answer|response|conclusion|答案)\b", re.IGNORECASE)
 SIGNS = str.maketrans(
     dict.fromkeys("✔✅☑√", "✓") | dict.fromkeys("✘✖❌❎☒☐", "✗") | {"🅰": "A", "🅱": "B"}
 )
@@ -71,7 +72,7 @@ MORE_LETTERS = re.compile(
     r"(?:(?:(?:\s*,)?\s*(?:and|or|to|through|&|和|或|与|及)|"
     r"\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|"
-    r"might|can)\b|[\"'\]}]|都|均|三|两))"
+    r"might|can|do|depending)\b|[\"'\]}]|都|均|三|两))"
 )
 """Further letters after the first of a list: "A and C"."""
 BETWEEN = re.compile(
@@ -133,17 +134,22 @@ CLAIM_LEFT = re.compile(
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
     rf"|(?<!not )\bonly{_FILLER}"
-    r"|\b(?:wait|actually|no|sorry|correction|scratch that)\b[\s,:.—-]*(?:it's|it is|i mean|"
+    r"|\b(?:wait|actually|no|sorry|correction|scratch that|second thoughts?|reflection|i meant?|make that|"
+    r"revised?)\b[\s,:.—-]*(?:it's|it is|i meant?|"
     r"make that|it must be)?\s*$"
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|"
     r":)[\s\"'“(\[【「]*$"
+    r"|(?:更正|改[为选]|(?<!不)应[该当]?[是为])\s*:?(?:应[该当]?[是为选])?[\s\"'“(\[【「]*$"
     r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
 """Precedes an option that is claimed to be the answer."""
+EXPLICIT_RIGHT = re.compile(
+    r"[^.!?\n]{0,60}?\b(?:is|as) (?:\w+ly |therefore )?(?:the|my|our) (?:\w+ ){0,2}(?:answer|exception|option|choice)\b"
+)
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
     r"corresponds? to|consistent with|fits?|supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|"
-    r"\w+ly|equals|called|known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
+    r"\w+ly|equals|by|called|known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
 """Precedes an option that the sentence arrives at, which is weaker than a claim."""
@@ -161,7 +167,7 @@ CLAIM_RIGHT = re.compile(
     r"appears|remains|being|as)\b|[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|"
     r"likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}"
-    r"|\s*(?:best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
+    r"|\s*(?:(?:fits|explains|matches) (?:best|better)\b|best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
     r"more) (?:likely|probable|plausible)\b|it is\b)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|"
     r"对(?=[,。;]|$))"
@@ -184,12 +190,11 @@ DENIED_LEFT = re.compile(
     r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
 )
 DENIED_RIGHT = re.compile(
-    r"[\s.):]*(?:\([^)]*\)\s*)?(?:(?:is|are|was|were|would be|can be|could be|should be|has been|"
-    r"seems)\s+(?:\w+ly\s+)?"
-    r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|less\b|ruled out|excluded|eliminated|"
-    r"inconsistent|contraindicated|a distractor|the least)|(?:is|are|was|would|does|can|"
-    r"could)n't\b|does not\b|cannot\b|can not\b|would not\b|ha(?:s|ve) no (?:role|place|effect|"
-    r"benefit)|or (?:maybe|perhaps) not)"
+    r"[\s.):]*(?:\([^)]*\)\s*)?(?:\b(?:(?:is|are|was|were|would|can|could|should|has|have|does|do|did)\s*(?:n't|not)\b"
+    r"|cannot\b|(?:(?:is|are|was|were|be|been|seems|looks|can|could|should|would|all|therefore|also|both)\s+){1,4}(?:\w+ly\s+)?"
+    r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous|less\b|ruled out|excluded|eliminated|out\b|"
+    r"inconsistent|contraindicated|a distractor|the least)|ha(?:s|ve) no (?:role|place|effect|"
+    r"benefit)|out\b)|or (?:maybe|perhaps) not)"
     r"|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选|鉴别)"
 )
 SUPPOSED = re.compile(
@@ -209,7 +214,7 @@ UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|"
     r"certain|possible|able|enough)|whether|need more|no (?:single|clear|correct|"
     r"definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|already|history|family|"
-    r"takes|taking|need to know)\b"
+    r"takes|taking|need to know|mother|father|sister|brother)\b"
     r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已"
 )
 EXAMPLE_LEFT = re.compile(
@@ -219,7 +224,8 @@ EXAMPLE_LEFT = re.compile(
 """Precedes an option that is mentioned only as an example or for contrast."""
 ENDORSEMENT = re.compile(
     r"\b(?:best|correct|usual|preferred|recommended|indicated|appropriate|first-line|choice|"
-    r"stands? out|fits|explains|should|needs?|needed|want|receives?|only)\b|由|属于|首选|考虑"
+    r"stands? out|fits|explains|should|needs?|needed|want|receives?|only|most common|likely|consistent with|"
+    r"treated with|i would|must)\b|由|属于|首选|考虑"
 )
 """Found in a sentence that recommends the only option in it."""
 TURN = re.compile(
