@@ -178,7 +178,7 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
         if mention is not None:
             mentions.append(mention)
             end = mention.end
-    return _mark_lists(text, _add_signs(text, _without_small_lists(text, mentions)), options)
+    return _mark_lists(text, _up_to_the_next(text, _without_small_lists(text, mentions)), options)
 
 
 def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
@@ -191,7 +191,7 @@ def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
     return [m for m in labels if m.start not in small] if {"A", "B"} <= {*small.values()} else labels
 
 
-def _add_signs(text: str, labels: list[Mention]) -> list[Mention]:
+def _up_to_the_next(text: str, labels: list[Mention]) -> list[Mention]:
     """Notes the tick or cross that follows each label on its line, before the next label."""
     ends = [line_end(text, label.end) for label in labels]
     starts = [*(label.start for label in labels[1:]), len(text)]
@@ -234,6 +234,9 @@ def _read_label(
             return None  # an article: the option's words are a mention of their own
         end = words_at[0] + len(words)
         return _mention(text, start, end, letter.upper(), own_words=True)
+    lead = lower[:start].rstrip()
+    if enclosed and words and lead.endswith(words):  # "aspirin (A)"
+        return _mention(text, len(lead) - len(words), end, letter.upper(), own_words=True)
     pronoun = letter == "I" and w.PRONOUN.match(text, end)
     if enclosed or (w.FOLLOWS.match(text, end) and not pronoun):
         return _mention(text, start, end, letter.upper())
@@ -279,7 +282,8 @@ def find_words(text: str, texts: OptionTexts, labels: list[Mention]) -> list[Men
         between = w.BETWEEN.fullmatch(text, word.end, following.start)
         if between and word.letter != following.letter:
             beside |= {word.start, following.start}
-    return [replace(word, listed=word.start in beside) for word in words]
+    words = [replace(word, listed=word.start in beside) for word in words]
+    return _up_to_the_next(text, words)
 
 
 def find_texts(lower: str, texts: OptionTexts) -> list[Span]:

@@ -39,7 +39,7 @@ RUN_ON = re.compile(
     r"|<\|im_start\|>", re.IGNORECASE)
 """Starts another question or turn, which the model made up."""
 FIELD = re.compile(
-    r"""["'](?:\w*answer\w*|(?:\w+_)?(?:choice|option|letter)|prediction|selected|答案)["']\s*:\s*"""
+    r"""["'](?:\w*answer\w*|(?:\w+_)?(?:choice|option|letter)|prediction|selected|答案|选项)["']\s*:\s*"""
     r"""(?P<json>"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^,}\n]*)"""
     r"""|boxed\s*\{(?P<boxed>[^{}]*)\}|<(?P<tag>(?:final_?)?(?:answer|choice|option))>"""
     r"""(?P<tagged>[^<]*)</(?P=tag)>""",
@@ -69,10 +69,10 @@ LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
 """Article that starts an option's words; not the A of "A and B"."""
 MORE_LETTERS = re.compile(
-    r"(?:(?:(?:\s*,)?\s*(?:and|or|to|through|&|和|或|与|及)|"
+    r"(?:(?:(?:\s*,)?\s*(?:and|or|nor|to|through|&|和|或|与|及)|"
     r"\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
     r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|"
-    r"might|can|do|depending)\b|[\"'\]}]|都|均|三|两))"
+    r"might|can|do|depending)\b|[\"'\]}]|项?(?:都|均|三|两|可|不|错)))"
 )
 """Further letters after the first of a list: "A and C"."""
 BETWEEN = re.compile(
@@ -85,7 +85,7 @@ LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
 """Separates the labels of a list with one option a line, each perhaps with a comment."""
 LOWER_CASE = re.compile(
-    r"[b-hj-z](?=\s*(?:[.,:;!?)\]}\"'|✓✗—–\n]|$)|\s+(?:-|is|was|because|since|as|fits|seems|it)\b|\s-\s)|"
+    r"[b-hj-z](?=\s*(?:[.,:;!?)\]}\"'|✓✗—–\n。、]|$)|\s+(?:-|but|not|or|is|was|because|since|as|fits|seems|it)\b|\s-\s)|"
     r"a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n一-鿿])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
 """A lower-case letter that stands for an option, rather than for an article or a cut word."""
@@ -94,9 +94,9 @@ NUMBERING = re.compile(r"\(?[a-z][).]\s")
 FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/✓✗]|-\s|\.(?!\s?[a-z])|[一-鿿])|(?:\.?\s+(?:because|"
     r"since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|"
-    r"instead|not|over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|"
-    r"correspond\w*|therefore|option|choice|makes?|fits?|seems|(?!cells|vitamins|waves|lymphocytes|"
-    r"fibers|strains)[a-z]+(?<![uias])s)\b)"
+    r"instead|not|out|over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|"
+    r"correspond\w*|therefore|option|choice|makes?|fits?|seems)|\s+(?!cells|vitamins|waves|lymphocytes|"
+    r"fibers|strains)[a-z]+(?<![uias])s)\b"
 )
 """Follows a letter that stands for an option; not as in "A patient", "C. difficile", "B-cell"."""
 PRONOUN = re.compile(
@@ -134,7 +134,7 @@ CLAIM_LEFT = re.compile(
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
     rf"|(?<!not )\bonly{_FILLER}"
-    r"|\b(?:wait|actually|no|sorry|correction|scratch that|second thoughts?|reflection|i meant?|make that|"
+    r"|\b(?:wait|actually|no|sorry|correction|scratch that|second thoughts?|reflection|i meant?|make that|makes it|edit|update|"
     r"revised?)\b[\s,:.—-]*(?:it's|it is|i meant?|"
     r"make that|it must be)?\s*$"
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|"
@@ -169,7 +169,7 @@ CLAIM_RIGHT = re.compile(
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}"
     r"|\s*(?:(?:fits|explains|matches) (?:best|better)\b|best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
     r"more) (?:likely|probable|plausible)\b|it is\b)"
-    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|"
+    r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|首选|"
     r"对(?=[,。;]|$))"
 )
 """Follows an option that is claimed to be the answer, unless DENIED_GAP is found in the gap."""
@@ -190,12 +190,12 @@ DENIED_LEFT = re.compile(
     r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
 )
 DENIED_RIGHT = re.compile(
-    r"[\s.):]*(?:\([^)]*\)\s*)?(?:\b(?:(?:is|are|was|were|would|can|could|should|has|have|does|do|did)\s*(?:n't|not)\b"
-    r"|cannot\b|(?:(?:is|are|was|were|be|been|seems|looks|can|could|should|would|all|therefore|also|both)\s+){1,4}(?:\w+ly\s+)?"
-    r"(?:not\b|incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous|less\b|ruled out|excluded|eliminated|out\b|"
-    r"inconsistent|contraindicated|a distractor|the least)|ha(?:s|ve) no (?:role|place|effect|"
-    r"benefit)|out\b)|or (?:maybe|perhaps) not)"
-    r"|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|支持)|错误|有误|排除|不选|鉴别)"
+    r"[\s.,):–—-]*(?:\([^)]*\)\s*)?\b(?:(?:(?:is|are|was|were|be|been|seems|looks|can|could|should|would|all|"
+    r"therefore|also|both)\s+){0,4}(?:\w+ly\s+)?(?:incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous"
+    r"|ruled out|excluded|eliminated|out\b|inconsistent|contraindicated|a distractor|the least)"
+    r"|(?:is|are|was|would be) less\b|(?:is|are|was|were|would|can|could|should|has|have|does|do|did)(?:n't| not)\b"
+    r"|cannot\b|ha(?:s|ve) no (?:role|place|effect|benefit)|or (?:maybe|perhaps) not)"
+    r"|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|宜|支持)|错误|有误|排除|不选|禁|鉴别)"
 )
 SUPPOSED = re.compile(
     r"\b(?:if|had|were|unless|suppose|assuming|without)\b.*\b(?:would|could|might)\b"
@@ -204,10 +204,12 @@ SUPPOSED = re.compile(
     r"could|often|commonly)\b"
     r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|"
     r"believe)\b"
-    r"|\bcommon (?:error|pitfall|misconception)|\bmistake|\btempt|\btrap\b|\bat first\b|"
+    r"|\bcommon (?:error|pitfall|misconception|mistake)|\bby mistake|\btempt|\btrap\b|\bat first\b|"
     r"\binitially\b"
     r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|^\W*if\b[^,]*_|\bwith the letter of\b"
-    r"|如果|假如|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
+    r"|^\W*(?:if|when|in case) (?!i\b|we\b|you had|forced|pressed)[^,]*,.*_"
+    r"|_[\s.,):]*(?:is|as|was) (?:the |a )?[\w -]{0,30}?\b(?:if|when|unless|only)\b"
+    r"|如果|假如|否则|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
 )
 """Found in a sentence that is hypothetical or reports what others think."""
 UNSURE = re.compile(
