@@ -78,6 +78,18 @@ class Mention:
         return bool(w.CLAIM_LEFT.search(self.left) or w.EXPLICIT_RIGHT.match(self.right))
 
     @property
+    def ends_sentence(self) -> bool:
+        """Whether nothing follows in the sentence, which is no question."""
+        return self.mark != "?" and not self.right.strip(" .,)")
+
+    @property
+    def meant(self) -> bool:
+        """Whether the words stand for their option alone."""
+        return bool(self.letter) and not self.listed and (
+            not self.common or bool(w.STANDS_APART.match(self.right))
+        )
+
+    @property
     def concluded(self) -> bool:
         """Whether the sentence arrives at the option, which is weaker than a claim."""
         return bool(w.WEAK_LEFT.search(self.left)) and not self.denied
@@ -101,6 +113,8 @@ class Mention:
     def common(self) -> bool:
         """Whether the words are so short or common that they occur in any text."""
         least = 2 if self.text > "一" else 4
+        if self.own_words or w.LABEL.fullmatch(self.text):
+            return False
         short = len(self.text) < least and not re.search(".[A-Z]", self.text)
         return short or bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
 

@@ -99,40 +99,35 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
     words = find_words(text, texts, labels)
     if not labels and not words:
         return None
-    fields = [_read(value.strip("\"' "), options) for value in _fields(text)]
-    if readings := [field for field in fields if field]:
-        return _last([field.letter for field in readings], "statement")
+    fields = [_read(match[match.lastgroup].strip("\"' "), options) for match in w.FIELD.finditer(text)]
+    if readings := [field.letter for field in fields if field]:
+        return Extraction(readings[-1], "statement", len({*readings}) > 1)
+
+    excluded = {x: m.start for m in [*labels, *words] if m.excluded for x in m.letters}
+    labels, words = (
+        [m for m in mentions if excluded.get(m.letter or "", -1) < m.start]
+        for mentions in (labels, words)
+    )
     named = [label for label in labels if label.letter is None or label.letter in options]
-    # a letter counts as the conclusion only where the sentence ends with it
-    final = [m for m in named if m.mark != "?" and not m.right.strip(" .,)")]
-    evidence: list[tuple[str, list[Mention]]] = [
-        ("statement", [label for label in labels if label.claimed]),
-        ("statement", [label for label in final if label.concluded]),
-        ("statement", _claimed_words(words)),
-    ]
-    excluded = {x: m.start for m in labels if m.excluded for x in m.letters}
-    standing = [m for m in named if excluded.get(m.letter or "", -1) < m.start]
-    for _, claims in evidence:
-        claims = [m for m in claims if excluded.get(m.letter or "", -1) < m.start]
+    for claims in (
+        [label for label in labels if label.claimed],
+        [label for label in named if label.concluded and label.ends_sentence],
+        [word for word in words if word.claimed and word.meant],
+        [word for word in words if word.concluded and word.meant],
+    ):
         if claims:
             return _decide(text, claims, options)
-    if alone := _label_alone(text, standing):
-        return _last([alone.letter], "letter")
+    if alone := _label_alone(text, named):
+        return Extraction(alone.letter, "letter")
     remaining = [letter for letter in options if letter not in excluded]
     # a list with one option a line may have been cut before the last one
     if len(remaining) == 1 and not (remaining[0] == [*options][-1] and "\n" in text):
         return Extraction(remaining[0], "elimination")
-    if found := _words_alone(text, words):
-        return _last([found[-1].letter], "text")
+    if alone := _words_alone(text, words):
+        return Extraction(alone.letter, "text")
+    if found := _only_supported(text, sorted([*named, *words], key=lambda m: m.start)):
+        return Extraction(found.letter, "letter" if found in named else "text")
     return Extraction(None, "none")
-
-
-def _fields(text: str) -> list[str]:
-    return [next(filter(None, match.group("json", "boxed", "tagged")), "") for match in w.FIELD.finditer(text)]
-
-
-def _last(letters: list[str | None], rule: str) -> Extraction:
-    return Extraction(letters[-1], rule, conflicting=len({*letters}) > 1)
 
 
 def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extraction:
@@ -149,19 +144,8 @@ def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extrac
     return Extraction(letter, "statement", conflicting)
 
 
-def _claimed_words(words: list[Mention]) -> list[Mention]:
-    """The options' words that are claimed, or else those that a sentence arrives at."""
-    candidates = [
-        word
-        for word in words
-        if word.letter and not word.listed and (not word.common or w.STANDS_APART.match(word.right))
-    ]
-    claimed = [word for word in candidates if word.claimed]
-    return claimed or [word for word in candidates if word.concluded]
-
-
 def _label_alone(text: str, labels: list[Mention]) -> Mention | None:
-    """The label that is the whole response, begins or ends it, or is the only one supported."""
+    """The label that is the whole response, or begins or ends it."""
     heads = [label for label in labels if not label.listed and _begins_line(text, label)]
     letters = {label.letter for label in heads}
     for label in heads:
@@ -173,11 +157,44 @@ def _label_alone(text: str, labels: list[Mention]) -> Mention | None:
         if bare or (label.letter and set_off and letters == {label.letter}):
             return label
     supported = [m for m in labels if m.letter and not m.denied and not m.unsure]
-    if len({label.letter for label in supported}) != 1:
+    if len({label.letter for label in supported}) == 1:
+        label = supported[-1]
+        if not label.listed and not label.left and text[label.end :] in (".", "。"):
+            return label
+    return None
+
+
+def _words_alone(text: str, words: list[Mention]) -> Mention | None:
+    """The option's words that stand alone in the first or last line."""
+    for word in words:
+        before = text[line_start(text, word.start) : word.start].lower()
+        after = text[word.end : line_end(text, word.end)]
+        leads = word.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", after)
+        alone = leads or not after.strip(" .!\"'。")
+        in_place = _in_outer_line(text, word) and w.LEADS_IN.fullmatch(before)
+        if alone and in_place and not word.listed:
+            return word
+    return None
+
+
+def _only_supported(text: str, mentions: list[Mention]) -> Mention | None:
+    """The only option that the response, or else its last sentence, supports."""
+    supported = [
+        m
+        for m in mentions
+        if not (m.denied or m.common or m.unsure or w.EXAMPLE_LEFT.search(m.left))
+    ]
+    stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
+    # the response's first sentence ends at, and its last one begins at:
+    first_end, last_start = (stops[0], stops[-1]) if stops else (len(text), 0)
+    if len({m.letter for m in supported}) > 1:
+        concludes = w.CONCLUDES.search(text[last_start:].lower())
+        supported = [m for m in supported if concludes and m.start >= last_start and m.endorsed]
+    if len({m.letter for m in supported}) != 1 or any(m.listed for m in supported):
         return None
-    label = supported[-1]
-    is_last_word = not label.listed and not label.left and text[label.end :] in (".", "。")
-    return label if is_last_word or (_is_complete(text) and label.singled_out) else None
+    outer = any(m.start < first_end or m.start >= last_start for m in supported)
+    singled_out = any(m.singled_out for m in supported)
+    return supported[-1] if outer and singled_out and _is_complete(text) else None
 
 
 def _begins_line(text: str, label: Mention) -> bool:
@@ -193,33 +210,6 @@ def _in_outer_line(text: str, mention: Mention) -> bool:
 def _is_complete(text: str) -> bool:
     """Whether the output was not cut within its last sentence."""
     return text.endswith((".", "!", "。", ")", '"'))
-
-
-def _words_alone(text: str, words: list[Mention]) -> list[Mention]:
-    """The options' words that stand alone in the first or last line, or the only ones supported."""
-    for word in words:
-        before = text[line_start(text, word.start) : word.start].lower()
-        after = text[word.end : line_end(text, word.end)]
-        leads = word.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", after)
-        alone = leads or not after.strip(" .!\"'。")
-        in_place = _in_outer_line(text, word) and w.LEADS_IN.fullmatch(before)
-        if alone and in_place and not word.listed:
-            return [word]
-    supported = [
-        word
-        for word in words
-        if not (word.denied or word.common or word.unsure or w.EXAMPLE_LEFT.search(word.left))
-    ]
-    stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
-    # the response's first sentence ends at, and its last one begins at:
-    first_end, last_start = (stops[0], stops[-1]) if stops else (len(text), 0)
-    if len({word.letter for word in supported}) > 1:
-        supported = [word for word in supported if word.start >= last_start and word.endorsed]
-    if len({word.letter for word in supported}) != 1 or any(word.listed for word in supported):
-        return []
-    outer = any(word.start < first_end or word.start >= last_start for word in supported)
-    singled_out = any(word.singled_out for word in supported)
-    return supported if outer and singled_out and _is_complete(text) else []
 
 
 def extract_original(output: str, options: dict[str, str]) -> tuple[str | None, str | None] | None:

@@ -116,7 +116,7 @@ _FILLER = (
     r"(?:[\s\"'“”‘’(\[{<>=~:,|#–—-]|(?<![a-z])(?:the|an?|option|choice|letter|answer|most likely|"
     r"likely|probably|clearly|surely|definitely|certainly|therefore|thus|hence|so|indeed|simply|"
     r"then|best|correct|single|it's|it is|ans|i(?:'d)? (?:believe|think|say)|in fact|actually|"
-    r"again|ultimately|overall|still|that|in (?:conclusion|summary|short))(?![a-z]))*$"
+    r"to|again|ultimately|overall|still|that|in (?:conclusion|summary|short))(?![a-z]))*$"
 )
 LEADS_IN = re.compile(_FILLER)
 _IS = r"(?:\bis\b|\bare\b|\bbe\b|\bwas\b|'s\b|\bremains\b)"
@@ -140,14 +140,14 @@ CLAIM_LEFT = re.compile(
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|"
     r":)[\s\"'“(\[【「]*$"
     r"|(?:更正|改[为选]|(?<!不)应[该当]?[是为])\s*:?(?:应[该当]?[是为选])?[\s\"'“(\[【「]*$"
-    r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
+    r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定|用)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
 """Precedes an option that is claimed to be the answer."""
 EXPLICIT_RIGHT = re.compile(
     r"[^.!?\n]{0,60}?\b(?:is|as) (?:\w+ly |therefore )?(?:the|my|our) (?:\w+ ){0,2}(?:answer|exception|option|choice)\b"
 )
 WEAK_LEFT = re.compile(
-    r"(?:\b(?:so|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
+    r"(?:\b(?:so|but|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
     r"corresponds? to|consistent with|fits?|supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|"
     r"\w+ly|equals|by|called|known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
@@ -208,8 +208,8 @@ SUPPOSED = re.compile(
     r"\binitially\b"
     r"|\bfirst (?:thought|instinct|impression)|\bwhether\b|^\W*if\b[^,]*_|\bwith the letter of\b"
     r"|^\W*(?:if|when|in case) (?!i\b|we\b|you had|forced|pressed)[^,]*,.*_"
-    r"|_[\s.,):]*(?:is|as|was) (?:the |a )?[\w -]{0,30}?\b(?:if|when|unless|only)\b"
-    r"|如果|假如|否则|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|还是 _|_ 还是"
+    r"|_[\s.,):]*(?:is|as|was) (?:the |a )?[\w -]{0,30}?\b(?:if|when|unless|only (?:in|for|with|after|by))\b"
+    r"|如果|假如|否则|(?:无法|不能|难以|很难)(?:判断|确定|选择|说)[^,;]*_|\botherwise _|还是 _|_ 还是"
 )
 """Found in a sentence that is hypothetical or reports what others think."""
 UNSURE = re.compile(
@@ -217,7 +217,7 @@ UNSURE = re.compile(
     r"certain|possible|able|enough)|whether|need more|no (?:single|clear|correct|"
     r"definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|already|history|family|"
     r"takes|taking|need to know|mother|father|sister|brother)\b"
-    r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已"
+    r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已|服用|曾"
 )
 EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
@@ -225,9 +225,11 @@ EXAMPLE_LEFT = re.compile(
 )
 """Precedes an option that is mentioned only as an example or for contrast."""
 ENDORSEMENT = re.compile(
-    r"\b(?:best|correct|usual|preferred|recommended|indicated|appropriate|first-line|choice|"
-    r"stands? out|fits|explains|should|needs?|needed|want|receives?|only|most common|likely|consistent with|"
-    r"treated with|i would|must)\b|由|属于|首选|考虑"
+    r"\b(?:best|correct|usual|preferred|recommend\w*|prescribe|indicated|appropriate|reasonable|safe|first-line|"
+    r"choice|should|needs?|needed|want|receives?|must|only|can be used|(?:would|'d) (?:\w+ )?(?:give|use|choose|start|order)|treated with|"
+    r"stands? out|fits|explain(?:s|ed)|diagnosis|cause[sd]? (?:is|by|of)|culprit|consistent with|results? from|suggests?|"
+    r"supports?|points? to|likely|typical|characteristic|hallmark|signs? of|is having|suffers from|until proven otherwise|by far)\b"
+    r"|由|属于|首选|考虑|宜"
 )
 """Found in a sentence that recommends the only option in it."""
 TURN = re.compile(
@@ -243,5 +245,10 @@ CORRECTION = re.compile(
     r"so|therefore|thus|hence)\b|更正|不对|等等|但|改|再|所以|因此|故"
 )
 """Stands between two claims of which the second one counts."""
+CONCLUDES = re.compile(
+    r"\b(?:therefore|hence|thus|so|i would|in (?:summary|conclusion|short)|overall|all in all|taken together|"
+    r"altogether)\b|所以|因此|综上|故"
+)
+"""Found in a sentence that draws the conclusion from the ones before."""
 COMMON_WORDS = re.compile("yes|no|maybe|none|all|both|true|false|n/a|never|always|是|否")
 """Options that occur as words in any text; they count only where STANDS_APART follows."""
