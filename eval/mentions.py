@@ -46,7 +46,7 @@ class Mention:
     @property
     def letters(self) -> str:
         """The letters of a list such as "A, B and C", or the only letter."""
-        return self.letter or "".join(re.findall(r"\b[A-Z]\b", self.text))
+        return self.letter or "".join(re.findall("(?<![A-Za-z])[A-Z](?![A-Za-z])", self.text))
 
     @cached_property
     def excluded(self) -> bool:
@@ -78,6 +78,11 @@ class Mention:
         return bool(w.CLAIM_LEFT.search(self.left) or w.EXPLICIT_RIGHT.match(self.right))
 
     @property
+    def is_last_word(self) -> bool:
+        """Whether the letter is a sentence of its own."""
+        return not self.left and not self.right and not self.listed and not self.denied
+
+    @property
     def ends_sentence(self) -> bool:
         """Whether nothing follows in the sentence, which is no question."""
         return self.mark != "?" and not self.right.strip(" .,)")
@@ -85,8 +90,10 @@ class Mention:
     @property
     def meant(self) -> bool:
         """Whether the words stand for their option alone."""
-        return bool(self.letter) and not self.listed and (
-            not self.common or bool(w.STANDS_APART.match(self.right))
+        return (
+            bool(self.letter)
+            and not self.listed
+            and (not self.common or bool(w.STANDS_APART.match(self.right)))
         )
 
     @property
@@ -192,7 +199,19 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
         if mention is not None:
             mentions.append(mention)
             end = mention.end
-    return _mark_lists(text, _up_to_the_next(text, _without_small_lists(text, mentions)), options)
+    labels = _share_denials(text, _up_to_the_next(text, _without_small_lists(text, mentions)))
+    return _mark_lists(text, labels, options)
+
+
+def _share_denials(text: str, labels: list[Mention]) -> list[Mention]:
+    """Extends a denial to the rest of its list: "not B (too young), C (no fever) or D"."""
+    for n, following in enumerate(labels[1:]):
+        label = labels[n]
+        if w.DENIED_LEFT.search(label.left) and w.IN_LIST.fullmatch(
+            text, label.end, following.start
+        ):
+            labels[n + 1] = replace(following, left=label.left)
+    return labels
 
 
 def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
@@ -202,7 +221,9 @@ def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
         for label in labels
         if not label.own_words and w.NUMBERING.match(text, label.start)
     }
-    return [m for m in labels if m.start not in small] if {"A", "B"} <= {*small.values()} else labels
+    return (
+        [m for m in labels if m.start not in small] if {"A", "B"} <= {*small.values()} else labels
+    )
 
 
 def _up_to_the_next(text: str, labels: list[Mention]) -> list[Mention]:
@@ -252,7 +273,7 @@ def _read_label(
     if enclosed and words and lead.endswith(words):  # "aspirin (A)"
         return _mention(text, len(lead) - len(words), end, letter.upper(), own_words=True)
     pronoun = letter == "I" and w.PRONOUN.match(text, end)
-    if enclosed or (w.FOLLOWS.match(text, end) and not pronoun):
+    if enclosed or match["close"] == ")" or (w.FOLLOWS.match(text, end) and not pronoun):
         return _mention(text, start, end, letter.upper())
     return None
 

@@ -99,7 +99,9 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
     words = find_words(text, texts, labels)
     if not labels and not words:
         return None
-    fields = [_read(match[match.lastgroup].strip("\"' "), options) for match in w.FIELD.finditer(text)]
+    fields = [
+        _read(match[match.lastgroup].strip("\"' "), options) for match in w.FIELD.finditer(text)
+    ]
     if readings := [field.letter for field in fields if field]:
         return Extraction(readings[-1], "statement", len({*readings}) > 1)
 
@@ -109,8 +111,11 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
         for mentions in (labels, words)
     )
     named = [label for label in labels if label.letter is None or label.letter in options]
+    claimed = [label for label in labels if label.claimed]
+    if claimed and labels[-1].is_last_word and text[labels[-1].end :] in (".", "。"):
+        claimed.append(labels[-1])
     for claims in (
-        [label for label in labels if label.claimed],
+        claimed,
         [label for label in named if label.concluded and label.ends_sentence],
         [word for word in words if word.claimed and word.meant],
         [word for word in words if word.concluded and word.meant],
@@ -135,7 +140,11 @@ def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extrac
     chosen = claims[0]
     undecided = False
     for claim in claims[1:]:
-        if claim.explicit or w.CORRECTION.search(text[chosen.end : claim.start].lower()):
+        if (
+            claim.explicit
+            or claim.is_last_word
+            or w.CORRECTION.search(text[chosen.end : claim.start].lower())
+        ):
             chosen, undecided = claim, False
         elif not chosen.explicit:
             undecided |= claim.letter != chosen.letter
@@ -182,7 +191,7 @@ def _only_supported(text: str, mentions: list[Mention]) -> Mention | None:
     supported = [
         m
         for m in mentions
-        if not (m.denied or m.common or m.unsure or w.EXAMPLE_LEFT.search(m.left))
+        if m.letter and not (m.denied or m.common or m.unsure or w.EXAMPLE_LEFT.search(m.left))
     ]
     stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
     # the response's first sentence ends at, and its last one begins at:

@@ -13,14 +13,17 @@ MARKUP = re.compile(
     r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
 """Emphasis, end tokens and LaTeX spacing, which are removed."""
-FINAL_HEADING = re.compile(r"\W*(?:final )?(?:answer|response|conclusion|答案)\b", re.IGNORECASE)
+FINAL_HEADING = re.compile(
+    r"\W*(?:final |最[终后])?(?:answer|response|conclusion|答案)\b", re.IGNORECASE
+)
 SIGNS = str.maketrans(
-    dict.fromkeys("✔✅☑√", "✓") | dict.fromkeys("✘✖❌❎☒☐", "✗") | {"🅰": "A", "🅱": "B"}
+    dict.fromkeys("✔✅☑√👍", "✓") | dict.fromkeys("✘✖❌❎☒☐👎", "✗") | {"🅰": "A", "🅱": "B"}
 )
 """Ticks, crosses and boxed letters, each kind written in one way."""
-BOXES = re.compile(r"(?P<yes>\[[xX✓]\]|\|[ \t]*(?:correct|yes|right|true|best|most (?:likely|appropriate)"
+BOXES = re.compile(
+    r"(?P<yes>\[[xX✓]\]|\|[ \t]*(?:correct|yes|right|true|best|accepted|chosen|most (?:likely|appropriate)"
     r"|正确|对|是)\b[^|\n]*)|\[ \]|×(?=\s*$)|"
-    r"\|[ \t]*(?:no\b|not\b|incorrect|wrong|false|inappropriate|unlikely|不|错|否)[^|\n]*",
+    r"\|[ \t]*(?:no\b|not\b|incorrect|wrong|false|inappropriate|unlikely|excluded|ruled out|rejected|不|错|否)[^|\n]*",
     re.IGNORECASE | re.MULTILINE,
 )
 """Boxes and cells of a table that say yes or no, which are read as a tick or a cross."""
@@ -30,13 +33,15 @@ SIGNED = re.compile(r"([✓✗])([^✓✗]+)")
 EMOJI = re.compile("[☀-✒✙-➿⬀-⯿\U0001f000-\U0001faff\ufe0f]")
 CERTAINTY = re.compile(
     r"\b(?:there (?:is|can be|is really) |i have |it is )?(?:no|without(?: a| any)?|beyond(?: a| any| all)?"
-    r"|hardly any|little) (?:shadow of a )?(?:doubt|question about (?:it|that))(?: that| about (?:it|that))?\b[,:]?|(?:毫无疑问|无疑|毫无疑义)[,:]?",
+    r"|hardly any|little|isn't any|is not any) (?:shadow of a )?(?:doubt|question about (?:it|that))(?: that| about (?:it|that))?\b[,:]?|(?:毫无疑问|无疑|毫无疑义)[,:]?",
     re.IGNORECASE,
 )
 """Assurance, which is removed so that it does not read as doubt."""
 RUN_ON = re.compile(
-    r"\n\W*(?:(?:next |new |another )?question(?: \d+)?|user|human|assistant|q|题目|问题|用户)(?: ?\d+)?\s*[:.\n]"
-    r"|<\|im_start\|>", re.IGNORECASE)
+    r"\n\W*(?:(?:next |new |another )?question(?: \d+)?|user|human|assistant|q|题目|问题|用户)(?: ?\d+)?\s*[:.\n】\]]"
+    r"|<\|im_start\|>",
+    re.IGNORECASE,
+)
 """Starts another question or turn, which the model made up."""
 FIELD = re.compile(
     r"""["'](?:\w*answer\w*|(?:\w+_)?(?:choice|option|letter)|prediction|selected|答案|选项)["']\s*:\s*"""
@@ -80,13 +85,15 @@ BETWEEN = re.compile(
     r"the )?"
 )
 """Separates the options' words in a list: "aspirin, or heparin"."""
+IN_LIST = re.compile(r"\s*(?:\([^()]*\)\s*)?(?:[,、]\s*)?(?:and|or|nor|和|或|与)?\s*(?:not )?")
+"""Separates the options of a list, each perhaps with a remark."""
 LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 """Separates a letter from its option's own words."""
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
 """Separates the labels of a list with one option a line, each perhaps with a comment."""
 LOWER_CASE = re.compile(
     r"[b-hj-z](?=\s*(?:[.,:;!?)\]}\"'|✓✗—–\n。、]|$)|\s+(?:-|but|not|or|is|was|because|since|as|fits|seems|it)\b|\s-\s)|"
-    r"a(?:[.)](?:\s|$)|,\s)|(?:(?<=[:=>\n一-鿿])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
+    r"a(?:[.!)](?:\s|$)|,\s|(?= because\b|选?项))|(?:(?<=[:=>\n一-鿿])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
 """A lower-case letter that stands for an option, rather than for an article or a cut word."""
 NUMBERING = re.compile(r"\(?[a-z][).]\s")
@@ -127,20 +134,20 @@ CLAIM_LEFT = re.compile(
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|"
     r"cause|explanation|mechanism|statement|exception|finding|organism|one|match|fit|"
     rf"letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
-    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|"
+    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|goes to|"
     r"conclud|i(?:'d| would)? say|lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|"
     r"i (?:think|believe|guess|"
     rf"suspect))(?:e|es|ed|ing|s)?{_FILLER}"
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
     rf"|(?<!not )\bonly{_FILLER}"
-    r"|\b(?:wait|actually|no|sorry|correction|scratch that|second thoughts?|reflection|i meant?|make that|makes it|edit|update|"
+    r"|\b(?:wait|actually|no|sorry|rather|correction|(?:scratch|strike) that|take that back|second thoughts?|reflection|i meant?|make that|makes it|edit|update|"
     r"revised?)\b[\s,:.—-]*(?:it's|it is|i meant?|"
     r"make that|it must be)?\s*$"
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|"
     r":)[\s\"'“(\[【「]*$"
     r"|(?:更正|改[为选]|(?<!不)应[该当]?[是为])\s*:?(?:应[该当]?[是为选])?[\s\"'“(\[【「]*$"
-    r"|(?:答案?\W*|(?<![不勿未非别挑])选(?:择|定|用)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
+    r"|(?:答案?[\s:】]*|(?<![不勿未非别挑])选(?:择|定|用)?(?:答案)?\s*:?)[\s\"'“(\[【「]*$"
 )
 """Precedes an option that is claimed to be the answer."""
 EXPLICIT_RIGHT = re.compile(
@@ -149,7 +156,7 @@ EXPLICIT_RIGHT = re.compile(
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|but|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
     r"corresponds? to|consistent with|fits?|supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|"
-    r"\w+ly|equals|by|called|known as|termed|must be|(?:it|that|this|which|there)'s|is)|"
+    r"\w+ly|equals|by|called|known as|termed|must be|(?:it|that|this|which|there)'?s|is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
 """Precedes an option that the sentence arrives at, which is weaker than a claim."""
@@ -180,7 +187,7 @@ DENIED_GAP = re.compile(
 
 DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|"
-    r"reject\w*|discard\w*|dismiss\w*|rather than|instead of|than|avoid\w*|unlike)|"
+    r"reject\w*|discard\w*|dismiss\w*|rather than|instead of|than|against|avoid\w*|unlike)|"
     r"n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
     r"|(?:\b(?:not|never|neither)|n't)\b[^,;]*\b(?:or|nor)(?:\s+\w+){0,2}\s*$"
     r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|"
@@ -192,7 +199,7 @@ DENIED_LEFT = re.compile(
 DENIED_RIGHT = re.compile(
     r"[\s.,):–—-]*(?:\([^)]*\)\s*)?\b(?:(?:(?:is|are|was|were|be|been|seems|looks|can|could|should|would|all|"
     r"therefore|also|both)\s+){0,4}(?:\w+ly\s+)?(?:incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous"
-    r"|ruled out|excluded|eliminated|out\b|inconsistent|contraindicated|a distractor|the least)"
+    r"|ruled out|excluded|eliminated|crossed off|out\b|inconsistent|contraindicated|a distractor|the least)"
     r"|(?:is|are|was|would be) less\b|(?:is|are|was|were|would|can|could|should|has|have|does|do|did)(?:n't| not)\b"
     r"|cannot\b|ha(?:s|ve) no (?:role|place|effect|benefit)|or (?:maybe|perhaps) not)"
     r"|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|宜|支持)|错误|有误|排除|不选|禁|鉴别)"
@@ -202,7 +209,7 @@ SUPPOSED = re.compile(
     r"|\b(?:would|could|might)\b.*\b(?:if|had|were|unless)\b"
     r"|\b(?:some|many|students?|people|one|you|others)\s+(?:\w+ly\s+|also\s+)?(?:might|may|would|"
     r"could|often|commonly)\b"
-    r"|\b(?:students?|many|some|people|others)\s+(?:\w+\s+)?(?:choose|pick|select|answer|think|say|"
+    r"|\b(?:students?|many|some|people|others|textbooks|authors)\s+(?:\w+\s+)?(?:choose|give|prefer|pick|select|answer|think|say|"
     r"believe)\b"
     r"|\bcommon (?:error|pitfall|misconception|mistake)|\bby mistake|\btempt|\btrap\b|\bat first\b|"
     r"\binitially\b"
@@ -228,7 +235,7 @@ ENDORSEMENT = re.compile(
     r"\b(?:best|correct|usual|preferred|recommend\w*|prescribe|indicated|appropriate|reasonable|safe|first-line|"
     r"choice|should|needs?|needed|want|receives?|must|only|can be used|(?:would|'d) (?:\w+ )?(?:give|use|choose|start|order)|treated with|"
     r"stands? out|fits|explain(?:s|ed)|diagnosis|cause[sd]? (?:is|by|of)|culprit|consistent with|results? from|suggests?|"
-    r"supports?|points? to|likely|typical|characteristic|hallmark|signs? of|is having|suffers from|until proven otherwise|by far)\b"
+    r"supports?|points? to|likely|typical|characteristic|hallmark|signs? of|is having|confirms?|proves?|establish\w*|(?:i|we|you)(?: would|'d)|organism|pathogen|suffers from|until proven otherwise|by far)\b"
     r"|由|属于|首选|考虑|宜"
 )
 """Found in a sentence that recommends the only option in it."""
@@ -240,7 +247,7 @@ TURN = re.compile(
 """Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 CORRECTION = re.compile(
-    r"\b(?:wait|actually|no|sorry|oops|correct(?:ion| myself)|scratch that|second thoughts?|reflection|"
+    r"\b(?:wait|actually|no|sorry|oops|correct(?:ion|ed| myself)|(?:scratch|strike) that|take that back|second thoughts?|reflection|"
     r"however|but|yet|instead|rather|mean|meant|revis\w+|reconsider\w*|again|changes? my mind|"
     r"so|therefore|thus|hence)\b|更正|不对|等等|但|改|再|所以|因此|故"
 )
