@@ -44,6 +44,11 @@ class Mention:
     """Tick or cross that follows on the line, before another option."""
 
     @property
+    def spelled(self) -> bool:
+        """Whether the option is named by its letter."""
+        return self.own_words or bool(w.LABEL.fullmatch(self.text))
+
+    @property
     def letters(self) -> str:
         """The letters of a list such as "A, B and C", or the only letter."""
         return self.letter or "".join(re.findall("(?<![A-Za-z])[A-Z](?![A-Za-z])", self.text))
@@ -109,7 +114,7 @@ class Mention:
     @property
     def singled_out(self) -> bool:
         """Whether the option stands alone, or its sentence recommends it."""
-        return bool(w.SETS_OFF.match(self.right)) or self.endorsed
+        return self.endorsed or bool(w.SETS_OFF.match(self.right))
 
     @property
     def endorsed(self) -> bool:
@@ -120,7 +125,7 @@ class Mention:
     def common(self) -> bool:
         """Whether the words are so short or common that they occur in any text."""
         least = 2 if self.text > "一" else 4
-        if self.own_words or w.LABEL.fullmatch(self.text):
+        if self.spelled:
             return False
         short = len(self.text) < least and not re.search(".[A-Z]", self.text)
         return short or bool(w.COMMON_WORDS.fullmatch(self.text.lower()))

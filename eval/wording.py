@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 MARKUP = re.compile(
-    r"[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|(?!im_start)\w+\|>"
+    r"~~[^~]*~~|[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|</?(?:b|i|em|strong|u|s)>|<\|(?!im_start)\w+\|>"
     r"|\\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b"
 )
 """Emphasis, end tokens and LaTeX spacing, which are removed."""
@@ -73,11 +73,10 @@ NAME_PREFIX = re.compile(
 LONE_LETTER = re.compile(r"(?<![a-z0-9'’])[a-z](?![a-z0-9])")
 ARTICLE = re.compile(r"^(?:the|an?) (?!.*(?<![a-z0-9'’])[b-hj-z](?![a-z0-9]))")
 """Article that starts an option's words; not the A of "A and B"."""
+_LETTER = r"""\s*(?:options?\s*)?[("']*[A-Z](?![A-Za-z0-9'’/-])[)"']*"""
 MORE_LETTERS = re.compile(
-    r"(?:(?:(?:\s*,)?\s*(?:and|or|nor|to|through|&|和|或|与|及)|"
-    r"\s*[,、])\s*(?:options?\s*)?[(\"']*[A-Z](?![A-Za-z0-9'’/-])[)\"']*){1,13}"
-    r"(?=\s*(?:[.;:!?)\n。]|$|(?:are|both|because|together|apply|since|equally|seem|could|may|"
-    r"might|can|do|depending)\b|[\"'\]}]|项?(?:都|均|三|两|可|不|错)))"
+    rf"(?:\s*[,、]{_LETTER}){{0,12}}(?:\s*,)?\s*(?:and|or|nor|to|through|&|和|或|与|及){_LETTER}"
+    rf"|(?:\s*[,、]{_LETTER}){{1,12}}(?=\s*(?:[.;:!?)\]}}\"'\n。]|$|(?:are|both|all)\b|项?[都均三两可不错]))"
 )
 """Further letters after the first of a list: "A and C"."""
 BETWEEN = re.compile(
@@ -92,7 +91,7 @@ LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
 """Separates the labels of a list with one option a line, each perhaps with a comment."""
 LOWER_CASE = re.compile(
-    r"[b-hj-z](?=\s*(?:[.,:;!?)\]}\"'|✓✗—–\n。、]|$)|\s+(?:-|but|not|or|is|was|because|since|as|fits|seems|it)\b|\s-\s)|"
+    r"[b-hj-z]|"
     r"a(?:[.!)](?:\s|$)|,\s|(?= because\b|选?项))|(?:(?<=[:=>\n一-鿿])|(?<=[:=>] )|(?<![\s\S])|(?<=is )(?!a))[a-z]\s*(?:$|\n)"
 )
 """A lower-case letter that stands for an option, rather than for an article or a cut word."""
@@ -134,7 +133,7 @@ CLAIM_LEFT = re.compile(
     r"|(?<![a-z])(?:best|likely|appropriate|treatment|management|therapy|drug|agent|step|test|"
     r"cause|explanation|mechanism|statement|exception|finding|organism|one|match|fit|"
     rf"letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
-    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|goes to|"
+    r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|goes to|switch(?:ing)? to|"
     r"conclud|i(?:'d| would)? say|lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|"
     r"i (?:think|believe|guess|"
     rf"suspect))(?:e|es|ed|ing|s)?{_FILLER}"
@@ -156,7 +155,7 @@ EXPLICIT_RIGHT = re.compile(
 WEAK_LEFT = re.compile(
     r"(?:\b(?:so|but|thus|therefore|hence|leaving|leaves|left with|points? to|match(?:es)?|"
     r"corresponds? to|consistent with|fits?|supports?|suggests?|indicates?|favou?rs?|i\.e\.|namely|"
-    r"\w+ly|equals|by|called|known as|termed|must be|(?:it|that|this|which|there)'?s|is)|"
+    r"\w+ly|equals|by|called|known as|termed|must be|(?:it|that|this|which|there)'?s|(?<!so )is)|"
     rf"^\W*(?:give|start|administer|prescribe|use)\b|[=∴⇒→]|=>|所以|因此|故|是|为){_FILLER}"
 )
 """Precedes an option that the sentence arrives at, which is weaker than a claim."""
@@ -187,7 +186,7 @@ DENIED_GAP = re.compile(
 
 DENIED_LEFT = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|no longer|rul(?:e|es|ed|ing) out|exclud\w+|eliminat\w+|"
-    r"reject\w*|discard\w*|dismiss\w*|rather than|instead of|than|against|avoid\w*|unlike)|"
+    r"reject\w*|discard\w*|dismiss\w*|rather than|instead of|than|over|against|avoid\w*|unlike)|"
     r"n't)(?:\s+[\w'-]+){0,3}[\s(\"'\[]*$"
     r"|(?:\b(?:not|never|neither)|n't)\b[^,;]*\b(?:or|nor)(?:\s+\w+){0,2}\s*$"
     r"|(?:\bnot|n't|\bhardly|\bnever)\s+(?:think|believe|say|agree|mean|sure|certain|convinced|"
@@ -197,7 +196,7 @@ DENIED_LEFT = re.compile(
     r"|(?:不是|不选|排除|并非|而非|不应选|不能选|不会是|除了?)\s*(?:选项)?\s*[(\"']*$"
 )
 DENIED_RIGHT = re.compile(
-    r"[\s.,):–—-]*(?:\([^)]*\)\s*)?\b(?:(?:(?:is|are|was|were|be|been|seems|looks|can|could|should|would|all|"
+    r"[\s.,):–—-]*(?:\([^)]*\)\s*)?(?:[^.,;!?]{0,60}\band )?\b(?:(?:(?:is|are|was|were|be|been|seems|looks|can|could|should|would|all|"
     r"therefore|also|both)\s+){0,4}(?:\w+ly\s+)?(?:incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous"
     r"|ruled out|excluded|eliminated|crossed off|out\b|inconsistent|contraindicated|a distractor|the least)"
     r"|(?:is|are|was|would be) less\b|(?:is|are|was|were|would|can|could|should|has|have|does|do|did)(?:n't| not)\b"
@@ -223,8 +222,8 @@ UNSURE = re.compile(
     r"\b(?:cannot|can't|unable|insufficient|don't know|do not know|unclear|unsure|not (?:sure|"
     r"certain|possible|able|enough)|whether|need more|no (?:single|clear|correct|"
     r"definitive) (?:answer|option)|consider(?:ed)?|differential|possib\w+|already|history|family|"
-    r"takes|taking|need to know|mother|father|sister|brother)\b"
-    r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已|服用|曾"
+    r"takes|taking|need to know|declined|refused|diagnosed|died|mother|father|sister|brother)\b"
+    r"|请看|先看|无法|不确定|不能确定|不清楚|难以|已|服用|曾|死于"
 )
 EXAMPLE_LEFT = re.compile(
     r"\b(?:such as|including|like|distinguish\w*|differentiat\w*|compared (?:to|with)|others?|"
