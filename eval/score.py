@@ -112,10 +112,8 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
     )
     named = [label for label in labels if label.letter is None or label.letter in options]
     claimed = [label for label in labels if label.claimed]
-    if claimed and labels[-1].is_last_word and text[labels[-1].end :] in (".", "。"):
-        claimed.append(labels[-1])
     for claims in (
-        claimed,
+        (claimed and _corrected(text, claimed[0], labels)) or claimed,
         [label for label in named if label.concluded and label.ends_sentence],
         [word for word in words if word.claimed and word.meant],
         [word for word in words if word.concluded and word.meant],
@@ -135,16 +133,23 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
     return Extraction(None, "none")
 
 
+def _corrected(text: str, claim: Mention, labels: list[Mention]) -> list[Mention]:
+    """The letters that a correction of an earlier claim arrives at."""
+    starts = [found.end() for found in w.CORRECTION.finditer(text, claim.end)]
+    return [
+        label
+        for label in labels
+        if starts and label.start >= starts[-1] and not (label.denied or label.unsure)
+        and (label.claimed or label.concluded or label.ends_sentence or label.endorsed)
+    ]
+
+
 def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extraction:
     """The last claim, unless it merely stands beside one of another option."""
     chosen = claims[0]
     undecided = False
     for claim in claims[1:]:
-        if (
-            claim.explicit
-            or claim.is_last_word
-            or w.CORRECTION.search(text[chosen.end : claim.start].lower())
-        ):
+        if claim.explicit or w.TURNS_TO.search(text, chosen.end, claim.start):
             chosen, undecided = claim, False
         elif not chosen.explicit:
             undecided |= claim.letter != chosen.letter

@@ -246,9 +246,14 @@ TURN = re.compile(
 """Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 CORRECTION = re.compile(
-    r"\b(?:wait|actually|no|sorry|oops|correct(?:ion|ed| myself)|(?:scratch|strike) that|take that back|second thoughts?|reflection|"
-    r"however|but|yet|instead|rather|mean|meant|revis\w+|reconsider\w*|again|changes? my mind|"
-    r"so|therefore|thus|hence)\b|更正|不对|等等|但|改|再|所以|因此|故"
+    r"\b(?:wait|actually|no[,:;.]|sorry|oops|apolog\w+|correction|corrected|correct myself|strike that|scratch that|"
+    r"hold on|take (?:that|it) back|second thoughts?|reflection|further (?:review|thought)|i meant?|edit:|rather,|"
+    r"revis\w+|reconsider\w*|again|mistake\w*|chang\w+|switch)\b|更正|不对|不,|等等|抱歉|改|再看",
+    re.IGNORECASE,
+)
+"""Introduces a correction; what follows is read by itself."""
+TURNS_TO = re.compile(
+    r"\b(?:however|but|yet|instead|rather|so|therefore|thus|hence)\b|但|所以|因此|故", re.IGNORECASE
 )
 """Stands between two claims of which the second one counts."""
 CONCLUDES = re.compile(
