@@ -111,15 +111,18 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
         for mentions in (labels, words)
     )
     named = [label for label in labels if label.letter is None or label.letter in options]
-    claimed = [label for label in labels if label.claimed]
-    for claims in (
-        (claimed and _corrected(text, claimed[0], labels)) or claimed,
-        [label for label in named if label.concluded and label.ends_sentence],
-        [word for word in words if word.claimed and word.meant],
-        [word for word in words if word.concluded and word.meant],
+    for mentions, claims in (
+        (labels, [label for label in labels if label.claimed]),
+        (labels, [label for label in named if label.concluded and label.ends_sentence]),
+        (words, [word for word in words if word.claimed and word.meant]),
+        (words, [word for word in words if word.concluded and word.meant]),
     ):
         if claims:
-            return _decide(text, claims, options)
+            corrected = _corrected(text, claims[0], mentions)
+            letter = _last_claim(text, corrected or claims)
+            letters = {mention.letter for mention in [*claims, *corrected]}
+            found = letter if letter in options else None
+            return Extraction(found, "statement", conflicting=len(letters) > 1)
     if alone := _label_alone(text, named):
         return Extraction(alone.letter, "letter")
     remaining = [letter for letter in options if letter not in excluded]
@@ -133,19 +136,27 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
     return Extraction(None, "none")
 
 
-def _corrected(text: str, claim: Mention, labels: list[Mention]) -> list[Mention]:
-    """The letters that a correction of an earlier claim arrives at."""
+def _corrected(text: str, claim: Mention, mentions: list[Mention]) -> list[Mention]:
+    """The options that a correction of an earlier claim arrives at."""
     starts = [found.end() for found in w.CORRECTION.finditer(text, claim.end)]
     return [
-        label
-        for label in labels
-        if starts and label.start >= starts[-1] and not (label.denied or label.unsure)
-        and (label.claimed or label.concluded or label.ends_sentence or label.endorsed)
+        m
+        for m in mentions
+        if starts
+        and m.start >= starts[-1]
+        and not (m.denied or m.unsure)
+        and (
+            m.claimed
+            or m.concluded
+            or m.ends_sentence
+            or m.endorsed
+            or not text[starts[-1] : m.start].strip(" ,:.—-")
+        )
     ]
 
 
-def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extraction:
-    """The last claim, unless it merely stands beside one of another option."""
+def _last_claim(text: str, claims: list[Mention]) -> str | None:
+    """Letter of the last claim, unless it merely stands beside one of another option."""
     chosen = claims[0]
     undecided = False
     for claim in claims[1:]:
@@ -153,9 +164,7 @@ def _decide(text: str, claims: list[Mention], options: dict[str, str]) -> Extrac
             chosen, undecided = claim, False
         elif not chosen.explicit:
             undecided |= claim.letter != chosen.letter
-    conflicting = len({claim.letter for claim in claims}) > 1
-    letter = None if undecided or chosen.letter not in options else chosen.letter
-    return Extraction(letter, "statement", conflicting)
+    return None if undecided else chosen.letter
 
 
 def _label_alone(text: str, labels: list[Mention]) -> Mention | None:

@@ -101,7 +101,7 @@ FOLLOWS = re.compile(
     r"\s*(?:$|[\n,;:!?()\[\]{}<>|=\"'”’–—…。、/✓✗]|-\s|\.(?!\s?[a-z])|[一-鿿])|(?:\.?\s+(?:because|"
     r"since|as|due|given|which|and|or|but|for|is|are|was|would|based|with|from|according|rather|"
     r"instead|not|out|over|must|most|more|here|so|the|this|it|has|by|in|on|best|represent\w*|"
-    r"correspond\w*|therefore|option|choice|makes?|fits?|seems)|\s+(?!cells|vitamins|waves|lymphocytes|"
+    r"correspond\w*|therefore|option|choice|correct|right|makes?|fits?|seems)|\s+(?!cells|vitamins|waves|lymphocytes|"
     r"fibers|strains)[a-z]+(?<![uias])s)\b"
 )
 """Follows a letter that stands for an option; not as in "A patient", "C. difficile", "B-cell"."""
@@ -134,15 +134,12 @@ CLAIM_LEFT = re.compile(
     r"cause|explanation|mechanism|statement|exception|finding|organism|one|match|fit|"
     rf"letter)(?![a-z])[^\n]{{0,110}}?{_IS}{_FILLER}"
     r"|\b(?:choos|pick|select|go(?:es|ing)? (?:with|for)|opt(?:s|ed|ing)? for|vote for|settl\w+ on|goes to|switch(?:ing)? to|"
-    r"conclud|i(?:'d| would)? say|lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|"
+    r"conclud|i(?:'d| would)? sa(?:id|y)|lean(?:ing)? (?:to|towards?)|(?:has|have|got) to b|must b|"
     r"i (?:think|believe|guess|"
     rf"suspect))(?:e|es|ed|ing|s)?{_FILLER}"
     rf"|(?:(?:final|my|correct|right|best|i(?:'d| would)?)\s+answer|^\W*answer)(?: with)?{_FILLER}"
     r"|boxed\s*\{?\s*$|<(?:final|answer|final_answer|choice|option)>\s*$"
     rf"|(?<!not )\bonly{_FILLER}"
-    r"|\b(?:wait|actually|no|sorry|rather|correction|(?:scratch|strike) that|take that back|second thoughts?|reflection|i meant?|make that|makes it|edit|update|"
-    r"revised?)\b[\s,:.—-]*(?:it's|it is|i meant?|"
-    r"make that|it must be)?\s*$"
     r"|(?:答案|正确|最佳|最可能|最合适|最恰当|诊断|结论)[^。!?\n;]{0,40}?(?:是|为|选|"
     r":)[\s\"'“(\[【「]*$"
     r"|(?:更正|改[为选]|(?<!不)应[该当]?[是为])\s*:?(?:应[该当]?[是为选])?[\s\"'“(\[【「]*$"
@@ -173,7 +170,7 @@ CLAIM_RIGHT = re.compile(
     r"appears|remains|being|as)\b|[:–—(-])\s*(?:clearly|therefore|thus|indeed|still|probably|"
     r"likely|definitely)?\s*(?:the|our|my|your)?\s*(?:single\s+)?"
     rf"{_VERDICT}|,? (?:as |is )?(?:the|our|my) (?:single )?{_VERDICT}"
-    r"|\s*(?:(?:fits|explains|matches) (?:best|better)\b|best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
+    r"|\s*(?:(?:correct|right)$|(?:fits|explains|matches) (?:best|better)\b|best (?:fits|explains|describes|matches|accounts)|makes the most sense|(?:most|"
     r"more) (?:likely|probable|plausible)\b|it is\b)"
     r"|(?P<cngap>[^。!?\n;,]{0,30}?)(?:是|为)?(?:正确|对的|最佳|最合适|最符合|符合|最可能|首选|"
     r"对(?=[,。;]|$))"
@@ -246,8 +243,8 @@ TURN = re.compile(
 """Starts a clause that an earlier denial or hypothesis does not apply to."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。!?\n]")
 CORRECTION = re.compile(
-    r"\b(?:wait|actually|no[,:;.]|sorry|oops|apolog\w+|correction|corrected|correct myself|strike that|scratch that|"
-    r"hold on|take (?:that|it) back|second thoughts?|reflection|further (?:review|thought)|i meant?|edit:|rather,|"
+    r"\b(?:wait|actually|no(?=[,:;.])|sorry|oops|apolog\w+|correction|corrected|correct myself|strike that|scratch that|"
+    r"hold on|take (?:that|it) back|second thoughts?|reflection|further (?:review|thought)|i meant?|make that|edit(?=:)|rather(?=,)|"
     r"revis\w+|reconsider\w*|again|mistake\w*|chang\w+|switch)\b|更正|不对|不,|等等|抱歉|改|再看",
     re.IGNORECASE,
 )
