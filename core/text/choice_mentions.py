@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from . import wording as w
+from . import choice_wording as w
 
 OptionTexts = tuple[tuple[str, str | None], ...]
 Span = tuple[int, int, str | None]
@@ -83,11 +83,6 @@ class Mention:
         return bool(w.CLAIM_LEFT.search(self.left) or w.EXPLICIT_RIGHT.match(self.right))
 
     @property
-    def is_last_word(self) -> bool:
-        """Whether the letter is a sentence of its own."""
-        return not self.left and not self.right and not self.listed and not self.denied
-
-    @property
     def ends_sentence(self) -> bool:
         """Whether nothing follows in the sentence, which is no question."""
         return self.mark != "?" and not self.right.strip(" .,)")
@@ -149,7 +144,7 @@ def normalise(text: str) -> str:
     while "\\" in text and (shorter := w.LATEX.sub(r"\1", text)) != text:
         text = shorter
     text = w.CERTAINTY.sub("", w.MARKUP.sub("", text).translate(w.SIGNS))
-    text = w.BOXES.sub(lambda box: "|✓" if box["yes"] else "|✗", text)
+    text = w.CROSSES.sub("|✗", w.TICKS.sub("|✓", text))
     text = w.SIGN_FIRST.sub(lambda line: line[1] + w.SIGNED.sub(r"\2 \1", line[2]), text)
     return w.EMOJI.sub("", text).strip()
 
@@ -255,7 +250,7 @@ def _read_label(
     match: re.Match[str],
     words: str | None,
 ) -> Mention | None:
-    """The mention at a match of `wording.LABEL`; None when its letter stands for no option."""
+    """The mention at a match of `LABEL`; None when its letter stands for no option."""
     letter = match["letter"]
     start, end = match.span()
     enclosed = match["prefix"] or (match["open"] and match["close"])

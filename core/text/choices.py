@@ -1,0 +1,231 @@
+"""Reads the option that an output chooses.
+
+Only the final response and the options are read, never the correct answer. The first of these rules
+that applies decides:
+
+1. statement: a letter is claimed ("the answer is B", "B is correct", boxed, JSON, "答案是B"), or
+   else an option's own words are; of several claims, the last one counts.
+2. letter: a letter stands alone, as the whole response, in its first or last line, or as the only
+   letter that is not denied.
+3. text: an option's own words stand alone, or are the only ones not denied in a sentence that
+   recommends them.
+4. none: anything else, which counts as wrong. Similar spelling is never taken for an option.
+
+A claim is ignored when it is denied, asked, hypothetical or attributed to others, and so is a list
+of the options. Two letters at once ("A and C"), or a letter that no option has, are a claim without
+an answer. The patterns are in choice_wording.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from . import choice_wording as w
+from .chat import FINAL, THINKING
+from .choice_mentions import (
+    Mention,
+    find_labels,
+    find_words,
+    line_end,
+    line_start,
+    normalise,
+    option_texts,
+)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The option that an output chooses, and how it was found."""
+
+    letter: str | None
+    """Letter of the option; None without an answer."""
+    rule: str
+    """Rule that decided: statement, letter, text or none."""
+    conflicting: bool = False
+    """Whether the claims name different options."""
+
+
+def final_response(output: str) -> str:
+    """Text after the last `## Final Response` or `</think>`; empty when the thinking never ends."""
+    for marker in (FINAL, "</think>"):
+        if marker in output:
+            return output.rpartition(marker)[2].strip()
+    return "" if THINKING in output or "<think>" in output else output.strip()
+
+
+def extract_choice(output: str, options: dict[str, str]) -> str | None:
+    """Letter of the option that the output chooses, or None when it chooses none.
+
+    Args:
+        output: The model's whole output.
+        options: Letter -> text of each option.
+    """
+    return extract(output, options).letter
+
+
+def extract(output: str, options: dict[str, str]) -> Extraction:
+    """Finds the option that the output chooses, and the rule that decided.
+
+    Args:
+        output: The model's whole output.
+        options: Letter -> text of each option.
+    """
+    text = normalise(final_response(output) or _conclusion(output))
+    run_on = w.RUN_ON.search(text, 1)
+    # what follows is read only if the response names no option before
+    for part in (text[: run_on.start()], text) if run_on else (text,):
+        if found := _read(part, options):
+            return found
+    return Extraction(None, "none")
+
+
+def _conclusion(output: str) -> str:
+    """Last paragraph of a finished `## Thinking` that lacks the heading of the final response."""
+    *before, last = re.split(r"\n\s*\n", output.rpartition(THINKING)[2].strip())
+    if THINKING not in output or not before:
+        return ""
+    headed = w.FINAL_HEADING.match(before[-1]) or w.FINAL_HEADING.match(last)
+    return last if headed or _is_complete(normalise(last)) else ""
+
+
+def _read(text: str, options: dict[str, str]) -> Extraction | None:
+    """Reads a response; None when it names no option."""
+    texts = option_texts(tuple(options.items()))
+    labels = find_labels(text, texts, options)
+    words = find_words(text, texts, labels)
+    if not labels and not words:
+        return None
+    values = [match[match.lastindex or 0] for match in w.FIELD.finditer(text)]
+    fields = [_read(value.strip("\"' "), options) for value in values]
+    if readings := [field.letter for field in fields if field]:
+        return Extraction(readings[-1], "statement", len({*readings}) > 1)
+
+    excluded = {x: m.start for m in [*labels, *words] if m.excluded for x in m.letters}
+    labels, words = (
+        [m for m in mentions if excluded.get(m.letter or "", -1) < m.start]
+        for mentions in (labels, words)
+    )
+    named = [label for label in labels if label.letter is None or label.letter in options]
+    for mentions, claims in (
+        (labels, [label for label in labels if label.claimed]),
+        (labels, [label for label in named if label.concluded and label.ends_sentence]),
+        (words, [word for word in words if word.claimed and word.meant]),
+        (words, [word for word in words if word.concluded and word.meant]),
+    ):
+        if claims:
+            corrected = _corrected(text, claims[0], mentions)
+            letter = _last_claim(text, corrected or claims)
+            letters = {mention.letter for mention in [*claims, *corrected]}
+            found = letter if letter in options else None
+            return Extraction(found, "statement", conflicting=len(letters) > 1)
+    if alone := _label_alone(text, named):
+        return Extraction(alone.letter, "letter")
+    remaining = [letter for letter in options if letter not in excluded]
+    # a list with one option a line may have been cut before the last one
+    if len(remaining) == 1 and not (remaining[0] == [*options][-1] and "\n" in text):
+        return Extraction(remaining[0], "elimination")
+    if alone := _words_alone(text, words):
+        return Extraction(alone.letter, "text")
+    if found := _only_supported(text, sorted([*named, *words], key=lambda m: m.start)):
+        return Extraction(found.letter, "letter" if found in named else "text")
+    return Extraction(None, "none")
+
+
+def _corrected(text: str, claim: Mention, mentions: list[Mention]) -> list[Mention]:
+    """The options that a correction of an earlier claim arrives at."""
+    starts = [found.end() for found in w.CORRECTION.finditer(text, claim.end)]
+    return [
+        m
+        for m in mentions
+        if starts
+        and m.start >= starts[-1]
+        and not (m.denied or m.unsure)
+        and (
+            m.claimed
+            or m.concluded
+            or m.ends_sentence
+            or m.endorsed
+            or not text[starts[-1] : m.start].strip(" ,:.—-")
+        )
+    ]
+
+
+def _last_claim(text: str, claims: list[Mention]) -> str | None:
+    """Letter of the last claim, unless it merely stands beside one of another option."""
+    chosen = claims[0]
+    undecided = False
+    for claim in claims[1:]:
+        if claim.explicit or w.TURNS_TO.search(text, chosen.end, claim.start):
+            chosen, undecided = claim, False
+        elif not chosen.explicit:
+            undecided |= claim.letter != chosen.letter
+    return None if undecided else chosen.letter
+
+
+def _label_alone(text: str, labels: list[Mention]) -> Mention | None:
+    """The label that is the whole response, or begins or ends it."""
+    heads = [label for label in labels if not label.listed and _begins_line(text, label)]
+    letters = {label.letter for label in heads}
+    for label in heads:
+        if label.mark == "?" or label.denied or not _in_outer_line(text, label):
+            continue
+        after = text[label.end : line_end(text, label.end)]
+        bare = not label.own_words and not after.strip(" .,、。:)!")
+        set_off = label.own_words or label.text[-1] == ")" or w.SETS_OFF.match(text, label.end)
+        if bare or (label.letter and set_off and letters == {label.letter}):
+            return label
+    supported = [m for m in labels if m.letter and not m.denied and not m.unsure]
+    if len({label.letter for label in supported}) == 1:
+        label = supported[-1]
+        if not label.listed and not label.left and text[label.end :] in (".", "。"):
+            return label
+    return None
+
+
+def _words_alone(text: str, words: list[Mention]) -> Mention | None:
+    """The option's words that stand alone in the first or last line."""
+    for word in words:
+        before = text[line_start(text, word.start) : word.start].lower()
+        after = text[word.end : line_end(text, word.end)]
+        leads = word.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", after)
+        alone = leads or not after.strip(" .!\"'。")
+        in_place = _in_outer_line(text, word) and w.LEADS_IN.fullmatch(before)
+        if alone and in_place and not word.listed:
+            return word
+    return None
+
+
+def _only_supported(text: str, mentions: list[Mention]) -> Mention | None:
+    """The only option that the response, or else its last sentence, supports."""
+    supported = [
+        m
+        for m in mentions
+        if m.letter and not (m.denied or m.common or m.unsure or w.EXAMPLE_LEFT.search(m.left))
+    ]
+    stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
+    # the response's first sentence ends at, and its last one begins at:
+    first_end, last_start = (stops[0], stops[-1]) if stops else (len(text), 0)
+    if len({m.letter for m in supported}) > 1:
+        concludes = w.CONCLUDES.search(text[last_start:].lower())
+        supported = [m for m in supported if concludes and m.start >= last_start and m.endorsed]
+    if len({m.letter for m in supported}) != 1 or any(m.listed for m in supported):
+        return None
+    outer = any(m.start < first_end or m.start >= last_start for m in supported)
+    singled_out = any(m.singled_out for m in supported)
+    return supported[-1] if outer and singled_out and _is_complete(text) else None
+
+
+def _begins_line(text: str, label: Mention) -> bool:
+    before = text[line_start(text, label.start) : label.start].lower()
+    return bool(w.LEADS_IN.fullmatch(before.strip(" •→➡️✅👉.0123456789")))
+
+
+def _in_outer_line(text: str, mention: Mention) -> bool:
+    """Whether the mention is in the first or the last line."""
+    return mention.start < line_end(text, 0) or mention.start >= line_start(text, len(text))
+
+
+def _is_complete(text: str) -> bool:
+    """Whether the output was not cut within its last sentence."""
+    return text.endswith((".", "!", "。", ")", '"'))
