@@ -83,6 +83,12 @@ class Mention:
         return bool(w.CLAIM_LEFT.search(self.left) or w.EXPLICIT_RIGHT.match(self.right))
 
     @property
+    def stated(self) -> bool:
+        """Whether the sentence is about the option, and does not deny it."""
+        about = self.claimed or self.concluded or self.ends_sentence or self.endorsed
+        return about and not self.denied
+
+    @property
     def ends_sentence(self) -> bool:
         """Whether nothing follows in the sentence, which is no question."""
         return self.mark != "?" and not self.right.strip(" .,)")
@@ -165,10 +171,10 @@ def option_texts(options: tuple[tuple[str, str], ...]) -> OptionTexts:
         words = " ".join(normalise(text).lower().split()).strip(" .。;,\"'“”")
         key = w.ARTICLE.sub("", words)
         texts[key] = None if key in texts else letter
-    for words, letter in list(texts.items()):
+    for words in list(texts):
         species = re.fullmatch(r"([a-z])[a-z]+ ([a-z]{4,})", words)
         if species and species[2] not in texts:  # Escherichia coli is also called E. coli
-            texts.setdefault(f"{species[1]}. {species[2]}", letter)
+            texts.setdefault(f"{species[1]}. {species[2]}", texts[words])
     texts.pop("", None)
     return tuple(sorted(texts.items(), key=lambda pair: -len(pair[0])))
 
@@ -205,42 +211,32 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
 
 def _share_denials(text: str, labels: list[Mention]) -> list[Mention]:
     """Extends a denial to the rest of its list: "not B (too young), C (no fever) or D"."""
-    for n, following in enumerate(labels[1:]):
-        label = labels[n]
-        if w.DENIED_LEFT.search(label.left) and w.IN_LIST.fullmatch(
-            text, label.end, following.start
-        ):
-            labels[n + 1] = replace(following, left=label.left)
-    return labels
+    left = ""
+    shared: list[Mention] = []
+    for label in labels:
+        in_list = shared and w.IN_LIST.fullmatch(text, shared[-1].end, label.start)
+        left = left if in_list and w.DENIED_LEFT.search(left) else label.left
+        shared.append(replace(label, left=left))
+    return shared
 
 
 def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
     """Leaves out the small letters that number items: "a) oxygen, b) fluids"."""
-    small = {
-        label.start: label.letter
-        for label in labels
-        if not label.own_words and w.NUMBERING.match(text, label.start)
-    }
-    return (
-        [m for m in labels if m.start not in small] if {"A", "B"} <= {*small.values()} else labels
-    )
+    small = [m for m in labels if not m.own_words and w.NUMBERING.match(text, m.start)]
+    numbered = {"A", "B"} <= {m.letter for m in small}
+    return [m for m in labels if not numbered or m not in small]
 
 
-def _up_to_the_next(text: str, labels: list[Mention]) -> list[Mention]:
-    """Notes the tick or cross that follows each label on its line, before the next label."""
-    ends = [line_end(text, label.end) for label in labels]
-    starts = [*(label.start for label in labels[1:]), len(text)]
-    signs = [
-        re.findall("[✓✗]", text[label.end : min(end, start)])
-        for label, end, start in zip(labels, ends, starts, strict=False)
-    ]
+def _up_to_the_next(text: str, mentions: list[Mention]) -> list[Mention]:
+    """Limits what each mention says to the text before the next one."""
+    ends = [*(m.start for m in mentions[1:]), len(text)]
     return [
         replace(
-            label,
-            sign=found[-1] if found else "",
-            right=label.right[: max(0, start - label.end)],
+            m,
+            right=m.right[: max(0, end - m.end)],
+            sign="".join(w.SIGN.findall(text, m.end, min(end, line_end(text, m.end))))[-1:],
         )
-        for label, found, start in zip(labels, signs, starts, strict=False)
+        for m, end in zip(mentions, ends, strict=False)
     ]
 
 

@@ -52,6 +52,7 @@ CROSSES = re.compile(
     + r"[^|\n]*"
 )
 """Boxes and cells of a table that say yes or no."""
+SIGN = re.compile("[✓✗]")
 SIGN_FIRST = re.compile(r"(?m)^([\s•>|-]*)([✓✗].*)")
 """Line whose ticks and crosses stand before the options."""
 SIGNED = re.compile(r"([✓✗])([^✓✗]+)")

@@ -102,10 +102,8 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
         return Extraction(readings[-1], "statement", len({*readings}) > 1)
 
     excluded = {x: m.start for m in [*labels, *words] if m.excluded for x in m.letters}
-    labels, words = (
-        [m for m in mentions if excluded.get(m.letter or "", -1) < m.start]
-        for mentions in (labels, words)
-    )
+    labels = [m for m in labels if excluded.get(m.letter or "", -1) < m.start]
+    words = [m for m in words if excluded.get(m.letter or "", -1) < m.start]
     named = [label for label in labels if label.letter is None or label.letter in options]
     for mentions, claims in (
         (labels, [label for label in labels if label.claimed]),
@@ -116,16 +114,15 @@ def _read(text: str, options: dict[str, str]) -> Extraction | None:
         if claims:
             corrected = _corrected(text, claims[0], mentions)
             letter = _last_claim(text, corrected or claims)
-            letters = {mention.letter for mention in [*claims, *corrected]}
-            found = letter if letter in options else None
-            return Extraction(found, "statement", conflicting=len(letters) > 1)
-    if alone := _label_alone(text, named):
+            conflicting = len({m.letter for m in [*claims, *corrected]}) > 1
+            return Extraction(letter if letter in options else None, "statement", conflicting)
+    if alone := _alone(text, named):
         return Extraction(alone.letter, "letter")
-    remaining = [letter for letter in options if letter not in excluded]
+    remaining = [option for option in options if option not in excluded]
     # a list with one option a line may have been cut before the last one
     if len(remaining) == 1 and not (remaining[0] == [*options][-1] and "\n" in text):
         return Extraction(remaining[0], "elimination")
-    if alone := _words_alone(text, words):
+    if alone := _alone(text, words):
         return Extraction(alone.letter, "text")
     if found := _only_supported(text, sorted([*named, *words], key=lambda m: m.start)):
         return Extraction(found.letter, "letter" if found in named else "text")
@@ -140,14 +137,8 @@ def _corrected(text: str, claim: Mention, mentions: list[Mention]) -> list[Menti
         for m in mentions
         if starts
         and m.start >= starts[-1]
-        and not (m.denied or m.unsure)
-        and (
-            m.claimed
-            or m.concluded
-            or m.ends_sentence
-            or m.endorsed
-            or not text[starts[-1] : m.start].strip(" ,:.—-")
-        )
+        and not m.unsure
+        and (m.stated or not text[starts[-1] : m.start].strip(" ,:.—-"))
     ]
 
 
@@ -163,36 +154,17 @@ def _last_claim(text: str, claims: list[Mention]) -> str | None:
     return None if undecided else chosen.letter
 
 
-def _label_alone(text: str, labels: list[Mention]) -> Mention | None:
-    """The label that is the whole response, or begins or ends it."""
-    heads = [label for label in labels if not label.listed and _begins_line(text, label)]
-    letters = {label.letter for label in heads}
-    for label in heads:
-        if label.mark == "?" or label.denied or not _in_outer_line(text, label):
-            continue
-        after = text[label.end : line_end(text, label.end)]
-        bare = not label.own_words and not after.strip(" .,、。:)!")
-        set_off = label.own_words or label.text[-1] == ")" or w.SETS_OFF.match(text, label.end)
-        if bare or (label.letter and set_off and letters == {label.letter}):
-            return label
-    supported = [m for m in labels if m.letter and not m.denied and not m.unsure]
-    if len({label.letter for label in supported}) == 1:
-        label = supported[-1]
-        if not label.listed and not label.left and text[label.end :] in (".", "。"):
-            return label
-    return None
-
-
-def _words_alone(text: str, words: list[Mention]) -> Mention | None:
-    """The option's words that stand alone in the first or last line."""
-    for word in words:
-        before = text[line_start(text, word.start) : word.start].lower()
-        after = text[word.end : line_end(text, word.end)]
-        leads = word.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", after)
-        alone = leads or not after.strip(" .!\"'。")
-        in_place = _in_outer_line(text, word) and w.LEADS_IN.fullmatch(before)
-        if alone and in_place and not word.listed:
-            return word
+def _alone(text: str, mentions: list[Mention]) -> Mention | None:
+    """The option named alone at the beginning of the first or last line."""
+    heads = [m for m in mentions if not m.listed and _begins_line(text, m)]
+    for m in heads:
+        after = text[m.end : line_end(text, m.end)]
+        bare = not m.own_words and not after.strip(" .,、。:)!\"'")
+        set_off = m.own_words or m.text[-1] == ")" or w.SETS_OFF.match(text, m.end)
+        only = m.letter and len({head.letter for head in heads}) == 1
+        in_place = _in_outer_line(text, m) and m.mark != "?" and not m.denied
+        if in_place and ((bare and m.spelled) or ((bare or set_off) and only)):
+            return m
     return None
 
 
