@@ -124,12 +124,8 @@ class Mention:
 
     @property
     def common(self) -> bool:
-        """Whether the words are so short or common that they occur in any text."""
-        least = 2 if self.text > "一" else 4
-        if self.spelled:
-            return False
-        short = len(self.text) < least and not re.search(".[A-Z]", self.text)
-        return short or bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
+        """Whether the words occur in any text, such as "no"."""
+        return bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
 
 
 def line_start(text: str, position: int) -> int:
@@ -205,7 +201,7 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
         if mention is not None:
             mentions.append(mention)
             end = mention.end
-    labels = _share_denials(text, _up_to_the_next(text, _without_small_lists(text, mentions)))
+    labels = _share_denials(text, _up_to_the_next(text, mentions))
     return _mark_lists(text, labels, options)
 
 
@@ -218,13 +214,6 @@ def _share_denials(text: str, labels: list[Mention]) -> list[Mention]:
         left = left if in_list and w.DENIED_LEFT.search(left) else label.left
         shared.append(replace(label, left=left))
     return shared
-
-
-def _without_small_lists(text: str, labels: list[Mention]) -> list[Mention]:
-    """Leaves out the small letters that number items: "a) oxygen, b) fluids"."""
-    small = [m for m in labels if not m.own_words and w.NUMBERING.match(text, m.start)]
-    numbered = {"A", "B"} <= {m.letter for m in small}
-    return [m for m in labels if not numbered or m not in small]
 
 
 def _up_to_the_next(text: str, mentions: list[Mention]) -> list[Mention]:
@@ -259,15 +248,10 @@ def _read_label(
         return _mention(text, start, more.end(), None)
     gap = w.LABEL_GAP.match(lower, end)
     assert gap is not None, "the pattern matches the empty string"
-    words_at = [at for at in (gap.end(1), gap.end()) if words and lower.startswith(words, at)]
-    if words and words_at:
+    if words and lower.startswith(words, gap.end()):
         if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
             return None  # an article: the option's words are a mention of their own
-        end = words_at[0] + len(words)
-        return _mention(text, start, end, letter.upper(), own_words=True)
-    lead = lower[:start].rstrip()
-    if enclosed and words and lead.endswith(words):  # "aspirin (A)"
-        return _mention(text, len(lead) - len(words), end, letter.upper(), own_words=True)
+        return _mention(text, start, gap.end() + len(words), letter.upper(), own_words=True)
     pronoun = letter == "I" and w.PRONOUN.match(text, end)
     if enclosed or match["close"] == ")" or (w.FOLLOWS.match(text, end) and not pronoun):
         return _mention(text, start, end, letter.upper())

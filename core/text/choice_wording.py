@@ -112,7 +112,7 @@ BETWEEN = re.compile(
 """Separates the options' words in a list: "aspirin, or heparin"."""
 IN_LIST = re.compile(r"\s*(?:\([^()]*\)\s*)?(?:[,、]\s*)?(?:and|or|nor|和|或|与)?\s*(?:not )?")
 """Separates the options of a list, each perhaps with a remark."""
-LABEL_GAP = re.compile(r"([\s.):,\-–—\"'(=\]为是]*)((?:the|an?) )?")
+LABEL_GAP = re.compile(r"[\s.):,\-–—\"'(=\]为是]*(?:(?:the|an?) )?")
 """Separates a letter from its option's own words."""
 NEXT_LINE = re.compile(r"[^\n]*\n(?:[^\n]+\n)?[\s•>#-]*")
 """Separates the labels of a list with one option a line, each perhaps with a comment."""
@@ -123,8 +123,6 @@ LOWER_CASE = re.compile(
     """)
 )
 """A lower-case letter that stands for an option, rather than for an article or a cut word."""
-NUMBERING = re.compile(r"\(?[a-z][).]\s")
-"""Small letter that numbers an item of a list."""
 FOLLOWS = re.compile(
     _any(r"""
         \s*(?:$|[\n,;:!?()\[\]{}<>|="'”’–—…。、/✓✗]|-\s|\.(?!\s?[a-z])|[一-鿿])

@@ -155,15 +155,13 @@ def _last_claim(text: str, claims: list[Mention]) -> str | None:
 
 
 def _alone(text: str, mentions: list[Mention]) -> Mention | None:
-    """The option named alone at the beginning of the first or last line."""
+    """The option named alone at the beginning of a line."""
     heads = [m for m in mentions if not m.listed and _begins_line(text, m)]
+    only = len({m.letter for m in heads}) == 1
     for m in heads:
-        after = text[m.end : line_end(text, m.end)]
-        bare = not m.own_words and not after.strip(" .,、。:)!\"'")
-        set_off = m.own_words or m.text[-1] == ")" or w.SETS_OFF.match(text, m.end)
-        only = m.letter and len({head.letter for head in heads}) == 1
-        in_place = _in_outer_line(text, m) and m.mark != "?" and not m.denied
-        if in_place and ((bare and m.spelled) or ((bare or set_off) and only)):
+        bare = not m.own_words and not text[m.end : line_end(text, m.end)].strip(" .,、。:)!\"'")
+        set_off = bare or m.own_words or w.SETS_OFF.match(text, m.end)
+        if m.mark != "?" and not m.denied and ((bare and m.spelled) or (set_off and only)):
             return m
     return None
 
@@ -176,26 +174,19 @@ def _only_supported(text: str, mentions: list[Mention]) -> Mention | None:
         if m.letter and not (m.denied or m.common or m.unsure or w.EXAMPLE_LEFT.search(m.left))
     ]
     stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
-    # the response's first sentence ends at, and its last one begins at:
-    first_end, last_start = (stops[0], stops[-1]) if stops else (len(text), 0)
+    last_start = stops[-1] if stops else 0
     if len({m.letter for m in supported}) > 1:
         concludes = w.CONCLUDES.search(text[last_start:].lower())
         supported = [m for m in supported if concludes and m.start >= last_start and m.endorsed]
-    if len({m.letter for m in supported}) != 1 or any(m.listed for m in supported):
+    if len({m.letter for m in supported}) != 1:
         return None
-    outer = any(m.start < first_end or m.start >= last_start for m in supported)
     singled_out = any(m.singled_out for m in supported)
-    return supported[-1] if outer and singled_out and _is_complete(text) else None
+    return supported[-1] if singled_out and _is_complete(text) else None
 
 
 def _begins_line(text: str, label: Mention) -> bool:
     before = text[line_start(text, label.start) : label.start].lower()
-    return bool(w.LEADS_IN.fullmatch(before.strip(" •→➡️✅👉.0123456789")))
-
-
-def _in_outer_line(text: str, mention: Mention) -> bool:
-    """Whether the mention is in the first or the last line."""
-    return mention.start < line_end(text, 0) or mention.start >= line_start(text, len(text))
+    return bool(w.LEADS_IN.fullmatch(before.strip(" •.0123456789")))
 
 
 def _is_complete(text: str) -> bool:
