@@ -17,7 +17,7 @@ def _any(lines: str) -> str:
 MARKUP = re.compile(
     _any(r"""
         ~~[^~]*~~|[*`$]|__|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])
-        </?(?:b|i|em|strong|u|s)>|<\|(?!im_start)\w+\|>
+        </?(?:b|i|em|strong|u|s)>|<\|(?!im_start|user|start_header)\w+\|>
         \\[()\[\],;]|\\(?=%)|\\(?:quad|boldsymbol)\b
     """)
 )
@@ -63,7 +63,7 @@ RUN_ON = re.compile(
         (?:next |new |another )?question|user|human|assistant|q
         题目|问题|用户
     """)
-    + r" ?\d*\s*[:.\n】\]]|<\|im_start\|>"
+    + r" ?\d*\s*[:.\n】\]]|<\|(?:im_start|user|start_header_id)\|>"
 )
 """Starts another question or turn, which the model made up."""
 FIELD = re.compile(

@@ -155,13 +155,12 @@ def _last_claim(text: str, claims: list[Mention]) -> str | None:
 
 
 def _alone(text: str, mentions: list[Mention]) -> Mention | None:
-    """The option named alone at the beginning of a line."""
+    """The only option that begins a line and is set off from what follows."""
     heads = [m for m in mentions if not m.listed and _begins_line(text, m)]
-    only = len({m.letter for m in heads}) == 1
     for m in heads:
-        bare = not m.own_words and not text[m.end : line_end(text, m.end)].strip(" .,、。:)!\"'")
+        bare = not text[m.end : line_end(text, m.end)].strip(" .,、。:)!\"'")
         set_off = bare or m.own_words or w.SETS_OFF.match(text, m.end)
-        if m.mark != "?" and not m.denied and ((bare and m.spelled) or (set_off and only)):
+        if set_off and m.mark != "?" and not m.denied and len({m.letter for m in heads}) == 1:
             return m
     return None
 
