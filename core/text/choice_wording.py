@@ -257,11 +257,13 @@ DENIED_LEFT = re.compile(
 """Precedes an option that is said to be wrong."""
 DENIED_RIGHT = re.compile(
     r"[\s.,):–—-]*(?:\([^)]*\)\s*)?(?:[^.,;!?]{0,60}\band )?\b(?:(?:"
-    + _any("is|are|was|were|be|been|seems|looks|can|could|should|would|all|therefore|also|both")
-    + r"\s+){0,4}(?:\w+ly\s+)?"
+    + _any(
+        "is|are|was|were|be|been|seems|looks|can|could|should|would|all|therefore|also|both|\\w+ly"
+    )
+    + r"\s+){0,5}"
     + _any(r"""
-        incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous|ruled out|excluded|eliminated
-        crossed off|out\b|inconsistent|contraindicated|a distractor|the least
+        no(?=[,.;]|$)|incorrect|wrong|false|inappropriate|unlikely|unsafe|dangerous|ruled out
+        excluded|eliminated|crossed off|out\b|inconsistent|contraindicated|a distractor|the least
     """)
     + "|"
     + _any(r"""
@@ -269,7 +271,10 @@ DENIED_RIGHT = re.compile(
         (?:is|are|was|were|would|can|could|should|has|have|does|do|did)(?:n't| not)\b
         ha(?:s|ve) no (?:role|place|effect|benefit)
     """)
-    + r")|[^。,;\n而]{0,20}?(?:不(?:正确|对|符合|是|能|适|宜|支持)|错误|有误|排除|不选|禁|鉴别)"
+    + r")|[^。,;\n而]{0,20}?"
+    + _any(r"""
+        不(?:正确|对|符合|是|能|适|宜|支持|选)|错(?:误|(?=[,。;]|$))|有误|排除|禁|鉴别
+    """)
 )
 """Follows an option that is said to be wrong."""
 SUPPOSED = re.compile(

@@ -1,19 +1,21 @@
 """Reads the option that an output chooses.
 
-Only the final response and the options are read, never the correct answer. The first of these rules
-that applies decides:
+Only the final response and the options are read, never the correct answer. Evidence is taken in
+this order, and the first that is found decides:
 
-1. statement: a letter is claimed ("the answer is B", "B is correct", boxed, JSON, "答案是B"), or
-   else an option's own words are; of several claims, the last one counts.
-2. letter: a letter stands alone, as the whole response, in its first or last line, or as the only
-   letter that is not denied.
-3. text: an option's own words stand alone, or are the only ones not denied in a sentence that
-   recommends them.
-4. none: anything else, which counts as wrong. Similar spelling is never taken for an option.
+1. statement: a field that holds the answer (JSON, boxed, a tag); else a letter that is stated to be
+   the answer ("the answer is B", "B is correct", a tick); else an option's own words that are. Of
+   several statements the last one counts; "B is correct ... D is correct" decides nothing. What
+   follows a correction ("Wait, ...") is read by itself.
+2. letter: the only letter that begins a line and is set off from the rest.
+3. elimination: the only option that is not said to be wrong.
+4. text: the only option's words that begin a line and are set off from the rest. Last of all, the
+   only option, by letter or words, in whose favour the response or its conclusion speaks.
+5. none: anything else, which counts as wrong. Similar spelling is never taken for an option.
 
-A claim is ignored when it is denied, asked, hypothetical or attributed to others, and so is a list
-of the options. Two letters at once ("A and C"), or a letter that no option has, are a claim without
-an answer. The patterns are in choice_wording.py.
+A statement is ignored when it is denied, later taken back, asked, hypothetical or attributed to
+others, and so is a list of the options. Two letters at once ("A and C"), or a letter that no option
+has, state no answer. The phrases are in choice_wording.py.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Extraction:
     letter: str | None
     """Letter of the option; None without an answer."""
     rule: str
-    """Rule that decided: statement, letter, text or none."""
+    """Evidence that decided: statement, letter, elimination, text or none."""
     conflicting: bool = False
     """Whether the claims name different options."""
 

@@ -36,6 +36,9 @@ MISREAD = {
     "the best answer would be a",
     "I considered D and even wrote it down first, yet the low ferritin settles it: A.",
     "The only option not ruled out is C.",
+    "D... no wait, A!",
+    "Minimal change ❌ | Membranous ❌ | **C. IgA nephropathy** ✅ | Lupus ❌",
+    "You should give intramuscular adrenaline (A) first; oral antihistamines (B) are only adjuncts.",
     "患者皮肤青铜色,血糖升高,铁蛋白3000。A项ALT常明显升高;B项有大量饮酒史;C项多见于青年女性。"
     "D项可解释全部表现,为正确答案。",
 }
@@ -68,7 +71,7 @@ def test_share_of_heldout_outputs_read_as_a_person_reads_them():
         if letter is None and choice
     ]
     print(f"held-out: {num_right} of {len(HELD_OUT)} right, {len(invented)} invented")
-    assert num_right >= 104
+    assert num_right >= 105
     assert len(invented) <= 1
 
 
