@@ -1,174 +1,24 @@
-"""Decides which option an output chooses, and computes the accuracy.
-
-Only the final response and the options are read, never the correct answer. The first of these rules
-that applies decides:
-
-1. statement: a letter is claimed ("the answer is B", "B is correct", boxed, JSON, "答案是B"), or
-   else an option's own words are; of several claims, the last one counts.
-2. letter: a letter stands alone, as the whole response, in its first or last line, or as the only
-   letter that is not denied.
-3. text: an option's own words stand alone, or are the only ones not denied in a sentence that
-   recommends them.
-4. none: anything else, which counts as wrong. Similar spelling is never taken for an option.
-
-A claim is ignored when it is denied, asked, hypothetical or attributed to others, and so is a list
-of the options. Two letters at once ("A and C"), or a letter that no option has, are a claim without
-an answer. The patterns are in eval/wording.py.
-"""
+"""Letters that outputs choose, and the accuracy over all items."""
 
 from __future__ import annotations
 
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ..core.text.chat import FINAL, THINKING
-from . import wording as w
-from .mentions import (
-    Mention,
-    find_labels,
-    find_texts,
-    find_words,
-    line_end,
-    line_start,
-    normalise,
-    option_texts,
-)
+from ..core.text.chat import FINAL
+from ..core.text.choice_mentions import find_texts, normalise, option_texts
+from ..core.text.choices import Extraction, extract, extract_choice, final_response
 
-
-@dataclass(frozen=True)
-class Extraction:
-    """The option that an output chooses, and how it was found."""
-
-    letter: str | None
-    """Letter of the option; None without an answer."""
-    rule: str
-    """Rule that decided: statement, letter, text or none."""
-    conflicting: bool = False
-    """Whether the claims name different options."""
-
-
-def final_response(output: str) -> str:
-    """Text after the last `## Final Response` or `</think>`; empty when the thinking never ends."""
-    for marker in (FINAL, "</think>"):
-        if marker in output:
-            return output.rpartition(marker)[2].strip()
-    return "" if THINKING in output or "<think>" in output else output.strip()
-
-
-def extract_choice(output: str, options: dict[str, str]) -> str | None:
-    """Letter of the option that the output chooses, or None when it chooses none.
-
-    Args:
-        output: The model's whole output.
-        options: Letter -> text of each option.
-    """
-    return extract(output, options).letter
-
-
-def extract(output: str, options: dict[str, str]) -> Extraction:
-    """Finds the option that the output chooses, and the rule that decided.
-
-    Args:
-        output: The model's whole output.
-        options: Letter -> text of each option.
-    """
-    text = normalise(final_response(output))
-    texts = option_texts(tuple(options.items()))
-    labels = find_labels(text, texts, options)
-    if claims := [label for label in labels if label.claimed]:
-        return _last(claims, "statement", options)
-    labels = [label for label in labels if label.letter is None or label.letter in options]
-    # a letter counts as the conclusion only where the sentence ends with it
-    final = [m for m in labels if m.mark != "?" and not m.right.strip(" .,)")]
-    if claims := [label for label in final if label.concluded]:
-        return _last(claims, "statement", options)
-    words = find_words(text, texts, labels)
-    if claims := _claimed_words(words):
-        return _last(claims, "statement", options)
-    if alone := _label_alone(text, labels):
-        return _last([alone], "letter", options)
-    if found := _words_alone(text, words):
-        return _last(found, "text", options)
-    return Extraction(None, "none")
-
-
-def _last(claims: list[Mention], rule: str, options: dict[str, str]) -> Extraction:
-    letter = claims[-1].letter
-    conflicting = len({claim.letter for claim in claims}) > 1
-    return Extraction(letter if letter in options else None, rule, conflicting)
-
-
-def _claimed_words(words: list[Mention]) -> list[Mention]:
-    """The options' words that are claimed, or else those that a sentence arrives at."""
-    candidates = [
-        word
-        for word in words
-        if word.letter and not word.listed and (not word.common or w.STANDS_APART.match(word.right))
-    ]
-    claimed = [word for word in candidates if word.claimed]
-    return claimed or [word for word in candidates if word.concluded]
-
-
-def _label_alone(text: str, labels: list[Mention]) -> Mention | None:
-    """The label that is the whole response, begins or ends it, or is the only one supported."""
-    heads = [label for label in labels if not label.listed and _begins_line(text, label)]
-    letters = {label.letter for label in heads}
-    for label in heads:
-        if label.mark == "?" or label.denied or not _in_outer_line(text, label):
-            continue
-        after = text[label.end : line_end(text, label.end)]
-        bare = not label.own_words and not after.strip(" .,、。:)!")
-        set_off = label.own_words or label.text[-1] == ")" or w.SETS_OFF.match(text, label.end)
-        if bare or (label.letter and set_off and letters == {label.letter}):
-            return label
-    supported = [m for m in labels if m.letter and not m.denied and not m.unsure]
-    if len({label.letter for label in supported}) != 1:
-        return None
-    label = supported[-1]
-    is_last_word = not label.listed and not label.left and text[label.end :] in (".", "。")
-    return label if is_last_word or (_is_complete(text) and label.singled_out) else None
-
-
-def _begins_line(text: str, label: Mention) -> bool:
-    before = text[line_start(text, label.start) : label.start].lower()
-    return bool(w.LEADS_IN.fullmatch(before.strip(" •→➡️✅👉.0123456789")))
-
-
-def _in_outer_line(text: str, mention: Mention) -> bool:
-    """Whether the mention is in the first or the last line."""
-    return mention.start < line_end(text, 0) or mention.start >= line_start(text, len(text))
-
-
-def _is_complete(text: str) -> bool:
-    """Whether the output was not cut within its last sentence."""
-    return text.endswith((".", "!", "。", ")", '"'))
-
-
-def _words_alone(text: str, words: list[Mention]) -> list[Mention]:
-    """The options' words that stand alone in the first or last line, or the only ones supported."""
-    for word in words:
-        before = text[line_start(text, word.start) : word.start].lower()
-        after = text[word.end : line_end(text, word.end)]
-        leads = word.start == 0 and re.match(r"\s?[,.;:!—–-](?:\s|$)|[,。]", after)
-        alone = leads or not after.strip(" .!\"'。")
-        in_place = _in_outer_line(text, word) and w.LEADS_IN.fullmatch(before)
-        if alone and in_place and not word.listed:
-            return [word]
-    supported = [
-        word
-        for word in words
-        if not (word.denied or word.common or word.unsure or w.EXAMPLE_LEFT.search(word.left))
-    ]
-    if len({word.letter for word in supported}) != 1 or any(word.listed for word in supported):
-        return []
-    stops = [stop.end() for stop in w.SENTENCE_END.finditer(text, 0, len(text) - 1)]
-    # the response's first sentence ends at, and its last one begins at:
-    first_end, last_start = (stops[0], stops[-1]) if stops else (len(text), 0)
-    outer = any(word.start < first_end or word.start >= last_start for word in supported)
-    singled_out = any(word.singled_out for word in supported)
-    return supported if outer and singled_out and _is_complete(text) else []
+__all__ = [
+    "Extraction",
+    "accuracy",
+    "accuracy_original",
+    "extract",
+    "extract_choice",
+    "extract_original",
+    "final_response",
+]
 
 
 def extract_original(output: str, options: dict[str, str]) -> tuple[str | None, str | None] | None:

@@ -327,22 +327,6 @@ def parse_judgement(text: str) -> str:
     return found[1]
 
 
-def parse_choice(text: str, letters: str) -> str | None:
-    """The letter that a reply begins with or states last, or None.
-
-    Args:
-        text: the reply, such as "B", "(B) Aspirin", "B. Aspirin" or "... the answer is B".
-        letters: letters of the options.
-    """
-    letter = rf"[\s*(（\"]*([{letters}])(?![A-Za-z])"
-    alone = re.match(rf"{letter}(?=\s*(?:[*)）.。:：,，\"]|\n|$))", text)
-    if alone:
-        return alone[1]
-    answer_is = r"(?i:answer\s+is|answer\s*[:：]|答案是|答案\s*[:：])\s*(?i:option\s+)?"
-    stated = re.findall(answer_is + letter, text)
-    return stated[-1] if stated else None
-
-
 def parse_truth(text: str) -> bool:
     """The verdict of a reply: the one whole word True or False.
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from ..core.llm.client import LLM
 from ..core.llm.journal import content_key
+from ..core.text.choices import extract_choice
 from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
 from .asker import Asker
 from .config import ProblemsConfig
 from .decontaminate import normalise, overlaps
 from .items import Work, finish_items, write_json
-from .parse import PROBLEM_SCHEMA, parse_choice, parse_judgement, parse_problem
+from .parse import PROBLEM_SCHEMA, parse_judgement, parse_problem
 from .results import ItemResult
 from .summary_report import (
     NUM_EXAMPLES,
@@ -277,11 +278,9 @@ async def all_answer(
         order = rng.sample(list(question.options), len(question.options))
         letters = string.ascii_uppercase[: len(order)]
         texts = [question.options[key] for key in order]
-        values = {
-            "question": question.question,
-            "options": dict(zip(letters, texts, strict=True)),
-        }
-        parse = partial(parse_choice, letters=letters)
+        options = dict(zip(letters, texts, strict=True))
+        values = {"question": question.question, "options": options}
+        parse = partial(extract_choice, options=options)
         picked = await asker.ask("choice", values, parse, draw=number, judging=True, llm=llm)
         if picked is None or order[letters.index(picked)] != question.letter:
             return False

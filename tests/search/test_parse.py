@@ -14,7 +14,6 @@ from verippo.search.parse import (
     conclusion,
     extend_chain,
     parse_chain,
-    parse_choice,
     parse_continuation,
     parse_judgement,
     parse_monologue,
@@ -134,35 +133,6 @@ def test_a_verdict_is_one_whole_word():
     ):
         with pytest.raises(UnusableReply, match="unparsed"):
             parse_truth(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B", "B"),
-        (" (B) ", "B"),
-        ("B.", "B"),
-        ("**B**", "B"),
-        ("B. Heparin", "B"),
-        ("B) Heparin, as A is wrong", "B"),
-        ("B\nBecause", "B"),
-        ("The answer is B.", "B"),
-        ("Not A. The answer is A? No: the answer is (C).", "C"),
-        ("Answer: D", "D"),
-        ("答案是B。", "B"),
-        ("答案：C", "C"),
-        ("（B）", "B"),
-        ("A patient has it", None),
-        ("Because", None),
-        ("E", None),
-        ("", None),
-        ("The answer is Aspirin", None),
-        ("the answer is a drug", None),
-        ("A or B", None),
-    ],
-)
-def test_the_letter_of_a_multiple_choice_answer(text, letter):
-    assert parse_choice(text, "ABCD") == letter
 
 
 def test_form_costs_no_chain():

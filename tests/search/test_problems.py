@@ -188,6 +188,48 @@ def test_a_small_model_that_fails_spares_the_others_the_question(llm_server, com
     assert examiner.log == {("choice", "fails"): 8, ("rewrite", "scripted"): 8}
 
 
+WAYS_TO_NAME_A_LETTER = [
+    "{}",
+    "**{}**",
+    "({})",
+    "{} Heparin",
+    "{} - Heparin",
+    "Option {}",
+    "The correct option is {}.",
+    "The correct answer is option {}",
+    "The best choice is {}.",
+    "I would choose {}.",
+    "Letter: {}",
+    "### {}",
+    r"$\boxed{{{}}}$",
+    '{{"answer": "{}"}}',
+    "Answer:\n\n{}",
+    "应选{}。",
+    "选{}",
+    "{}项",
+    "<think>It is not insulin.</think>\n\n{}",
+]
+
+
+def test_the_difficulty_filter_reads_every_plain_way_to_name_a_letter(llm_server, command):
+    class Talker(Examiner):
+        def __call__(self, body):
+            reply = super().__call__(body)
+            if not body["messages"][0]["content"].startswith("A medical examination"):
+                return reply
+            number = int(re.search(r"Case (\d+)", body["messages"][0]["content"])[1])
+            return WAYS_TO_NAME_A_LETTER[number].format(reply)
+
+    server = llm_server(Talker())
+    folder = command(
+        "problems",
+        [exam(n) for n in range(len(WAYS_TO_NAME_A_LETTER))],
+        server,
+        **{"difficulty.models": models(("knows", server))},
+    )
+    assert funnel(folder)["difficulty"] == (19, 19, 0, 0, 0)
+
+
 def test_options_stand_in_another_order_for_each_question_and_model_and_in_the_same_when_run_again(
     llm_server, command
 ):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from . import wording as w
+from . import choice_wording as w
 
 OptionTexts = tuple[tuple[str, str | None], ...]
 Span = tuple[int, int, str | None]
@@ -40,26 +40,67 @@ class Mention:
     """Whether the option's words follow its letter: "B. Aspirin", but not "A stroke"."""
     listed: bool = False
     """Whether the mention belongs to a list of options, none of which is singled out."""
+    sign: str = ""
+    """Tick or cross that follows on the line, before another option."""
+
+    @property
+    def spelled(self) -> bool:
+        """Whether the option is named by its letter."""
+        return self.own_words or bool(w.LABEL.fullmatch(self.text))
+
+    @property
+    def letters(self) -> str:
+        """The letters of a list such as "A, B and C", or the only letter."""
+        return self.letter or "".join(re.findall("(?<![A-Za-z])[A-Z](?![A-Za-z])", self.text))
+
+    @cached_property
+    def excluded(self) -> bool:
+        """Whether the option is said to be wrong."""
+        clause = w.TURN.split(self.left)[-1]
+        return self.sign == "✗" or bool(
+            w.DENIED_LEFT.search(clause) or w.DENIED_RIGHT.match(self.right)
+        )
 
     @cached_property
     def denied(self) -> bool:
-        """Whether the sentence denies the option or is hypothetical."""
+        """Whether the option is said to be wrong, or the sentence is hypothetical."""
         clause = w.TURN.split(self.left)[-1]
-        return bool(
-            w.DENIED_LEFT.search(clause)
-            or w.DENIED_RIGHT.match(self.right)
-            or w.SUPPOSED.search(f"{clause} _ {self.right}")
-        )
+        return self.excluded or bool(w.SUPPOSED.search(f"{clause} _ {self.right}"))
 
-    @property
+    @cached_property
     def claimed(self) -> bool:
         """Whether the sentence states that the option is the answer."""
         if self.mark == "?" or self.denied:
             return False
-        if w.CLAIM_LEFT.search(self.left):
+        if self.sign or self.explicit:
             return True
         claim = w.CLAIM_RIGHT.match(self.right)
         return claim is not None and not w.DENIED_GAP.search(claim["gap"] or claim["cngap"] or "")
+
+    @cached_property
+    def explicit(self) -> bool:
+        """Whether the sentence announces the answer, as in "the answer is B"."""
+        return bool(w.CLAIM_LEFT.search(self.left) or w.EXPLICIT_RIGHT.match(self.right))
+
+    @property
+    def stated(self) -> bool:
+        """Whether the sentence is about the option, and does not deny it."""
+        about = self.claimed or self.concluded or self.ends_sentence or self.endorsed
+        return about and not self.denied
+
+    @property
+    def ends_sentence(self) -> bool:
+        """Whether nothing follows in the sentence, which is no question."""
+        return self.mark != "?" and not self.right.strip(" .,)")
+
+    @property
+    def meant(self) -> bool:
+        """Whether the words stand for their option alone."""
+        return (
+            bool(self.letter)
+            and not self.listed
+            and (not self.common or bool(w.STANDS_APART.match(self.right)))
+        )
 
     @property
     def concluded(self) -> bool:
@@ -74,15 +115,17 @@ class Mention:
     @property
     def singled_out(self) -> bool:
         """Whether the option stands alone, or its sentence recommends it."""
-        endorsed = w.ENDORSEMENT.search(self.left + self.right)
-        return bool(w.SETS_OFF.match(self.right) or endorsed)
+        return self.endorsed or bool(w.SETS_OFF.match(self.right))
+
+    @property
+    def endorsed(self) -> bool:
+        """Whether the sentence recommends the option."""
+        return bool(w.ENDORSEMENT.search(self.left + self.right))
 
     @property
     def common(self) -> bool:
-        """Whether the words are so short or common that they occur in any text."""
-        least = 2 if self.text > "一" else 4
-        short = len(self.text) < least and not re.search(".[A-Z]", self.text)
-        return short or bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
+        """Whether the words occur in any text, such as "no"."""
+        return bool(w.COMMON_WORDS.fullmatch(self.text.lower()))
 
 
 def line_start(text: str, position: int) -> int:
@@ -102,7 +145,10 @@ def normalise(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).replace("İ", "I")
     while "\\" in text and (shorter := w.LATEX.sub(r"\1", text)) != text:
         text = shorter
-    return w.MARKUP.sub("", text).strip()
+    text = w.CERTAINTY.sub("", w.MARKUP.sub("", text).translate(w.SIGNS))
+    text = w.CROSSES.sub("|✗", w.TICKS.sub("|✓", text))
+    text = w.SIGN_FIRST.sub(lambda line: line[1] + w.SIGNED.sub(r"\2 \1", line[2]), text)
+    return w.EMOJI.sub("", text).strip()
 
 
 @lru_cache(maxsize=4096)
@@ -121,6 +167,10 @@ def option_texts(options: tuple[tuple[str, str], ...]) -> OptionTexts:
         words = " ".join(normalise(text).lower().split()).strip(" .。;,\"'“”")
         key = w.ARTICLE.sub("", words)
         texts[key] = None if key in texts else letter
+    for words in list(texts):
+        species = re.fullmatch(r"([a-z])[a-z]+ ([a-z]{4,})", words)
+        if species and species[2] not in texts:  # Escherichia coli is also called E. coli
+            texts.setdefault(f"{species[1]}. {species[2]}", texts[words])
     texts.pop("", None)
     return tuple(sorted(texts.items(), key=lambda pair: -len(pair[0])))
 
@@ -140,7 +190,7 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
     # a letter inside an option's own words, such as the B of "hepatitis B", is no label
     with_letters = (pair for pair in texts if len(pair[0]) > 1 and w.LONE_LETTER.search(pair[0]))
     names = find_texts(lower, tuple(with_letters))
-    words_of = {letter: words for words, letter in texts if letter}
+    words_of = {letter: words for words, letter in reversed(texts) if letter}
     mentions: list[Mention] = []
     end = 0
     for match in w.LABEL.finditer(text):
@@ -151,7 +201,32 @@ def find_labels(text: str, texts: OptionTexts, options: dict[str, str]) -> list[
         if mention is not None:
             mentions.append(mention)
             end = mention.end
-    return _mark_lists(text, mentions, options)
+    labels = _share_denials(text, _up_to_the_next(text, mentions))
+    return _mark_lists(text, labels, options)
+
+
+def _share_denials(text: str, labels: list[Mention]) -> list[Mention]:
+    """Extends a denial to the rest of its list: "not B (too young), C (no fever) or D"."""
+    left = ""
+    shared: list[Mention] = []
+    for label in labels:
+        in_list = shared and w.IN_LIST.fullmatch(text, shared[-1].end, label.start)
+        left = left if in_list and w.DENIED_LEFT.search(left) else label.left
+        shared.append(replace(label, left=left))
+    return shared
+
+
+def _up_to_the_next(text: str, mentions: list[Mention]) -> list[Mention]:
+    """Limits what each mention says to the text before the next one."""
+    ends = [*(m.start for m in mentions[1:]), len(text)]
+    return [
+        replace(
+            m,
+            right=m.right[: max(0, end - m.end)],
+            sign="".join(w.SIGN.findall(text, m.end, min(end, line_end(text, m.end))))[-1:],
+        )
+        for m, end in zip(mentions, ends, strict=False)
+    ]
 
 
 def _read_label(
@@ -160,7 +235,7 @@ def _read_label(
     match: re.Match[str],
     words: str | None,
 ) -> Mention | None:
-    """The mention at a match of `wording.LABEL`; None when its letter stands for no option."""
+    """The mention at a match of `LABEL`; None when its letter stands for no option."""
     letter = match["letter"]
     start, end = match.span()
     enclosed = match["prefix"] or (match["open"] and match["close"])
@@ -173,14 +248,12 @@ def _read_label(
         return _mention(text, start, more.end(), None)
     gap = w.LABEL_GAP.match(lower, end)
     assert gap is not None, "the pattern matches the empty string"
-    words_at = [at for at in (gap.end(1), gap.end()) if words and lower.startswith(words, at)]
-    if words and words_at:
+    if words and lower.startswith(words, gap.end()):
         if letter == "A" and gap[0] == " " and not (enclosed or match["close"]):
             return None  # an article: the option's words are a mention of their own
-        end = words_at[0] + len(words)
-        return _mention(text, start, end, letter.upper(), own_words=True)
+        return _mention(text, start, gap.end() + len(words), letter.upper(), own_words=True)
     pronoun = letter == "I" and w.PRONOUN.match(text, end)
-    if enclosed or (w.FOLLOWS.match(text, end) and not pronoun):
+    if enclosed or match["close"] == ")" or (w.FOLLOWS.match(text, end) and not pronoun):
         return _mention(text, start, end, letter.upper())
     return None
 
@@ -224,7 +297,8 @@ def find_words(text: str, texts: OptionTexts, labels: list[Mention]) -> list[Men
         between = w.BETWEEN.fullmatch(text, word.end, following.start)
         if between and word.letter != following.letter:
             beside |= {word.start, following.start}
-    return [replace(word, listed=word.start in beside) for word in words]
+    words = [replace(word, listed=word.start in beside) for word in words]
+    return _up_to_the_next(text, words)
 
 
 def find_texts(lower: str, texts: OptionTexts) -> list[Span]:
