@@ -5,7 +5,7 @@ levels with rising points; a level holds the findings that earn the same points,
 one finding per item. Measured values keep a distance from the published cut-offs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,29 +30,20 @@ class Score:
     items: tuple[Item, ...]
 
 
-def _measured(name: str, values: Mapping[int, Sequence[float | str]]) -> Item:
-    """A measurement: values by the points that they earn, in rising order."""
+def _item(*levels: str, name: str = "", lowest: int = 0) -> Item:
+    """An item of a score.
+
+    `levels` holds the findings of each level, separated by commas and each preceded by `name`; a
+    finding of the first level earns `lowest` points, and of each further level one point more.
+    """
     return tuple(
-        tuple(Finding(f"{name} {value}", points) for value in level)
-        for points, level in values.items()
+        tuple(Finding(f"{name} {text}".strip(), points) for text in level.split(", "))
+        for points, level in enumerate(levels, lowest)
     )
 
 
-def _graded(*grades: tuple[str, int]) -> Item:
-    """Named grades, one for each level, in rising order of points."""
-    return tuple((Finding(*grade),) for grade in grades)
-
-
-IRRELEVANT = tuple(
-    Finding(text, 0)
-    for text in (
-        "brown eyes",
-        "dark hair",
-        "born in May",
-        "blood type A",
-        "has a sister",
-        "lives nearby",
-    )
+(IRRELEVANT,) = _item(
+    "brown eyes, dark hair, born in May, blood type A, has a sister, lives nearby"
 )
 """Findings that belong to no score and earn 0 points."""
 
@@ -61,31 +52,11 @@ APGAR = Score(
     name="Apgar",
     source="Apgar, Current Researches in Anesthesia and Analgesia, 1953",
     items=(
-        _graded(
-            ("skin blue", 0),
-            ("limbs blue", 1),
-            ("skin pink", 2),
-        ),
-        _graded(
-            ("pulse none", 0),
-            ("pulse 80", 1),
-            ("pulse 130", 2),
-        ),
-        _graded(
-            ("reflex none", 0),
-            ("reflex grimace", 1),
-            ("reflex cough", 2),
-        ),
-        _graded(
-            ("tone limp", 0),
-            ("tone flexion", 1),
-            ("tone active", 2),
-        ),
-        _graded(
-            ("breathing none", 0),
-            ("breathing slow", 1),
-            ("breathing strong", 2),
-        ),
+        _item("skin blue", "limbs blue", "skin pink"),
+        _item("none", "80", "130", name="pulse"),
+        _item("none", "grimace", "cough", name="reflex"),
+        _item("limp", "flexion", "active", name="tone"),
+        _item("none", "slow", "strong", name="breathing"),
     ),
 )
 
@@ -94,18 +65,11 @@ CHILD_PUGH = Score(
     name="Child-Pugh",
     source="Pugh et al., British Journal of Surgery, 1973",
     items=(
-        _measured("bilirubin", {1: (1.2, 1.6), 2: (2.4, 2.6), 3: (4, 6)}),
-        _measured("albumin", {1: (3.8, 4.2), 2: (3, 3.2), 3: (2.2, 2.4)}),
-        _measured(
-            "prothrombin",
-            {1: (2, 3), 2: (5,), 3: (8, 9)},
-        ),
-        _graded(
-            ("no ascites", 1),
-            ("slight ascites", 2),
-            ("moderate ascites", 3),
-        ),
-        _measured("encephalopathy", {1: (0,), 2: (1, 2), 3: (3, 4)}),
+        _item("1.2, 1.6", "2.4, 2.6", "4, 6", name="bilirubin", lowest=1),
+        _item("3.8, 4.2", "3, 3.2", "2.2, 2.4", name="albumin", lowest=1),
+        _item("2, 3", "5", "8, 9", name="prothrombin", lowest=1),
+        _item("no ascites", "slight ascites", "moderate ascites", lowest=1),
+        _item("0", "1, 2", "3, 4", name="encephalopathy", lowest=1),
     ),
 )
 
@@ -114,25 +78,11 @@ BISHOP = Score(
     name="Bishop",
     source="Bishop, Obstetrics and Gynecology, 1964",
     items=(
-        _measured("dilation", {0: (0,), 1: (1, 2), 2: (3, 4), 3: (5, 6)}),
-        _measured(
-            "effacement",
-            {0: (10, 20), 1: (40, 50), 2: (60, 70), 3: (80, 90)},
-        ),
-        _measured(
-            "station",
-            {0: ("-3",), 1: ("-2",), 2: ("-1", "0"), 3: ("+1", "+2")},
-        ),
-        _graded(
-            ("cervix firm", 0),
-            ("cervix medium", 1),
-            ("cervix soft", 2),
-        ),
-        _graded(
-            ("cervix posterior", 0),
-            ("cervix middle", 1),
-            ("cervix anterior", 2),
-        ),
+        _item("0", "1, 2", "3, 4", "5, 6", name="dilation"),
+        _item("10, 20", "40, 50", "60, 70", "80, 90", name="effacement"),
+        _item("-3", "-2", "-1, 0", "+1, +2", name="station"),
+        _item("firm", "medium", "soft", name="cervix"),
+        _item("posterior", "middle", "anterior", name="cervix"),
     ),
 )
 

@@ -1,15 +1,15 @@
-"""Generated score sums: an endless, seeded source of small verifiable problems.
+"""Generates sums of bedside scores: small verifiable problems, reproducible by seed.
 
 For demonstrating and testing the trainer, not for clinical use. A record has the published keys
 (`Question`, `Complex_CoT`, `Response`, `Open-ended Verifiable Question`, `Ground-True Answer`),
 its answer follows from a sum shown in full, and `source` cites where the points were published.
 Training and held-out problems are disjoint for every seed: the split of a problem follows from a
-hash of its findings, not from their order.
+hash of its findings, whatever their order.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, count, islice, pairwise
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ MAX_DRAWS = 2000
 IRRELEVANT_TEXTS = frozenset(finding.text for finding in IRRELEVANT)
 
 ANSWER_PHRASES = ("{}", "total {}", "total of {}", "the score is {}")
-"""Ways to state an answer; a record's Response is the first."""
+"""Phrases that state an answer; a record's Response is the first."""
 
 
 def generate(
@@ -37,58 +37,40 @@ def generate(
     kinds: Sequence[str],
     difficulty: int,
 ) -> list[Record]:
-    """The first `num` records of `stream`."""
-    return list(
-        islice(
-            stream(
-                seed=seed,
-                split=split,
-                kinds=kinds,
-                difficulty=difficulty,
-            ),
-            num,
-        )
-    )
-
-
-def stream(
-    *,
-    seed: int,
-    split: Split,
-    kinds: Sequence[str],
-    difficulty: int,
-) -> Iterator[Record]:
-    """Records without end; record i depends on the arguments and i alone.
+    """Generates problems with their reasoning; record i depends on `i` and the arguments after it.
 
     Problems repeat in the long run: a small score has a few hundred sets of findings.
 
     Args:
+        num: number of records.
         seed: seed of every draw.
         split: which of the two disjoint sets of problems.
         kinds: scores to draw from, evenly: keys of `SCORES`.
-        difficulty: findings in a sum, 3 to 8.
+        difficulty: number of findings in a sum, 3 to 8.
+
+    Returns:
+        `num` records.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument has another value, or a score has no such problem.
     """
     if not kinds or any(kind not in SCORES for kind in kinds):
-        raise ValueError(f"kinds {list(kinds)}: must be among {list(SCORES)}")
+        raise ValueError(f"kinds={list(kinds)}: choose among {list(SCORES)}")
     if split not in ("train", "eval"):
-        raise ValueError(f'split is {split!r}: choose "train" or "eval"')
+        raise ValueError(f'split={split!r}: choose "train" or "eval"')
     if not MIN_FINDINGS <= difficulty <= MAX_FINDINGS:
-        raise ValueError(
-            f"difficulty is {difficulty}: choose {MIN_FINDINGS} to {MAX_FINDINGS} findings"
-        )
+        raise ValueError(f"difficulty={difficulty}: choose {MIN_FINDINGS} to {MAX_FINDINGS}")
     names = sorted(set(kinds))
-    return (
-        _record(random.Random(f"{seed}/{split}/{i}"), split, names, difficulty) for i in count()
-    )
+    draws = (random.Random(f"{seed}/{split}/{i}") for i in range(num))
+    return [_record(rng, split, names, difficulty) for rng in draws]
 
 
 def split_of(kind: str, findings: Sequence[str]) -> Split:
     """The split that a problem belongs to, by a hash of its kind and findings.
 
-    Neither the order of the findings nor the irrelevant ones count.
+    Args:
+        kind: key of `SCORES`.
+        findings: texts of the findings; their order and irrelevant findings make no difference.
     """
     parts = sorted(set(findings) - IRRELEVANT_TEXTS)
     digest = hashlib.blake2b("|".join([kind, *parts]).encode(), digest_size=8).digest()
@@ -96,25 +78,31 @@ def split_of(kind: str, findings: Sequence[str]) -> Split:
 
 
 def paraphrases(record: Record) -> list[str]:
-    """Right statements of the record's final answer, its Response first."""
+    """Correct statements of the record's final answer, its Response first."""
     return [phrase.format(record["Ground-True Answer"]) for phrase in ANSWER_PHRASES]
 
 
 def wrong_answers(record: Record, num: int, seed: int) -> list[str]:
-    """`num` distinct wrong final answers, in the same phrases as `paraphrases`.
+    """Wrong final answers to a record's question, stated in the same phrases as the right ones.
 
-    Likely slips come first: off by one or two, and swapped digits.
+    Likely mistakes come first: off by one or two, and swapped digits.
+
+    Args:
+        record: a record of `generate`.
+        num: number of answers.
+        seed: seed of the draw.
+
+    Returns:
+        `num` distinct answers.
     """
     rng = random.Random(f"{seed}/{record['Question']}")
     number = record["Ground-True Answer"]
     value = int(number)
-    slips = [value + offset for offset in (-2, -1, 1, 2)] + _swapped_digits(number)
-    slips = list(dict.fromkeys(slip for slip in slips if slip >= 0 and slip != value))
-    answers = list(slips)
+    near = [value + offset for offset in (-2, -1, 1, 2)] + _swapped_digits(number)
+    answers = list(dict.fromkeys(slip for slip in near if slip >= 0 and slip != value))
+    further = (answer for answer in count(value + 3) if answer not in near)
     rng.shuffle(answers)
-    further = count(value + 3)
-    while len(answers) < num:
-        answers += [slip for slip in islice(further, num) if slip not in slips]
+    answers += islice(further, num)
     return [rng.choice(ANSWER_PHRASES).format(answer) for answer in answers[:num]]
 
 
@@ -156,19 +144,19 @@ def _draw_problem(
     difficulty: int,
     rng: random.Random,
 ) -> list[Finding]:
-    """Findings of one patient, of the wanted split."""
+    """Draws findings of one patient until they belong to the wanted split."""
     for _ in range(MAX_DRAWS):
         findings = _draw_findings(score, difficulty, rng)
         if split_of(score.kind, [finding.text for finding in findings]) == split:
             return findings
     raise ValueError(
-        f"{score.kind} has no {split} problem of difficulty {difficulty} in {MAX_DRAWS} draws: "
-        "choose another"
+        f"kinds: {score.kind} has no {split} problem of difficulty={difficulty} in {MAX_DRAWS} "
+        "draws: choose another difficulty"
     )
 
 
 def _draw_findings(score: Score, difficulty: int, rng: random.Random) -> list[Finding]:
-    """Draws one severity for the patient first, which spreads the totals evenly."""
+    """Draws findings of one patient; a severity drawn first spreads the totals evenly."""
     num_irrelevant = max(difficulty - len(score.items), rng.randrange(2))
     severity = rng.uniform(0.1, 0.9)
     items = rng.sample(score.items, difficulty - num_irrelevant)
