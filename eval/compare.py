@@ -149,7 +149,8 @@ def load_results(path: str) -> tuple[dict[str, Any], list[ItemRow]]:
 def _item_row(item: dict[str, Any]) -> ItemRow:
     """An item as `verippo eval` wrote it; an error of any kind for another."""
     answers = [AnswerRow(**answer) for answer in item["answers"]]
-    row = ItemRow(**item | {"answers": answers})
+    fields: dict[str, Any] = {**item, "answers": answers}
+    row = ItemRow(**fields)
     letters = [answer.letters for answer in answers]
     if not isinstance(row.options, dict) or not isinstance(row.source, str):
         raise TypeError("options or source")

@@ -18,7 +18,8 @@ from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from ..core.training.run import changed_settings
 from .accuracy_report import print_table, write_report
-from .answering import Answer, AskedQuestion, OnAnswer, ask, check_weights, list_questions_to_ask
+from .answering import ask, check_weights
+from .asked_questions import Answer, AskedQuestion, OnAnswer, list_questions_to_ask
 from .config import EvalConfig
 from .questions import Question, load_questions
 from .results import item_rows, summarise_evaluation

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ..core.messages import mask_credentials
 from ..core.report.statistics import wilson_interval
 from ..core.text.chat import parse_response
-from .answering import Answer, AskedQuestion
+from .asked_questions import Answer, AskedQuestion
 from .config import EvalConfig, Scoring
 from .questions import Question
 from .score import accuracy_original, extract, extract_original

@@ -44,7 +44,7 @@ def check_servers(config: Any) -> None:
     Raises:
         ValueError: a client would call OpenAI's own server.
     """
-    if not getattr(config, "offline", False):
+    if not (hasattr(config, "offline") and config.offline):
         return
     for client in _clients(config):
         if client.model and not client.base_url:

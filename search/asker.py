@@ -82,6 +82,7 @@ class Asker:
         self._calls.append(call)
         text = prompt
         improvable: dict[int, ImprovableReply] = {}
+        fault: Any = None
         for number in range(self.max_asks):
             # always a single user turn: some chat templates refuse two in a row
             message = {"role": "user", "content": text}
@@ -102,8 +103,9 @@ class Asker:
                 return cast(Value, _longest(improvable, call))
             said = after_thought(reply.text).strip()[:MAX_QUOTED] if judging else ""
             text = f"{prompt}\n\n{self.prompts.ask_again(fault, said=said)}"
-        template = "{name}: {fault} ({num} asks)"
-        raise UnusableReply(template, name=name, fault=fault, num=self.max_asks)
+        raise UnusableReply(
+            "{name}: {fault} ({num} asks)", name=name, fault=fault, num=self.max_asks
+        )
 
 
 def _longest(improvable: dict[int, ImprovableReply], call: Call) -> str:

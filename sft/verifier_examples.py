@@ -96,16 +96,14 @@ def load_answers(
             kinds["unlabelled"] += 1
             cases = from_unlabelled(row, columns, where=where, name=f"row {number}")
             unlabelled |= dict(enumerate(cases, start=len(answers)))
-            # the label is a placeholder until `judge` has been asked
             found = [
                 LabelledAnswer(response=case.response, reference=case.reference, label=False)
                 for case in cases
             ]
         else:
             rng = random.Random(f"{seed}/{number}")
-            kind, found = _from_row(
-                row, columns, where=where, rng=rng, num_wrong=wrong_per_question
-            )
+            num = wrong_per_question
+            kind, found = _from_row(row, columns, where=where, rng=rng, num_wrong=num)
             kinds[kind] += 1
         answers += [replace(answer, row=number) for answer in found]
     if judge is not None:

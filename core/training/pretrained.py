@@ -145,7 +145,7 @@ def check_exists(path: str) -> None:
     Raises:
         ValueError: it does not exist, and is no hub id.
     """
-    if is_path(path) and not Path(path).exists():
+    if is_path(str(path)) and not Path(path).exists():
         raise ValueError(f"model {path}: no such folder")
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from verippo.eval.answering import Answer, list_questions_to_ask
+from verippo.eval.asked_questions import Answer, list_questions_to_ask
 from verippo.eval.config import EvalConfig
 from verippo.eval.questions import Question
 from verippo.eval.results import item_rows, summarise_evaluation

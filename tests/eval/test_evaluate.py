@@ -23,7 +23,8 @@ from verippo.core.sampling.server import servers
 from verippo.core.text.chat import render_text
 from verippo.core.text.encoding import encode
 from verippo.core.training.pretrained import load_tokenizer
-from verippo.eval.answering import build_messages, list_questions_to_ask, server_prompt
+from verippo.eval.answering import server_prompt
+from verippo.eval.asked_questions import build_messages, list_questions_to_ask
 from verippo.eval.config import EvalConfig
 from verippo.eval.evaluate import evaluate
 from verippo.eval.questions import Question, load_questions

@@ -252,7 +252,9 @@ def fields_read(source):
     [PPOConfig, EngineConfig, KLConfig, VerifierConfig, SamplerConfig, SamplingParams, LLMConfig],
 )
 def test_every_field_is_read_by_some_code(config_class):
-    sources = [path for folder in ("rl", "core") for path in (ROOT / folder).rglob("*.py")]
+    sources = [
+        path for folder in ("rl", "core", "launch") for path in (ROOT / folder).rglob("*.py")
+    ]
     read = {name for path in sources for name in fields_read(path.read_text())}
     unread = {field.name for field in dataclasses.fields(config_class)} - read
     assert not unread, f"{config_class.__name__}: no code reads {', '.join(sorted(unread))}"
