@@ -82,14 +82,12 @@ class Asker:
         self._calls.append(call)
         text = prompt
         improvable: dict[int, ImprovableReply] = {}
-        fault: Any = None
         for number in range(self.max_asks):
             # always a single user turn: some chat templates refuse two in a row
             message = {"role": "user", "content": text}
             place = draw * DRAW_STRIDE + number
             reply = await llm.ask([message], draw=place, schema=schema, temperature=temperature)
-            call.prompt_tokens += reply.prompt_tokens
-            call.completion_tokens += reply.completion_tokens
+            call.count(reply.prompt_tokens, reply.completion_tokens)
             try:
                 # prose after a whole JSON object or verdict may be cut off
                 return _read(reply, parse, may_be_cut=judging or schema is not None)
@@ -104,7 +102,7 @@ class Asker:
             said = after_thought(reply.text).strip()[:MAX_QUOTED] if judging else ""
             text = f"{prompt}\n\n{self.prompts.ask_again(fault, said=said)}"
         raise UnusableReply(
-            "{name}: {fault} ({num} asks)", name=name, fault=fault, num=self.max_asks
+            "{name}: {fault} ({num} asks)", name=name, fault=call.faults[-1], num=self.max_asks
         )
 
 

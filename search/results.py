@@ -25,6 +25,11 @@ class Call:
     faults: list[str] = field(default_factory=list)
     """Why replies could not be used, in order."""
 
+    def count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Adds the tokens of a reply."""
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryStep:
