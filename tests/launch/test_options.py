@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import verippo
 from verippo.launch import cli
+
+PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,11 @@ def test_status_and_stop_have_help_texts_of_their_own(capsys):
     assert "Stops the servers" in texts[1]
     assert "--stop_timeout_seconds" not in texts[0]
     assert "--stop_timeout_seconds" in texts[1]
+
+
+def test_package_has_the_version_of_the_project():
+    version = re.search(r'^version = "(.+)"$', PROJECT.read_text(), re.MULTILINE)[1]
+    assert verippo.__version__ == version
 
 
 def test_names_from_data_are_escaped_in_errors(refused, tmp_path):
