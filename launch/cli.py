@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.excepthook = show_crash
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        with contextlib.suppress(BrokenPipeError):  # `| head`
+            print(usage(), flush=True)
         sys.exit(0 if arguments else 2)
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # `serve start` is one command
     name = " ".join(arguments[:words])

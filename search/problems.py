@@ -17,7 +17,7 @@ from typing import Any
 from ..core.llm.client import LLM
 from ..core.llm.journal import content_key
 from ..core.text.choices import extract_choice
-from ..core.text.data import ANSWER_KEY, QUESTION_KEY, load_rows, text_field
+from ..core.text.data import ANSWER_KEY, QUESTION_KEY, Purpose, load_rows, text_field
 from .asker import Asker
 from .config import ProblemsConfig
 from .decontaminate import normalise, overlaps
@@ -188,7 +188,7 @@ def evaluation_texts(sources: str | None) -> list[str]:
         ValueError: a row has no question.
     """
     texts = []
-    for number, row in enumerate(_rows("decontaminate", sources)):
+    for number, row in enumerate(_rows("decontaminate", sources, purpose="test")):
         others = [key for key in (QUESTION_KEY, "Question") if key in row]
         key = others[0] if others and "question" not in row else "question"
         options = row.get("options") or {}
@@ -296,10 +296,10 @@ def _pool(kind: str, source: str | None) -> list[DataRow]:
     ]
 
 
-def _rows(name: str, sources: str | None) -> list[DataRow]:
+def _rows(name: str, sources: str | None, *, purpose: Purpose = "train") -> list[DataRow]:
     """The rows of an option's sources; errors name the option."""
     try:
-        return load_rows(sources) if sources else []
+        return load_rows(sources, purpose=purpose) if sources else []
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -186,3 +186,15 @@ def test_a_classifiers_score_passes_through_the_tiers_with_broken_and_blank_unas
 def test_a_template_without_its_places_is_refused(judge):
     with pytest.raises(ValueError, match="needs {response} once and, after it, {reference} once"):
         ClassifierVerifier.load(str(judge[0]), PLAIN, template="{reference} {response}")
+
+
+def test_template_without_the_end_token_is_mentioned(make_model, capsys):
+    from verippo.core.training.engine import EngineConfig
+
+    path = str(make_model("llama", classes=2))
+    config = EngineConfig(dtype="fp32")
+    ClassifierVerifier.load(path, config, template="{response}{reference}")
+    assert "does not end in </s>" in capsys.readouterr().out
+    ClassifierVerifier.load(path, config, template="{response}{reference}</s>")
+    ClassifierVerifier.load(path, config)
+    assert "does not end in" not in capsys.readouterr().out

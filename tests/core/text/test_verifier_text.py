@@ -10,9 +10,11 @@ from verippo.core.text.verifier_text import (
     Tiers,
     check_template,
     leading_choice,
+    load_template,
     normalise_answer,
     parse_verdict,
     verifier_ids,
+    verifier_input,
 )
 
 
@@ -256,3 +258,23 @@ def test_real_reply_forms_are_read(shared):
     kinds = {kind: kind for kind in ("pass", "too simple", "ambiguous answer")}
     for form in forms["judgements"]:
         assert leading_choice(form["text"], kinds) == form["right"], form["text"]
+
+
+def test_text_that_fits_is_encoded_as_a_whole(tokenizer_folder):
+    """Parts encoded one by one would be other ids where a token spans two of them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    template = "Is the {response}er like {reference}s"
+    ids, num_cut = verifier_input(tokenizer, "fev", "cough", template=template, max_tokens=99)
+    whole = tokenizer.encode("Is the fever like coughs", add_special_tokens=False)
+    assert (ids, num_cut) == (whole, 0)
+
+
+def test_last_newline_of_a_template_file_is_no_part_of_it(tmp_path):
+    file = tmp_path / "template.txt"
+    file.write_text("{response} or {reference}?</s>\r\n\n")
+    assert load_template(str(file)) == "{response} or {reference}?</s>"
+    file.write_bytes(b"\xff{response}{reference}")
+    with pytest.raises(ValueError, match="template.txt: is not UTF-8 text"):
+        load_template(str(file))
