@@ -97,6 +97,39 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - (target - value).var() / target.var()
 
 
+def quarter_metrics(
+    values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    batch: PackedBatch,
+) -> dict[str, float]:
+    """How the critic does along the responses, from their first quarter to their last.
+
+    Args:
+        values: [tokens], of the critic before the update.
+        advantages: [tokens], before whitening.
+        returns: [tokens], targets of the critic.
+        batch: the packed rollouts.
+
+    Returns:
+        Mean value, mean advantage and explained variance of each quarter; NaN for an empty one.
+    """
+    mask = batch.response_mask
+    lengths = torch.zeros(batch.num_seqs, dtype=torch.int64)
+    lengths = lengths.index_add(0, batch.seq_ids, mask.long())
+    before = mask.long().cumsum(0) - 1  # response tokens before this one, over all sequences
+    position = before - (lengths.cumsum(0) - lengths)[batch.seq_ids]
+    quarter = position * 4 // lengths.clamp(min=1)[batch.seq_ids]
+    metrics: dict[str, float] = {}
+    for number in range(4):
+        part = mask & (quarter == number)
+        name = f"q{number + 1}"
+        metrics[f"value_mean_{name}"] = float(values[part].mean())
+        metrics[f"advantage_mean_{name}"] = float(advantages[part].mean())
+        metrics[f"explained_variance_{name}"] = float(explained_variance(values, returns, part))
+    return metrics
+
+
 def check_logprob_gap(metrics: dict[str, Any], limit: float, *, step: int) -> None:
     """Raises RuntimeError when the sampler's log-probs are too far from the trainer's."""
     gap = metrics["sampler_logprob_gap_mean"]

@@ -21,7 +21,7 @@ from .experience import Experience, compute
 from .rollout import Rollout
 from .run import PPORun
 from .setup import set_up
-from .step_metrics import UpdateMeter, check_logprob_gap, step_metrics
+from .step_metrics import UpdateMeter, check_logprob_gap, quarter_metrics, step_metrics
 from .weight_push import close
 
 
@@ -158,4 +158,5 @@ def _targets(
         needs_format=parts.verifier.needs_format,
     )
     check_logprob_gap(metrics, config.max_logprob_gap, step=run.state.step + 1)
-    return experience, metrics | correction | {"kl_coef": kl_coef}
+    metrics |= quarter_metrics(values, advantages, returns, batch) | correction
+    return experience, metrics | {"kl_coef": kl_coef}

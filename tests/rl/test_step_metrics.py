@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,23 @@ def test_when_every_step_was_skipped_there_is_no_gradient_norm():
     row = meter.result()
     assert math.isnan(row["grad_norm_policy"])
     assert math.isnan(row["grad_norm_value"])
+
+
+def test_quarters_of_responses_by_hand():
+    """Responses of 4 and 2 tokens: quarters (0)(1)(2)(3), and 0 and 2 of the shorter one."""
+    from verippo.rl.step_metrics import quarter_metrics
+
+    rows = [
+        SimpleNamespace(prompt_ids=[1, 1, 1], response_ids=[2] * 4),
+        SimpleNamespace(prompt_ids=[1], response_ids=[2] * 2),
+    ]
+    batch = pack(rows)
+    values = torch.full((batch.num_tokens,), math.nan)
+    values[batch.response_mask] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    returns = torch.where(batch.response_mask, values + 1, math.nan)
+    row = quarter_metrics(values, 10 * values, returns, batch)
+    means = [row[f"value_mean_q{n}"] for n in (1, 2, 3, 4)]
+    assert means == [3.0, 2.0, 4.5, 4.0]  # (1 + 5) / 2, 2, (3 + 6) / 2, 4
+    assert [row[f"advantage_mean_q{n}"] for n in (1, 2, 3, 4)] == [10 * mean for mean in means]
+    assert row["explained_variance_q1"] == pytest.approx(1.0)  # off by a constant
+    assert row["explained_variance_q2"] == 0.0  # a single token
