@@ -135,7 +135,8 @@ def line_start(text: str, position: int) -> int:
 
 def line_end(text: str, position: int) -> int:
     """Position where the line that holds `position` ends."""
-    return (text + "\n").index("\n", position)
+    end = text.find("\n", position)
+    return len(text) if end < 0 else end
 
 
 def normalise(text: str) -> str:

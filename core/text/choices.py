@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from . import choice_wording as w
 from .chat import FINAL, THINKING
@@ -148,8 +149,8 @@ def _last_claim(text: str, claims: list[Mention]) -> str | None:
     """Letter of the last claim, unless it merely stands beside one of another option."""
     chosen = claims[0]
     undecided = False
-    for claim in claims[1:]:
-        if claim.explicit or w.TURNS_TO.search(text, chosen.end, claim.start):
+    for before, claim in pairwise(claims):
+        if claim.explicit or w.TURNS_TO.search(text, before.end, claim.start):
             chosen, undecided = claim, False
         elif not chosen.explicit:
             undecided |= claim.letter != chosen.letter
