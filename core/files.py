@@ -106,6 +106,21 @@ def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
     return num
 
 
+def replace_file(path: Path, text: str) -> Path:
+    """Writes a text file in one step, so that a reader never finds it incomplete.
+
+    Args:
+        path: Path of the file.
+        text: The content; characters that UTF-8 cannot hold are replaced by question marks.
+
+    Returns:
+        `path`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    return temporary.replace(path)
+
+
 def is_path(name: str) -> bool:
     """Whether a name of a model or data set is a path of this machine, and not a hub id.
 

@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ..core.files import parse_json, read_file
-from ..core.report.html_page import replace_file
+from ..core.files import parse_json, read_file, replace_file
 from ..core.training.checkpoint import prepare_output
 from ..core.training.run import changed_settings
 from .accuracy_report import percent, print_rows, render_page

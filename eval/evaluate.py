@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from ..core.files import replace_file
 from ..core.llm.journal import Journal
 from ..core.messages import printable
-from ..core.report.html_page import replace_file
 from ..core.training.checkpoint import prepare_output
 from ..core.training.run import changed_settings
 from .accuracy_report import print_table, write_report

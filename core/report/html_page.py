@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
+
 
 def number(x: object) -> float | None:
     """Converts a finite number to float.
@@ -103,18 +105,3 @@ def write_page(
         script_source=f"; script-src 'sha256-{digest}'" if script else "",
     )
     return replace_file(output, page)
-
-
-def replace_file(path: Path, text: str) -> Path:
-    """Writes a text file in one step, so that a reader never finds it incomplete.
-
-    Args:
-        path: Path of the file.
-        text: The content; characters that UTF-8 cannot hold are replaced by question marks.
-
-    Returns:
-        `path`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    return temporary.replace(path)

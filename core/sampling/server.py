@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from ..files import replace_file
 from ..http_library import httpx
 from .server_command import (
     STATE,
@@ -383,6 +384,4 @@ def _read_record(path: Path) -> Server:
 
 
 def _write_record(server: Server) -> None:
-    temporary = server.record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(server), indent=1))
-    temporary.replace(server.record)
+    replace_file(server.record, json.dumps(asdict(server), indent=1))

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..files import read_yaml
+from ..files import read_yaml, replace_file
 from ..messages import mask_credentials
 
 LOGGERS = ("jsonl", "tensorboard", "wandb")
@@ -179,9 +179,7 @@ def _drop_rows_after(file: Path, step: int) -> None:
             continue  # cut off by a kill, or damaged otherwise; its step is repeated
         if keep:
             kept.append(line + "\n")
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
+    replace_file(file, "".join(kept))
 
 
 class Stopwatch:
