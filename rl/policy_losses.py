@@ -26,11 +26,11 @@ class SequenceLoss(NamedTuple):
     loss_sum: Tensor
     """Sum over sequences of the mean loss of their tokens; divide by the number of sequences."""
     num_sequences: Tensor
-    """Sequences with a response token."""
+    """Number of sequences with a response token."""
     num_tokens: Tensor
-    """Response tokens."""
+    """Number of response tokens."""
     clip_sum: Tensor
-    """Tokens without gradient because the clipped branch is larger."""
+    """Number of tokens without gradient because the clipped branch is larger."""
     approx_kl_sum: Tensor
     """Summed estimate of KL(old policy || policy) in nats, by token."""
     ratio_max_abs_log: Tensor
@@ -43,9 +43,9 @@ class TokenLoss(NamedTuple):
     loss_sum: Tensor
     """Summed loss; divide by the number of tokens of the mini-batch."""
     num_tokens: Tensor
-    """Response tokens."""
+    """Number of response tokens."""
     clip_sum: Tensor
-    """Tokens whose weight the bounds changed."""
+    """Number of tokens whose weight the bounds changed."""
     approx_kl_sum: Tensor
     """Summed estimate of KL(old policy || policy) in nats."""
     ratio_max_abs_log: Tensor
@@ -60,7 +60,7 @@ class KLLoss(NamedTuple):
     kl_sum: Tensor
     """Sum of log pi - log pi_ref over the tokens, in nats, without gradient."""
     num_tokens: Tensor
-    """Response tokens."""
+    """Number of response tokens."""
 
 
 def gspo_loss(

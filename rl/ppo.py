@@ -45,11 +45,11 @@ class PolicyLoss(NamedTuple):
     loss_sum: Tensor
     """Summed loss; divide by the number of tokens of the mini-batch."""
     num_tokens: Tensor
-    """Response tokens."""
+    """Number of response tokens."""
     clip_sum: Tensor
-    """Tokens without gradient because the clipped branch is larger."""
+    """Number of tokens without gradient because the clipped branch is larger."""
     dual_clip_sum: Tensor
-    """Tokens without gradient because of `dual_clip`."""
+    """Number of tokens without gradient because of `dual_clip`."""
     approx_kl_sum: Tensor
     """Summed estimate of KL(old policy || policy) in nats."""
     ratio_max_abs_log: Tensor
@@ -62,9 +62,9 @@ class ValueLoss(NamedTuple):
     loss_sum: Tensor
     """Summed loss; divide by the number of tokens of the mini-batch."""
     num_tokens: Tensor
-    """Response tokens."""
+    """Number of response tokens."""
     clip_sum: Tensor
-    """Tokens without gradient because the clipped error is larger."""
+    """Number of tokens without gradient because the clipped error is larger."""
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:

@@ -32,7 +32,7 @@ class Work(Generic[Item]):
     content: Callable[[Item], list[Any]]
     """What the result depends on, of the item; items of equal content share a result."""
     settings: list[Any]
-    """What the result depends on, of the run."""
+    """Settings of the run on which the result depends."""
     prompts: Prompts
     others: Sequence[LLMConfig] = field(default=())
     """Further models."""

@@ -187,7 +187,7 @@ def render_example(
     if not whole.startswith(prompt):
         raise ValueError(
             "the chat template rewrites the prompt when an answer follows: "
-            "the prompt is no prefix of the whole"
+            "the prompt is not a prefix of the conversation"
         )
     content = protect(tokenizer, content).strip()
     # the prompt may hold the content's first characters, such as <think>

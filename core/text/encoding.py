@@ -39,9 +39,9 @@ class _Special:
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @functools.cached_property
-    def hidden_ids(self) -> list[int]:
+    def hidden_ids(self) -> frozenset[int]:
         """Ids that decoding leaves out: all but those of the tags around a thought."""
-        return [number for number, text in self.text.items() if text not in _THINK_TAGS]
+        return frozenset(n for n, text in self.text.items() if text not in _THINK_TAGS)
 
 
 @functools.lru_cache(maxsize=8)
