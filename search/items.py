@@ -28,9 +28,9 @@ class Work(Generic[Item]):
     """What a command does with an item, and what the result depends on."""
 
     run: Callable[[Item, Asker, Sequence[LLM]], Awaitable[ItemResult]]
-    """Works on an item; its last argument are the clients of `others`."""
+    """Works on an item; the last argument holds the clients of `others`."""
     content: Callable[[Item], list[Any]]
-    """What the result depends on, of the item; items of equal content share a result."""
+    """Parts of the item on which the result depends; items of equal content share a result."""
     settings: list[Any]
     """Settings of the run on which the result depends."""
     prompts: Prompts
