@@ -358,7 +358,7 @@ TASKS = {
             findings=5,
             sft_steps=400,
             sft_loss=0.0,
-            ppo_steps=24,
+            ppo_steps=12,
             rollouts_per_step=64,
         ),
         answers=with_methods,
