@@ -142,6 +142,8 @@ class PPOConfig(RunConfig):
     """Model whose decoder becomes the critic; default: the policy's."""
     reference: str | None = None
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
+    baseline: str | None = None
+    """Model that is evaluated once, and with which every evaluation is compared."""
 
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
@@ -218,6 +220,8 @@ class PPOConfig(RunConfig):
     """module:name of a function in place of verippo.rl.rollout.rollout."""
     eval_temperature: NonNegativeFloat = 0.0
     """Sampling temperature of evaluations; 0 takes the most likely token."""
+    stop_below_baseline: bool = False
+    """End at an evaluation that is significantly below the start or the baseline; exit status 1."""
     log_samples_every: CountingInt = 10
     """Steps between sampled texts written to samples.jsonl."""
     max_logprob_gap: PositiveFloat = 1.0
@@ -228,6 +232,7 @@ class PPOConfig(RunConfig):
         self._check_batch()
         self._check_losses()
         self._check_verifier()
+        self._check_held_out()
 
     def _check_batch(self) -> None:
         if (self.steps is None) == (self.episodes is None):
@@ -256,6 +261,15 @@ class PPOConfig(RunConfig):
                 f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over "
                 f"max_tokens_per_gpu={self.max_tokens_per_gpu}: raise it or lower the others"
             )
+
+    def _check_held_out(self) -> None:
+        if self.eval_data or self.eval_fraction:
+            return
+        for name in ("baseline", "stop_below_baseline"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value} needs held-out problems: give eval_data or eval_fraction"
+                )
 
     def _check_losses(self) -> None:
         if self.policy_loss == "gspo" and self.loss_mean not in (None, "sequence"):

@@ -21,8 +21,10 @@ from ..core.training.metrics import peak_memory_gib
 from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
 from ..core.training.stopping import abortable
+from ..core.training.watchdog import enter_phase
 from .config import PPOConfig
 from .experience import Experience, MicroBatch, MiniBatch, judged
+from .held_out import HeldOutRecord, evaluate_baseline, right_answers
 from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
@@ -37,6 +39,8 @@ class PPORun(TrainingRun[PPOConfig]):
     """The parts of a PPO run around the algorithm: sampling, scoring, metrics, checkpoints."""
 
     parts: Components
+    held_out: HeldOutRecord
+    """Results of the start and the baseline on the held-out problems."""
     evaluation: Callable[[], Metrics] | None = None
     """Scores the held-out problems; None where there are none."""
     push_metrics: Metrics = field(default_factory=dict)
@@ -52,14 +56,17 @@ class PPORun(TrainingRun[PPOConfig]):
         resolved: dict[str, Any],
     ) -> PPORun:
         """Resumes from the newest checkpoint, if there is one, and opens the log."""
+        held_out = HeldOutRecord(num=len(parts.eval_set.problems))
         run = cls(
             config=config,
             folder=folder,
             parts=parts,
-            engines={"policy": parts.policy, "critic": parts.critic},
+            held_out=held_out,
+            engines={"policy": parts.policy, "critic": parts.critic, "held_out": held_out},
             export=partial(_export, parts),
             better=lambda new, old: new["score_mean"] > old["score_mean"],
             save_when_best=True,
+            stop_early=lambda state: config.stop_below_baseline and held_out.fell,
         )
         run.resume(resolved=resolved)
         announce(config, parts, folder)
@@ -72,8 +79,19 @@ class PPORun(TrainingRun[PPOConfig]):
     def begin(self) -> None:
         """Sends the weights to the sampler; at the start of a new run, evaluates once.
 
-        If a signal stopped the run before an evaluation, makes up for it.
+        A baseline that has no results yet is evaluated before. If a signal stopped the run before
+        an evaluation, makes up for it.
         """
+        if self.config.baseline not in (None, self.held_out.baseline_model):
+            enter_phase("evaluate")
+            self.seed_draws("baseline", 0)
+            evaluate_baseline(
+                self.config,
+                self.parts,
+                self.held_out,
+                lambda parts: self._answer_held_out(parts, split="baseline")[1],
+                version=self.state.step,
+            )
         self.push_weights()
         if self.evaluation and self.state.step == 0:
             self.seed_draws("evaluation", 0)
@@ -226,16 +244,32 @@ class PPORun(TrainingRun[PPOConfig]):
         if state.step == 1 or self.is_due(config.log_samples_every):
             self._log_samples(rollouts, scores, split="train")
 
+    def finish(self) -> None:
+        """Exports the final model.
+
+        Raises:
+            RuntimeError: `stop_below_baseline` ended the run.
+        """
+        super().finish()
+        if self.stop_early(self.state):
+            raise RuntimeError(
+                f"step {self.state.step}: stop_below_baseline ended the run, because its held-out "
+                "rate is significantly below the start's or the baseline's (see the warning above)"
+            )
+
     def close(self) -> None:
         """Releases the sampler and closes the log."""
         close(self.parts.sampler)
         super().close()
 
     def _roll_out(
-        self, prompts: Sequence[RolloutPrompt], sampling: SamplingParams
+        self,
+        prompts: Sequence[RolloutPrompt],
+        sampling: SamplingParams,
+        parts: Components | None = None,
     ) -> list[Rollout]:
         return roll_out(
-            self.parts,
+            parts or self.parts,
             prompts,
             sampling,
             version=self.state.step,
@@ -244,18 +278,26 @@ class PPORun(TrainingRun[PPOConfig]):
 
     def _evaluate(self) -> Metrics:
         """Scores the held-out problems."""
-        config, held_out = self.config, self.parts.eval_set
+        right_score = self.config.verifier.right
+        rollouts, scores = self._answer_held_out(self.parts, split="eval")
+        metrics = evaluation_metrics(
+            *judged(rollouts, scores, grouped=False),
+            right_score,
+            needs_format=self.parts.verifier.needs_format,
+        )
+        results = right_answers(scores, right_score)
+        return metrics | self.held_out.compare(results, step=self.state.step)
+
+    def _answer_held_out(self, parts: Components, *, split: str) -> tuple[list[Rollout], Tensor]:
+        """Responses to the held-out problems, and their scores."""
+        config, held_out = self.config, parts.eval_set
         numbers = list(range(len(held_out.problems)))
         prompts = held_out.prompts(numbers, seed=config.seed, step=-1)
         sampling = replace(config.sampling, temperature=config.eval_temperature)
-        rollouts = self._roll_out(prompts, sampling)
+        rollouts = self._roll_out(prompts, sampling, parts)
         scores = self.score(rollouts)
-        self._log_samples(rollouts, scores, split="eval")
-        return evaluation_metrics(
-            *judged(rollouts, scores, grouped=False),
-            config.verifier.right,
-            needs_format=self.parts.verifier.needs_format,
-        )
+        self._log_samples(rollouts, scores, split=split)
+        return rollouts, scores
 
     def _log_samples(
         self,

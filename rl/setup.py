@@ -128,7 +128,8 @@ def set_up(config: PPOConfig) -> Components:
         )
     critic_path = config.critic or config.policy
     reference_path = config.reference or config.policy
-    for other in {critic_path, reference_path} - {config.policy}:
+    others = {critic_path, reference_path, config.baseline or config.policy}
+    for other in others - {config.policy}:
         check_same_vocabulary(config.policy, other)
     tokenizer = load_tokenizer(config.policy)
     train_set, eval_set = _problem_sets(config, tokenizer)
@@ -292,8 +293,22 @@ def _sampler(
             folder=Path(config.output) / "sync",
             progress=dist.is_main(),
         )
-    check_sampling(model, config.policy)
-    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
+    return local_sampler(config, config.policy, stops)
+
+
+def local_sampler(config: PPOConfig, path: str, stops: tuple[int, ...]) -> LocalSampler:
+    """Loads a model into a sampler of this process.
+
+    Args:
+        config: dtype and batch size.
+        path: the model.
+        stops: ids that end a response.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its samples would not be transformers' own.
+    """
+    check_sampling(load_config(path), path)
+    hf: Any = load_causal_lm(path, dtype=config.dtype)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     return LocalSampler(
         hf.to(dist.device(), dtype),

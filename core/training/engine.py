@@ -182,15 +182,8 @@ class TrainEngine:
         return StepResult(True, float(self.engine.get_global_grad_norm()))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every Hugging Face weight in full, one at a time; tied weights once.
-
-        Every rank must iterate to the end.
-        """
-        deepspeed = _deepspeed()
-        for name, parameter in self.module.hf.named_parameters():
-            sharded = hasattr(parameter, "ds_id")
-            with deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext():
-                yield name, parameter.detach()
+        """Yields every Hugging Face weight in full; see `named_tensors`."""
+        return named_tensors(self.module)
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights in the host memory of rank 0, for export; empty on the other ranks."""
@@ -225,7 +218,7 @@ class FrozenEngine:
     """A model that is never trained: the reference policy or a verifier. Sharded under ZeRO-3."""
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
-        module.requires_grad_(False).eval()
+        self.module: Any = module.requires_grad_(False).eval()
         if config.zero_stage < 3 or dist.world_size() == 1:
             self.engine: Any = module.to(dist.device())
             return
@@ -238,6 +231,30 @@ class FrozenEngine:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every Hugging Face weight in full; see `named_tensors`."""
+        return named_tensors(self.module)
+
+
+def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields every Hugging Face weight in full, one at a time; tied weights once.
+
+    Every rank must iterate to the end.
+
+    Args:
+        module: a module whose `hf` attribute is the Hugging Face model.
+    """
+    for name, parameter in module.hf.named_parameters():
+        with _gathered(parameter):
+            yield name, parameter.detach()
+
+
+def _gathered(parameter: nn.Parameter, *, modifier_rank: int | None = None) -> Any:
+    """Context in which a parameter is whole; changes by `modifier_rank` are kept on every rank."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return _deepspeed().zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
