@@ -161,6 +161,8 @@ class PPOConfig(RunConfig):
     """Problems per step, over all ranks."""
     samples_per_prompt: CountingInt = 1
     """Responses sampled for each problem."""
+    refill_groups: NonNegativeInt = 0
+    """Rounds of further prompts that replace groups with equal scores (arXiv 2503.14476)."""
     epochs: CountingInt = 3
     """PPO epochs: passes over the rollouts of a step."""
     minibatches: CountingInt = 1
@@ -250,6 +252,11 @@ class PPOConfig(RunConfig):
                 f"advantage={self.advantage} compares the samples of a prompt: "
                 "samples_per_prompt must be over 1"
             )
+        if self.refill_groups and not self.compares_samples:
+            raise ValueError(
+                f"refill_groups={self.refill_groups} replaces groups of equal scores: it needs "
+                "advantage rloo, grpo or reinforce++, and samples_per_prompt over 1"
+            )
         if self.sampling.temperature == 0:
             raise ValueError(
                 "sampling.temperature=0: training needs samples from the policy; "
@@ -318,6 +325,12 @@ class PPOConfig(RunConfig):
     def rollouts_per_step(self) -> int:
         """Responses of a step, over all ranks."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether advantages compare the responses to a problem."""
+        compares = self.advantage != "gae" and not self.advantage_function
+        return compares and self.samples_per_prompt > 1
 
     @property
     def total_steps(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ class ProblemSet:
         seed: int,
         step: int,
         samples: int = 1,
+        drawn: Mapping[int, int] = MappingProxyType({}),
     ) -> list[RolloutPrompt]:
-        """The prompts of some problems, `samples` for each, with the seeds of their draws."""
+        """The prompts of some problems, with their seeds; see `rollout_prompts`."""
         problems = [self.problems[n] for n in numbers]
         ids = [self.token_ids[n] for n in numbers]
         return rollout_prompts(
@@ -87,6 +89,7 @@ class ProblemSet:
             seed=seed,
             step=step,
             samples=samples,
+            drawn=drawn,
         )
 
 

@@ -74,6 +74,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
             rollouts = run.roll_out(run.next_prompts(step))
         with run.watch("score"):
             scores = run.score(rollouts)  # [rollouts], NaN without a verdict; equal on all ranks
+        rollouts, scores = run.refilled(step, rollouts, scores)
         with run.watch("forward"):
             experience, row = _targets(config, run, *run.judged(rollouts, scores))
 
