@@ -142,6 +142,8 @@ class PPOConfig(RunConfig):
     """Model whose decoder becomes the critic; default: the policy's."""
     reference: str | None = None
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
+    reference_refresh_steps: CountingInt | None = None
+    """Steps after which the reference takes the policy's weights, again and again; null: never."""
     baseline: str | None = None
     """Model that is evaluated once, and with which every evaluation is compared."""
 
@@ -314,6 +316,7 @@ class PPOConfig(RunConfig):
             "policy",
             "critic",
             "reference",
+            "reference_refresh_steps",
             "advantage",
             "question_key",
             "answer_key",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..core.report.statistics import bootstrap_difference, mcnemar, wilson_interval
@@ -20,7 +20,7 @@ from ..core.training.engine import FrozenEngine
 from ..core.training.pretrained import load_policy
 from ..core.training.run import Metrics
 from .config import PPOConfig
-from .setup import Components, local_sampler
+from .setup import Components, check_same_shapes, local_sampler
 from .weight_push import push_weights
 
 SIGNIFICANCE = 0.05
@@ -237,17 +237,10 @@ def baseline_components(config: PPOConfig, parts: Components) -> Components:
     if config.sampler.kind == "local":
         sampler = local_sampler(config, config.baseline, parts.stop_token_ids)
         return replace(changed, sampler=sampler)
-    ours, theirs = _shapes(parts.policy.module.hf), _shapes(baseline.module.hf)
-    if differing := sorted(ours.items() ^ theirs.items()):
-        raise ValueError(
-            f"baseline {config.baseline}: its weight {differing[0][0]} is not of the policy's "
-            f"shape: with sampler.kind={config.sampler.kind} both must have the same architecture"
-        )
+    check_same_shapes(
+        parts.policy.module,
+        baseline.module,
+        f"baseline {config.baseline}",
+        needed_by=f"sampler.kind={config.sampler.kind}",
+    )
     return changed
-
-
-def _shapes(hf: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in hf.named_parameters()
-    }

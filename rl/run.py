@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.sampling.sampler import SamplingParams
 from ..core.training import dist
 from ..core.training.metrics import peak_memory_gib
-from ..core.training.run import Metrics, TrainingRun
+from ..core.training.run import Metrics, Saveable, TrainingRun
 from ..core.training.watchdog import enter_phase
 from .config import PPOConfig
 from .experience import Experience, MicroBatch, MiniBatch, judged
@@ -54,12 +54,19 @@ class PPORun(TrainingRun[PPOConfig]):
     ) -> PPORun:
         """Resumes from the newest checkpoint, if there is one, and opens the log."""
         held_out = HeldOutRecord(num=len(parts.eval_set.problems))
+        engines: dict[str, Saveable] = {
+            "policy": parts.policy,
+            "critic": parts.critic,
+            "held_out": held_out,
+        }
+        if config.reference_refresh_steps:
+            engines["reference"] = parts.reference
         run = cls(
             config=config,
             folder=folder,
             parts=parts,
             held_out=held_out,
-            engines={"policy": parts.policy, "critic": parts.critic, "held_out": held_out},
+            engines=engines,
             export=partial(export_policy, parts),
             better=lambda new, old: new["score_mean"] > old["score_mean"],
             save_when_best=True,
@@ -259,6 +266,12 @@ class PPORun(TrainingRun[PPOConfig]):
         """Sends the policy's weights to the sampler, as the version of the finished step."""
         self.push_metrics = push_weights(self.config, self.parts, self.state.step)
 
+    def refresh_reference(self) -> None:
+        """With `reference_refresh_steps`, copies the policy's weights to the reference when due."""
+        every = self.config.reference_refresh_steps
+        if every and self.state.step % every == 0:
+            self.parts.reference.copy_weights(self.parts.policy.named_tensors())
+
     def record(
         self,
         row: Metrics,
@@ -281,6 +294,8 @@ class PPORun(TrainingRun[PPOConfig]):
             "peak_memory_gib": peak_memory_gib(),
             "tokens_per_second": num_tokens / sum(seconds.values()),
         }
+        if every := config.reference_refresh_steps:
+            row["reference_step"] = (state.step - 1) // every * every
         self.log_metrics(row)
         if state.step == 1 or self.is_due(config.log_samples_every):
             self._log_samples(rollouts, scores, split="train")

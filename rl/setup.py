@@ -20,7 +20,7 @@ from ..core.text.data import Order, Problem, load_problems, split
 from ..core.text.stop_tokens import stop_token_ids
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
-from ..core.training.engine import FrozenEngine, TrainEngine
+from ..core.training.engine import FrozenEngine, TrainEngine, weight_shapes
 from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
@@ -142,6 +142,13 @@ def set_up(config: PPOConfig) -> Components:
     critic = _critic(config, critic_path, tokenizer)
     policy = load_policy(config.policy, dtype=config.dtype)
     reference = load_policy(reference_path, dtype=config.dtype)
+    if config.reference_refresh_steps:
+        check_same_shapes(
+            policy,
+            reference,
+            f"reference {reference_path}",
+            needed_by="reference_refresh_steps",
+        )
     rollout_function: RolloutFunction = rollout
     if config.rollout_function:
         function = load_function(config.rollout_function, option="rollout_function")
@@ -164,6 +171,19 @@ def set_up(config: PPOConfig) -> Components:
         policy_rate=_schedule(config, config.policy_learning_rate, config.policy_steps),
         critic_rate=_schedule(config, config.critic_learning_rate, config.critic_steps),
     )
+
+
+def check_same_shapes(policy: Any, other: Any, name: str, *, needed_by: str) -> None:
+    """Checks that the policy's weights fit into another model's, or the other way round.
+
+    Raises:
+        ValueError: a weight is missing in one of them, or differs in shape.
+    """
+    if differing := sorted(weight_shapes(policy).items() ^ weight_shapes(other).items()):
+        raise ValueError(
+            f"{name}: its weight {differing[0][0]} is not of the policy's shape: {needed_by} "
+            "needs models of the same architecture"
+        )
 
 
 def announce(config: PPOConfig, parts: Components, folder: Path) -> None:

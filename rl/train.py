@@ -102,6 +102,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         run.end_update(step, meter, rollouts, kl=row["kl_mean"])
         with run.watch("sync"):
             run.push_weights()
+            run.refresh_reference()
         run.record(row, meter, rollouts, scores)
         run.end_step(run.evaluation)
         bar.set_postfix(score=f"{row['score_mean']:.3f}", kl=f"{row['kl_mean']:.2f}")

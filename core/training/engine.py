@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import dist
@@ -187,11 +189,7 @@ class TrainEngine:
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights in the host memory of rank 0, for export; empty on the other ranks."""
-        state = {}
-        for name, tensor in self.named_tensors():
-            if dist.is_main():
-                state[name] = tensor.cpu().clone()
-        return state
+        return full_state(self.module)
 
     def save(self, folder: Path, name: str) -> None:
         """Writes this rank's weights, optimizer states and counters under folder/name."""
@@ -215,7 +213,7 @@ class TrainEngine:
 
 
 class FrozenEngine:
-    """A model that is never trained: the reference policy or a verifier. Sharded under ZeRO-3."""
+    """A model that no optimizer trains: the reference or a verifier. Sharded under ZeRO-3."""
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
         self.module: Any = module.requires_grad_(False).eval()
@@ -236,6 +234,34 @@ class FrozenEngine:
         """Yields every Hugging Face weight in full; see `named_tensors`."""
         return named_tensors(self.module)
 
+    @torch.no_grad()
+    def copy_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the weights by others of the same shapes, such as those of a `TrainEngine`.
+
+        Every rank must call it and iterate all tensors; under ZeRO-3 rank 0's values count.
+
+        Args:
+            tensors: Hugging Face names with full tensors, in the order of `named_tensors`.
+        """
+        parameters = self.module.hf.named_parameters()
+        for (name, parameter), (other, tensor) in zip(parameters, tensors, strict=True):
+            assert name == other, f"weights {name} and {other}"
+            with _gathered(parameter, modifier_rank=0):
+                if dist.is_main() or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(tensor)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes the weights to folder/name.safetensors."""
+        weights = full_state(self.module)
+        if dist.is_main():
+            save_file(weights, folder / f"{name}.safetensors")
+
+    def load(self, folder: Path, name: str) -> None:
+        """Loads what `save` wrote."""
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            names = [key for key, _ in self.module.hf.named_parameters()]
+            self.copy_weights((key, file.get_tensor(key)) for key in names)
+
 
 def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face weight in full, one at a time; tied weights once.
@@ -248,6 +274,21 @@ def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.hf.named_parameters():
         with _gathered(parameter):
             yield name, parameter.detach()
+
+
+def full_state(module: Any) -> dict[str, Tensor]:
+    """All weights in the host memory of rank 0; empty on the other ranks."""
+    state = {}
+    for name, tensor in named_tensors(module):
+        if dist.is_main():
+            state[name] = tensor.cpu().clone()
+    return state
+
+
+def weight_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the Hugging Face weights in full, by name."""
+    parameters = module.hf.named_parameters()
+    return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters}
 
 
 def _gathered(parameter: nn.Parameter, *, modifier_rank: int | None = None) -> Any:
