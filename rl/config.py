@@ -142,6 +142,10 @@ class PPOConfig(RunConfig):
     """Model whose decoder becomes the critic; default: the policy's."""
     reference: str | None = None
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
+    reference_refresh_steps: CountingInt | None = None
+    """Steps after which the reference takes the policy's weights, again and again; null: never."""
+    baseline: str | None = None
+    """Model that is evaluated once, and with which every evaluation is compared."""
 
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
@@ -159,6 +163,8 @@ class PPOConfig(RunConfig):
     """Problems per step, over all ranks."""
     samples_per_prompt: CountingInt = 1
     """Responses sampled for each problem."""
+    refill_groups: NonNegativeInt = 0
+    """Rounds of further prompts that replace groups with equal scores (arXiv 2503.14476)."""
     epochs: CountingInt = 3
     """PPO epochs: passes over the rollouts of a step."""
     minibatches: CountingInt = 1
@@ -218,6 +224,8 @@ class PPOConfig(RunConfig):
     """module:name of a function in place of verippo.rl.rollout.rollout."""
     eval_temperature: NonNegativeFloat = 0.0
     """Sampling temperature of evaluations; 0 takes the most likely token."""
+    stop_below_baseline: bool = False
+    """End at an evaluation that is significantly below the start or the baseline; exit status 1."""
     log_samples_every: CountingInt = 10
     """Steps between sampled texts written to samples.jsonl."""
     max_logprob_gap: PositiveFloat = 1.0
@@ -228,6 +236,7 @@ class PPOConfig(RunConfig):
         self._check_batch()
         self._check_losses()
         self._check_verifier()
+        self._check_held_out()
 
     def _check_batch(self) -> None:
         if (self.steps is None) == (self.episodes is None):
@@ -245,6 +254,11 @@ class PPOConfig(RunConfig):
                 f"advantage={self.advantage} compares the samples of a prompt: "
                 "samples_per_prompt must be over 1"
             )
+        if self.refill_groups and not self.compares_samples:
+            raise ValueError(
+                f"refill_groups={self.refill_groups} replaces groups of equal scores: it needs "
+                "advantage rloo, grpo or reinforce++, and samples_per_prompt over 1"
+            )
         if self.sampling.temperature == 0:
             raise ValueError(
                 "sampling.temperature=0: training needs samples from the policy; "
@@ -256,6 +270,15 @@ class PPOConfig(RunConfig):
                 f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over "
                 f"max_tokens_per_gpu={self.max_tokens_per_gpu}: raise it or lower the others"
             )
+
+    def _check_held_out(self) -> None:
+        if self.eval_data or self.eval_fraction:
+            return
+        for name in ("baseline", "stop_below_baseline"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value} needs held-out problems: give eval_data or eval_fraction"
+                )
 
     def _check_losses(self) -> None:
         if self.policy_loss == "gspo" and self.loss_mean not in (None, "sequence"):
@@ -293,6 +316,7 @@ class PPOConfig(RunConfig):
             "policy",
             "critic",
             "reference",
+            "reference_refresh_steps",
             "advantage",
             "question_key",
             "answer_key",
@@ -304,6 +328,12 @@ class PPOConfig(RunConfig):
     def rollouts_per_step(self) -> int:
         """Responses of a step, over all ranks."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether advantages compare the responses to a problem."""
+        compares = self.advantage != "gae" and not self.advantage_function
+        return compares and self.samples_per_prompt > 1
 
     @property
     def total_steps(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..core.text.data import Order, Problem, load_problems, split
 from ..core.text.stop_tokens import stop_token_ids
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
-from ..core.training.engine import FrozenEngine, TrainEngine
+from ..core.training.engine import FrozenEngine, TrainEngine, weight_shapes
 from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
@@ -77,8 +78,9 @@ class ProblemSet:
         seed: int,
         step: int,
         samples: int = 1,
+        drawn: Mapping[int, int] = MappingProxyType({}),
     ) -> list[RolloutPrompt]:
-        """The prompts of some problems, `samples` for each, with the seeds of their draws."""
+        """The prompts of some problems, with their seeds; see `rollout_prompts`."""
         problems = [self.problems[n] for n in numbers]
         ids = [self.token_ids[n] for n in numbers]
         return rollout_prompts(
@@ -87,6 +89,7 @@ class ProblemSet:
             seed=seed,
             step=step,
             samples=samples,
+            drawn=drawn,
         )
 
 
@@ -128,7 +131,8 @@ def set_up(config: PPOConfig) -> Components:
         )
     critic_path = config.critic or config.policy
     reference_path = config.reference or config.policy
-    for other in {critic_path, reference_path} - {config.policy}:
+    others = {critic_path, reference_path, config.baseline or config.policy}
+    for other in others - {config.policy}:
         check_same_vocabulary(config.policy, other)
     tokenizer = load_tokenizer(config.policy)
     train_set, eval_set = _problem_sets(config, tokenizer)
@@ -138,6 +142,13 @@ def set_up(config: PPOConfig) -> Components:
     critic = _critic(config, critic_path, tokenizer)
     policy = load_policy(config.policy, dtype=config.dtype)
     reference = load_policy(reference_path, dtype=config.dtype)
+    if config.reference_refresh_steps:
+        check_same_shapes(
+            policy,
+            reference,
+            f"reference {reference_path}",
+            needed_by="reference_refresh_steps",
+        )
     rollout_function: RolloutFunction = rollout
     if config.rollout_function:
         function = load_function(config.rollout_function, option="rollout_function")
@@ -160,6 +171,19 @@ def set_up(config: PPOConfig) -> Components:
         policy_rate=_schedule(config, config.policy_learning_rate, config.policy_steps),
         critic_rate=_schedule(config, config.critic_learning_rate, config.critic_steps),
     )
+
+
+def check_same_shapes(policy: Any, other: Any, name: str, *, needed_by: str) -> None:
+    """Checks that the policy's weights fit into another model's, or the other way round.
+
+    Raises:
+        ValueError: a weight is missing in one of them, or differs in shape.
+    """
+    if differing := sorted(weight_shapes(policy).items() ^ weight_shapes(other).items()):
+        raise ValueError(
+            f"{name}: its weight {differing[0][0]} is not of the policy's shape: {needed_by} "
+            "needs models of the same architecture"
+        )
 
 
 def announce(config: PPOConfig, parts: Components, folder: Path) -> None:
@@ -292,8 +316,22 @@ def _sampler(
             folder=Path(config.output) / "sync",
             progress=dist.is_main(),
         )
-    check_sampling(model, config.policy)
-    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
+    return local_sampler(config, config.policy, stops)
+
+
+def local_sampler(config: PPOConfig, path: str, stops: tuple[int, ...]) -> LocalSampler:
+    """Loads a model into a sampler of this process.
+
+    Args:
+        config: dtype and batch size.
+        path: the model.
+        stops: ids that end a response.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its samples would not be transformers' own.
+    """
+    check_sampling(load_config(path), path)
+    hf: Any = load_causal_lm(path, dtype=config.dtype)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     return LocalSampler(
         hf.to(dist.device(), dtype),

@@ -74,6 +74,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
             rollouts = run.roll_out(run.next_prompts(step))
         with run.watch("score"):
             scores = run.score(rollouts)  # [rollouts], NaN without a verdict; equal on all ranks
+        rollouts, scores = run.refilled(step, rollouts, scores)
         with run.watch("forward"):
             experience, row = _targets(config, run, *run.judged(rollouts, scores))
 
@@ -101,6 +102,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         run.end_update(step, meter, rollouts, kl=row["kl_mean"])
         with run.watch("sync"):
             run.push_weights()
+            run.refresh_reference()
         run.record(row, meter, rollouts, scores)
         run.end_step(run.evaluation)
         bar.set_postfix(score=f"{row['score_mean']:.3f}", kl=f"{row['kl_mean']:.2f}")

@@ -146,6 +146,21 @@ def test_zero_3_on_two_ranks_holds_no_whole_parameter_of_a_frozen_model(both_ran
     assert [rank["forwards"]["parameters_held"] for rank in both_ranks] == [0, 0]
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_frozen_model_takes_the_weights_of_a_trained_one(results, stage):
+    for rank in results:
+        found = rank["refreshed"][stage]
+        expected = results[0]["refreshed"][stage]["policy"]
+        for weights in found["weights"]:  # of the engine that took them, and one that loaded them
+            assert weights.keys() == expected.keys()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        trained, taken, loaded = found["logprobs"]
+        assert torch.equal(taken, trained)
+        assert torch.equal(loaded, trained)
+        assert not torch.equal(trained, rank["forwards"]["logprobs"])  # they had moved
+        assert (found["parameters_held"] == 0) is (stage == 3 and len(results) == 2)
+
+
 def test_adamw_is_torchs_with_decay_on_matrices_alone(make_model):
     folder, rate, decay = make_model("qwen2", seed=4), 1e-2, 0.1  # qwen2 has biases
     batch = batch_of([9, 4, 12])
