@@ -34,7 +34,7 @@ GROUPS = {
         verifier ppo/llm verifier/llm threshold template judge judge_temperature""",
     "run": """
         output offline seed scoring resume trust_checkpoint retry_failed eval_every save_every
-        save_total_limit log_to log_samples_every max_skipped_steps timeout_seconds
+        save_total_limit log_to log_samples_every keep_rollouts max_skipped_steps timeout_seconds
         ablation_seeds host port num gpus tp dp mem_fraction device python api_key_env
         api_key_file arguments environment state start_timeout_seconds stop_timeout_seconds
         foreground""",

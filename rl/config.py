@@ -220,6 +220,8 @@ class PPOConfig(RunConfig):
     """Sampling temperature of evaluations; 0 takes the most likely token."""
     log_samples_every: CountingInt = 10
     """Steps between sampled texts written to samples.jsonl."""
+    keep_rollouts: bool = False
+    """Keep the training rollouts in rollouts/step-NUMBER.jsonl.gz, as `critic` reads them."""
     max_logprob_gap: PositiveFloat = 1.0
     """Mean gap between sampler's and trainer's log-probs (nats) above which the run stops."""
 

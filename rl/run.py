@@ -26,6 +26,7 @@ from .experience import Experience, MicroBatch, MiniBatch, judged
 from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
+from .stored_rollouts import FOLDER, discard_after, stored_rows, write_step
 from .weight_push import close, push_weights, sleep
 
 NUM_LOGGED_SAMPLES = 4
@@ -65,6 +66,8 @@ class PPORun(TrainingRun[PPOConfig]):
         announce(config, parts, folder)
         run.start(config.total_steps, resolved=resolved)
         parts.order.position = run.state.position
+        if dist.is_main():
+            discard_after(folder / FOLDER, run.state.step)
         if parts.eval_set.problems:
             run.evaluation = run._evaluate
         return run
@@ -200,6 +203,18 @@ class PPORun(TrainingRun[PPOConfig]):
     def push_weights(self) -> None:
         """Sends the policy's weights to the sampler, as the version of the finished step."""
         self.push_metrics = push_weights(self.config, self.parts, self.state.step)
+
+    def keep_rollouts(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
+        experience: Experience,
+    ) -> None:
+        """Writes the rollouts of the finished step, if the run keeps them."""
+        if self.config.keep_rollouts and dist.is_main():
+            trained, _ = self.judged(rollouts, scores)
+            rows = stored_rows(rollouts, scores, trained, experience)
+            write_step(self.folder / FOLDER, self.state.step, rows)
 
     def record(
         self,
