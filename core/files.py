@@ -116,8 +116,13 @@ def replace_file(path: Path, text: str) -> Path:
     Returns:
         `path`.
     """
+    return replace_bytes(path, text.encode(errors="replace"))
+
+
+def replace_bytes(path: Path, data: bytes) -> Path:
+    """Writes a file in one step, so that a reader never finds it incomplete; returns `path`."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.write_bytes(data)
     return temporary.replace(path)
 
 

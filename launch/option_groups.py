@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 GROUPS = {
-    "model": "model policy critic reference baseline llm dtype",
+    "model": "model policy critic critic_head reference baseline llm dtype",
     "data": """
         data eval_data eval_fraction limit columns question_key answer_key system_prompt
         max_prompt_tokens max_seq_len overlong tokenize_workers wrong_per_question language
@@ -35,10 +35,10 @@ GROUPS = {
         verifier ppo/llm verifier/llm threshold template judge judge_temperature""",
     "run": """
         output offline seed scoring resume trust_checkpoint retry_failed eval_every
-        stop_below_baseline save_every save_total_limit log_to log_samples_every max_skipped_steps
-        timeout_seconds ablation_seeds ablation_jobs host port num gpus tp dp mem_fraction device
-        python api_key_env api_key_file arguments environment state start_timeout_seconds
-        stop_timeout_seconds foreground""",
+        stop_below_baseline save_every save_total_limit log_to log_samples_every keep_rollouts
+        max_skipped_steps timeout_seconds ablation_seeds ablation_jobs host port num gpus tp dp
+        mem_fraction device python api_key_env api_key_file arguments environment state
+        start_timeout_seconds stop_timeout_seconds foreground""",
 }
 """Options under each heading, in the order of the help; nested ones go by the part before the dot.
 COMMAND/OPTION places one command's option elsewhere than that of the other commands."""

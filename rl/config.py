@@ -139,7 +139,11 @@ class PPOConfig(RunConfig):
     policy: str
     """Model to train: a Hugging Face folder or hub id."""
     critic: str | None = None
-    """Model whose decoder becomes the critic; default: the policy's."""
+    """Model whose decoder becomes the critic, such as the model/ of `verippo critic`; `verifier`
+    for that of the verifier; default: the policy's."""
+    critic_head: Literal["auto", "fresh", "kept"] = "auto"
+    """Value head of the critic: fresh (zero), kept (that of its folder), or auto (kept if the
+    folder has one); always fresh with critic=verifier, whose head tells two classes apart."""
     reference: str | None = None
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
     reference_refresh_steps: CountingInt | None = None
@@ -228,6 +232,8 @@ class PPOConfig(RunConfig):
     """End at an evaluation that is significantly below the start or the baseline; exit status 1."""
     log_samples_every: CountingInt = 10
     """Steps between sampled texts written to samples.jsonl."""
+    keep_rollouts: bool = False
+    """Keep the training rollouts in rollouts/step-NUMBER.jsonl.gz, as `critic` reads them."""
     max_logprob_gap: PositiveFloat = 1.0
     """Mean gap between sampler's and trainer's log-probs (nats) above which the run stops."""
 
@@ -235,6 +241,7 @@ class PPOConfig(RunConfig):
         super().__post_init__()
         self._check_batch()
         self._check_losses()
+        self._check_critic()
         self._check_verifier()
         self._check_held_out()
 
@@ -292,10 +299,23 @@ class PPOConfig(RunConfig):
                 f"overlong_buffer={self.overlong_buffer} is over "
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens}: lower it"
             )
+
+    def _check_critic(self) -> None:
         if self.critic_warmup_steps >= self.total_steps:
             raise ValueError(
                 f"critic_warmup_steps={self.critic_warmup_steps} leaves no step of "
                 f"{self.total_steps} to train the policy: lower it"
+            )
+        kind = self.verifier.kind
+        if self.critic == "verifier" and kind != "classifier":
+            raise ValueError(
+                f"critic=verifier needs verifier.kind=classifier, got {kind}: give the critic's "
+                "folder (./verifier if that is its name)"
+            )
+        if self.critic == "verifier" and self.critic_head == "kept":
+            raise ValueError(
+                "critic_head=kept: the head of critic=verifier has two classes and gives no "
+                "values: leave critic_head out"
             )
 
     def _check_verifier(self) -> None:
@@ -315,6 +335,7 @@ class PPOConfig(RunConfig):
             *super().fixed,
             "policy",
             "critic",
+            "critic_head",
             "reference",
             "reference_refresh_steps",
             "advantage",
@@ -323,6 +344,14 @@ class PPOConfig(RunConfig):
             "system_prompt",
             "max_prompt_tokens",
         )
+
+    @property
+    def critic_path(self) -> str:
+        """Model whose decoder becomes the critic."""
+        if self.critic == "verifier":
+            assert self.verifier.model
+            return self.verifier.model
+        return self.critic or self.policy
 
     @property
     def rollouts_per_step(self) -> int:

@@ -36,6 +36,8 @@ class Experience:
     """Targets of the critic."""
     ref_logprobs: Tensor
     """Log-probs of the reference."""
+    rewards: Tensor
+    """Scores and KL penalties, of which the returns are made."""
     kl_coef: float = 0.0
     """Coefficient of the KL divergence as a loss."""
 

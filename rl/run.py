@@ -26,6 +26,7 @@ from .sampling import roll_out, score
 from .saving import export_policy, save_rollouts, write_samples
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics
+from .stored_rollouts import FOLDER, discard_after, stored_rows, write_step
 from .weight_push import close, push_weights, sleep
 
 
@@ -76,6 +77,8 @@ class PPORun(TrainingRun[PPOConfig]):
         announce(config, parts, folder)
         run.start(config.total_steps, resolved=resolved)
         parts.order.position = run.state.position
+        if dist.is_main():
+            discard_after(folder / FOLDER, run.state.step)
         if parts.eval_set.problems:
             run.evaluation = run._evaluate
         return run
@@ -271,6 +274,18 @@ class PPORun(TrainingRun[PPOConfig]):
         every = self.config.reference_refresh_steps
         if every and self.state.step % every == 0:
             self.parts.reference.copy_weights(self.parts.policy.named_tensors())
+
+    def keep_rollouts(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
+        experience: Experience,
+    ) -> None:
+        """Writes the rollouts of the finished step, if the run keeps them."""
+        if self.config.keep_rollouts and dist.is_main():
+            trained, _ = self.judged(rollouts, scores)
+            rows = stored_rows(rollouts, scores, trained, experience)
+            write_step(self.folder / FOLDER, self.state.step, rows)
 
     def record(
         self,

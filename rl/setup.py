@@ -129,7 +129,7 @@ def set_up(config: PPOConfig) -> Components:
             f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) "
             f"do not divide over {dist.world_size()} ranks: choose a multiple"
         )
-    critic_path = config.critic or config.policy
+    critic_path = config.critic_path
     reference_path = config.reference or config.policy
     others = {critic_path, reference_path, config.baseline or config.policy}
     for other in others - {config.policy}:
@@ -139,7 +139,7 @@ def set_up(config: PPOConfig) -> Components:
     verifier = _verifier(config)
     stops = stop_token_ids(config.policy, tokenizer)
     sampler = _sampler(config, tokenizer, stops)
-    critic = _critic(config, critic_path, tokenizer)
+    critic = _critic(config, tokenizer)
     policy = load_policy(config.policy, dtype=config.dtype)
     reference = load_policy(reference_path, dtype=config.dtype)
     if config.reference_refresh_steps:
@@ -252,13 +252,12 @@ def _problem_set(
     )
 
 
-def _critic(
-    config: PPOConfig, path: str, tokenizer: PreTrainedTokenizerBase
-) -> TrainEngine | NoCritic:
+def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TrainEngine | NoCritic:
     if config.advantage != "gae":
         return NoCritic()
-    module = load_critic(path, dtype=config.dtype)
-    check_embedding(module.hf.config, tokenizer, path)
+    head = "fresh" if config.critic == "verifier" else config.critic_head
+    module = load_critic(config.critic_path, dtype=config.dtype, head=head)
+    check_embedding(module.hf.config, tokenizer, config.critic_path)
     return TrainEngine(module, config.engine)
 
 

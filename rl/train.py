@@ -103,6 +103,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("sync"):
             run.push_weights()
             run.refresh_reference()
+        run.keep_rollouts(rollouts, scores, experience)
         run.record(row, meter, rollouts, scores)
         run.end_step(run.evaluation)
         bar.set_postfix(score=f"{row['score_mean']:.3f}", kl=f"{row['kl_mean']:.2f}")
@@ -144,6 +145,7 @@ def _targets(
         advantages=torch.where(mask, whitened * weights, 0.0),
         returns=returns,
         ref_logprobs=ref_logprobs,
+        rewards=rewards,
         kl_coef=kl_coef if config.kl.place == "loss" else 0.0,
     )
     metrics = step_metrics(

@@ -106,6 +106,7 @@ def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[s
         advantages=near(nothing, 1.0),
         returns=near(values, 0.5),
         ref_logprobs=logprobs,
+        rewards=nothing,
     )
     pairs = [
         ("Pneumonia", "pneumonia"),

@@ -111,6 +111,15 @@ def config(**changes):
             {"verifier": VerifierConfig(kind="function")},
             "verifier.kind=function needs verifier.function=module:name",
         ),
+        ({"critic": "verifier"}, "critic=verifier needs verifier.kind=classifier, got exact: give"),
+        (
+            {
+                "critic": "verifier",
+                "critic_head": "kept",
+                "verifier": VerifierConfig(model="v"),
+            },
+            "critic_head=kept: the head of critic=verifier has two classes",
+        ),
         ({"log_to": "jsonl,paper"}, "unknown logger 'paper'"),
         ({"offload": "all", "zero_stage": 2}, "offload=all needs zero_stage=3, got zero_stage=2"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0: must be above 0"),

@@ -93,6 +93,7 @@ def test_loss_is_a_mean_over_tokens_sequences_or_a_fixed_number(options, weights
         advantages=zeros,
         returns=zeros,
         ref_logprobs=zeros,
+        rewards=zeros,
     )
     (mini,) = experience.minibatches(1, seed=(0,))
     assert loss_divisor(config(**options), mini) == divisor
