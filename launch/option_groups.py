@@ -21,10 +21,11 @@ GROUPS = {
         steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps max_steps
         batch_size learning_rate policy_learning_rate critic_learning_rate warmup_ratio schedule
         weight_decay max_grad_norm stop_at_loss advantage advantage_function gamma lam lam_alpha
-        lam_critic whiten clip_low clip_high dual_clip policy_loss loss_mean
-        policy_loss_function value_clip kl reference_refresh_steps missing_eos_penalty
-        overlong_buffer zero_stage offload gradient_checkpointing max_tokens_per_gpu sft_steps
-        sft_loss verifier_steps ppo_steps""",
+        lam_critic whiten clip_low clip_high dual_clip ratio_mask_low ratio_mask_high
+        policy_loss loss_mean policy_loss_function entropy_coef value_clip kl
+        reference_refresh_steps missing_eos_penalty overlong_buffer zero_stage
+        offload gradient_checkpointing max_tokens_per_gpu sft_steps sft_loss verifier_steps
+        ppo_steps""",
     "sampling": """
         prompts_per_step samples_per_prompt refill_groups rollouts_per_step bench/prompts
         prompt_tokens repeats sampling engine base_url endpoint prompt runs permutations

@@ -31,7 +31,16 @@ ClipFloat = Annotated[
         rule="must be above 0 and at most 1",
     ),
 ]
-DualClipFloat = Annotated[
+UnderOneFloat = Annotated[
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        high_excluded=True,
+        rule="must be 0 or more and under 1",
+    ),
+]
+OverOneFloat = Annotated[
     float,
     Bounds(
         low=1,
@@ -197,14 +206,20 @@ class PPOConfig(RunConfig):
     """Lower bound of the policy ratio is 1 - clip_low (arXiv 1707.06347)."""
     clip_high: PositiveFloat = 0.2
     """Upper bound of the policy ratio is 1 + clip_high."""
-    dual_clip: DualClipFloat | None = None
+    dual_clip: OverOneFloat | None = None
     """Bound of a token's loss where A < 0, as a multiple of -A (arXiv 1912.09729); null: none."""
+    ratio_mask_low: UnderOneFloat = 0.0
+    """Tokens whose policy ratio is below this carry no gradient (arXiv 2607.07508); 0: none."""
+    ratio_mask_high: OverOneFloat | None = None
+    """Tokens whose policy ratio is above this carry no gradient; null: none."""
     policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
     """Clipped PPO loss, GSPO (arXiv 2507.18071) or CISPO (arXiv 2506.13585)."""
     loss_mean: Literal["token", "sequence", "fixed"] | None = None
     """Mean over tokens, over sequences of their means, or over max_new_tokens per sequence."""
     policy_loss_function: str | None = None
     """module:name of a policy loss of your own, in place of the clipped PPO loss."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """c of the entropy bonus: the loss of a token less c times its entropy (arXiv 1707.06347)."""
     value_clip: PositiveFloat | None = 0.2
     """Distance that a value may move from the old one (units of reward); null: unclipped."""
     missing_eos_penalty: float = 0.0
@@ -294,6 +309,8 @@ class PPOConfig(RunConfig):
             )
         if self.kl.place == "loss" and self.mean_over != "token":
             raise ValueError("kl.place=loss needs loss_mean=token")
+        if self.entropy_coef and self.mean_over != "token":
+            raise ValueError(f"entropy_coef={self.entropy_coef} needs loss_mean=token")
         if self.overlong_buffer and self.overlong_buffer > self.sampling.max_new_tokens:
             raise ValueError(
                 f"overlong_buffer={self.overlong_buffer} is over "

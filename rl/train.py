@@ -68,6 +68,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
     critic = run.parts.critic
     policy_loss = run.parts.policy_loss
     temperature = config.sampling.temperature
+    outputs = partial(policy, temperature=temperature, with_entropy=config.entropy_coef > 0)
     run.begin()
     for step, bar in run.steps("ppo"):
         with run.watch("rollout"):
@@ -82,7 +83,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("train"):
             for mini in run.policy_minibatches(experience, step, meter):
                 for micro in run.microbatches(mini, meter):
-                    pg = policy_loss(policy(micro.batch, temperature=temperature), micro)
+                    pg = policy_loss(outputs(micro.batch), micro)
                     policy.backward(pg.loss_sum, loss_divisor(config, mini), last=micro.last)
                     meter.add_policy(pg, first_minibatch=mini.number == 0)
                 run.step_policy(mini, meter)
