@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import numbers
 from collections import Counter
@@ -104,6 +106,19 @@ class RolloutFunction(Protocol):
     ) -> list[Rollout]: ...
 
 
+class AsyncRolloutFunction(Protocol):
+    """Signature of a rollout function that awaits its tools."""
+
+    async def __call__(
+        self,
+        sampler: Sampler,
+        prompts: Sequence[RolloutPrompt],
+        sampling: SamplingParams,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[Rollout]: ...
+
+
 def rollout(
     sampler: Sampler,
     prompts: Sequence[RolloutPrompt],
@@ -165,7 +180,7 @@ def check_completions(completions: Any, *, num: int) -> None:
 
 
 def checked_rollout(
-    function: RolloutFunction,
+    function: RolloutFunction | AsyncRolloutFunction,
     name: str,
     sampler: Sampler,
     prompts: Sequence[RolloutPrompt],
@@ -176,7 +191,8 @@ def checked_rollout(
     """Calls a user's rollout function and checks its result.
 
     Args:
-        function: the function.
+        function: the function; one defined with `async def` runs to its end in an event loop of its
+            own.
         name: what errors call it.
         sampler, prompts, sampling, tokenizer: its arguments.
 
@@ -185,6 +201,8 @@ def checked_rollout(
             log-probs and text.
     """
     rollouts: Any = function(sampler, prompts, sampling, tokenizer=tokenizer)
+    if inspect.iscoroutine(rollouts):
+        rollouts = asyncio.run(rollouts)
     expected = f"it must return a list of {len(prompts)}, one Rollout for each prompt"
     if not isinstance(rollouts, (list, tuple)):
         raise ValueError(f"{name} returned {describe(rollouts)}: {expected}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.sampler import Completion, SamplingParams, draw_seed
 from verippo.core.text.data import Problem
+from verippo.core.training import stopping
 from verippo.core.training.packing import pack
 from verippo.core.training.pretrained import load_causal_lm, load_policy, load_tokenizer
 from verippo.rl import ppo
@@ -515,3 +519,69 @@ def test_mask_of_a_users_function_is_checked(mask, said):
 
     with pytest.raises(ValueError, match=f"own:f returned rollout 0, in which {said}"):
         checked_rollout(function, "own:f", None, [None], SamplingParams(), tokenizer=None)
+
+
+# --- functions that await ---
+
+
+async def drawn(sampler, prompts, sampling, *, tokenizer):
+    """Rollouts whose tools finish in another order than they began."""
+
+    async def one(number):
+        await asyncio.sleep(0.02 * (len(prompts) - number))
+        return replace(TURNS, sample=number)
+
+    return list(await asyncio.gather(*map(one, range(len(prompts)))))
+
+
+def run(function, num=3):
+    prompts = [None] * num
+    return checked_rollout(function, "own:f", None, prompts, SamplingParams(), tokenizer=None)
+
+
+def test_async_function_runs_to_its_end():
+    assert [one.sample for one in run(drawn)] == [0, 1, 2]
+
+
+def test_async_function_runs_beside_a_loop_in_another_thread():
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        assert [one.sample for one in run(drawn)] == [0, 1, 2]
+        assert loop.is_running()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_result_of_an_async_function_is_checked():
+    async def wrong(sampler, prompts, sampling, *, tokenizer):
+        return 7
+
+    with pytest.raises(ValueError, match="own:f returned int '7': it must return a list of 3"):
+        run(wrong)
+
+
+def test_error_of_an_async_function_reaches_the_caller():
+    async def fails(sampler, prompts, sampling, *, tokenizer):
+        raise ValueError("the tool's address is wrong")
+
+    with pytest.raises(ValueError, match="the tool's address is wrong"):
+        run(fails)
+
+
+def test_signal_while_a_tool_is_awaited_is_noted_and_the_function_ends():
+    async def signalled(sampler, prompts, sampling, *, tokenizer):
+        asyncio.get_running_loop().call_later(0.01, signal.raise_signal, signal.SIGINT)
+        return await drawn(sampler, prompts, sampling, tokenizer=tokenizer)
+
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    try:
+        with stopping.handled(), stopping.deferred():
+            assert len(run(signalled)) == 3
+            assert stopping.SIGNALS[stopping.received() - 1] == signal.SIGINT
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
