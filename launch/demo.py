@@ -10,7 +10,7 @@ from ..core.report.run_report import write_report
 from ..core.training.checkpoint import prepare_output
 from ..rl.train import train
 from .ablation import ablate
-from .demo_task import DemoConfig, ppo_config, prepare, stage_table, timed
+from .demo_task import TASKS, DemoConfig, ppo_config, prepare, stage_table, timed
 
 
 def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
@@ -31,7 +31,7 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
     ppo = folder / "ppo"
     with timed("ppo", seconds):
         train(ppo_config(config, folder), resolved=resolved)
-    stages: dict[str, Any] = stage_table(ppo) | {"seconds": seconds}
+    stages: dict[str, Any] = stage_table(ppo, TASKS[config.task].note) | {"seconds": seconds}
     (ppo / "stages.json").write_text(json.dumps(stages, indent=1))
     title = "verippo demo: SFT, verifier, PPO"
     report = write_report(ppo, title=title, output=folder / "report.html")

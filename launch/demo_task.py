@@ -1,4 +1,4 @@
-"""The task of the demo and its stages: generated problems, a small random model, stage settings.
+"""The tasks of the demo and its stages: generated problems, a small random model, stage settings.
 
 Not medicine: the problems are sums of clinical scores, where reasoning helps a model of half a
 million parameters.
@@ -7,13 +7,14 @@ million parameters.
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,6 +28,7 @@ from ..sft.config import SFTConfig, VerifierTrainingConfig
 from ..sft.finetune import train as train_sft
 from ..sft.train_verifier import train as train_verifier
 from .cli import parse
+from .demo_methods import METHOD_WORDS, with_methods
 
 Config = TypeVar("Config")
 Record = dict[str, Any]
@@ -41,12 +43,32 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-NOTE = (
-    "Held-out problems share no set of findings with training problems. Evaluation samples at "
-    "temperature 0.7, as training does. Stage 1 is stopped early and learns answers with and "
-    "without reasoning in equal parts; the share that reasons and the length show how PPO changed "
-    "this."
-)
+
+
+class Sizes(NamedTuple):
+    """Sizes of the stages that differ between the tasks."""
+
+    findings: int
+    sft_steps: int
+    sft_loss: float
+    ppo_steps: int
+    rollouts_per_step: int
+
+
+class Task(NamedTuple):
+    """A task of the demo."""
+
+    sizes: Sizes
+    answers: Callable[[list[Record], int], list[Record]]
+    """(records, seed) -> the records with the answers that stage 1 learns."""
+    wrong_anywhere: bool
+    """Whether the verifier also learns wrong numbers that are far from the right one."""
+    words: str
+    """Words of its answers beside those of the problems, for the tokenizer."""
+    configs: str
+    """Beginning of the names of its files in launch/configs."""
+    note: str
+    """What the report says about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +77,45 @@ class DemoConfig:
 
     output: str = "demo"
     """Folder that receives everything the demo writes."""
+    task: Literal["short", "long"] = "short"
+    """short: whether to reason; long: which method, at least 200 tokens before the score."""
     seed: SeedInt = 0
     """Seed of data, weights and every draw."""
     num_train: CountingInt = 8192
     """Number of training problems."""
     num_eval: Annotated[int, Bounds(low=2, rule="must be at least 2")] = 256
     """Number of held-out problems; none shares its findings with a training problem."""
-    findings: Annotated[int, Bounds(low=3, high=8, rule="must lie in 3..8")] = 8
-    """Findings in a problem, which set its difficulty: 3 to 8."""
-    sft_steps: CountingInt = 400
-    """Optimizer steps of stage 1, at most."""
-    sft_loss: float = 0.047
-    """Held-out loss (nats per token) at which stage 1 stops, early so that PPO can improve it."""
+    findings: Annotated[int, Bounds(low=3, high=8, rule="must lie in 3..8")] | None = None
+    """Findings in a problem, 3 to 8, which set its difficulty; null: as the task has them."""
+    sft_steps: CountingInt | None = None
+    """Optimizer steps of stage 1, at most; null: those of the task."""
+    sft_loss: float | None = None
+    """Held-out loss (nats per token) that ends stage 1; null: the task's, which is early."""
     verifier_steps: CountingInt = 250
     """Optimizer steps of the verifier's training."""
-    ppo_steps: CountingInt = 32
-    """Steps of PPO."""
-    rollouts_per_step: CountingInt = 128
-    """Responses per PPO step."""
+    ppo_steps: CountingInt | None = None
+    """Steps of PPO; null: those of the task."""
+    rollouts_per_step: CountingInt | None = None
+    """Responses per PPO step; null: those of the task."""
     ablation_seeds: NonNegativeInt = 0
     """Train every variant of the ablation from this many seeds instead of running the demo."""
+    ablation_jobs: CountingInt = 1
+    """Runs of the ablation at once, each in a process of its own."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.num_train < self.rollouts_per_step:
+        if self.num_train < self.sizes.rollouts_per_step:
             raise ValueError(
                 f"num_train={self.num_train}: must be at least rollouts_per_step="
-                f"{self.rollouts_per_step}"
+                f"{self.sizes.rollouts_per_step}"
             )
+
+    @property
+    def sizes(self) -> Sizes:
+        """The task's sizes, or the given ones."""
+        given = {name: getattr(self, name) for name in Sizes._fields}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return TASKS[self.task].sizes._replace(**chosen)
 
 
 @contextmanager
@@ -111,10 +144,10 @@ def prepare(config: DemoConfig, folder: Path, seconds: dict[str, float]) -> None
     with timed("sft", seconds):
         sft = read_config(
             SFTConfig,
-            "demo_sft",
+            f"{TASKS[config.task].configs}_sft",
             folder,
-            max_steps=config.sft_steps,
-            stop_at_loss=config.sft_loss,
+            max_steps=config.sizes.sft_steps,
+            stop_at_loss=config.sizes.sft_loss,
             seed=config.seed,
         )
         train_sft(sft, resolved=resolved)
@@ -137,8 +170,11 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> None:
     """
     data = folder / "data"
     record = data / "made_with.json"
-    names = ("seed", "num_train", "num_eval", "findings")
-    made_with = json.dumps({name: getattr(config, name) for name in names})
+    names = ("seed", "num_train", "num_eval")
+    made_with = json.dumps(
+        {name: getattr(config, name) for name in names}
+        | {"findings": config.sizes.findings, "task": config.task}
+    )
     if (folder / "base" / "config.json").exists():
         if (found := record.read_text()) != made_with:
             raise ValueError(
@@ -148,49 +184,66 @@ def make_data_and_model(config: DemoConfig, folder: Path) -> None:
         return
     data.mkdir(exist_ok=True)
     record.write_text(made_with)
-    settings: dict[str, Any] = {"seed": config.seed, "kinds": KINDS, "difficulty": config.findings}
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "kinds": KINDS,
+        "difficulty": config.sizes.findings,
+    }
+    answers = TASKS[config.task].answers
+    anywhere = TASKS[config.task].wrong_anywhere
     train = generate(config.num_train, split="train", **settings)
     held_out = generate(config.num_eval, split="eval", **settings)
     files = {
         "problems": train,
         "held_out": held_out,
-        "sft_train": half_without_reasoning(train),
-        "sft_eval": half_without_reasoning(held_out),
-        "verifier_train": verifier_rows(train[:2048], config.seed),
-        "verifier_eval": verifier_rows(held_out[:2048], config.seed),
+        "sft_train": answers(train, config.seed),
+        "sft_eval": answers(held_out, config.seed),
+        "verifier_train": verifier_rows(train[:2048], config.seed, anywhere=anywhere),
+        "verifier_eval": verifier_rows(held_out[:2048], config.seed, anywhere=anywhere),
     }
     for name, rows in files.items():
         (data / f"{name}.json").write_text(json.dumps(rows))
     (data / "verifier_template.txt").write_text(VERIFIER_TEMPLATE)
-    make_base(folder / "base", train, seed=config.seed)
+    make_base(folder / "base", train, TASKS[config.task].words, seed=config.seed)
 
 
-def half_without_reasoning(records: list[Record]) -> list[Record]:
+def half_without_reasoning(records: list[Record], seed: int = 0) -> list[Record]:
     """Removes the reasoning from every second answer: PPO is to learn which kind is better."""
     return [record | {"Complex_CoT": ""} if n % 2 else record for n, record in enumerate(records)]
 
 
-def verifier_rows(records: list[Record], seed: int) -> list[Record]:
+def verifier_rows(records: list[Record], seed: int, *, anywhere: bool = False) -> list[Record]:
     """Two right and two wrong answers to each problem, in the same phrases.
 
-    Half of them are the bare number, as the policy writes it.
+    Half of them are the bare number, as the policy writes it; with `anywhere`, a wrong one is that
+    of any other record, and else close to the right one.
     """
     rows = []
+    rng = random.Random(f"wrong/{seed}")
+    totals = sorted({record["Ground-True Answer"] for record in records})
     for n, record in enumerate(records):
         reference = record["Ground-True Answer"]
         right = paraphrases(record)
         wrong = wrong_answers(record, 2, seed + n)
         bare_wrong = re.findall(r"\d+", wrong[0])[0]
+        if anywhere:
+            bare_wrong = rng.choice([total for total in totals if total != reference])
         texts = [reference, bare_wrong, right[n % len(right)], wrong[1]]
         for text, label in zip(texts, (True, False, True, False), strict=True):
             rows.append({"response": text, "reference": reference, "label": label})
     return rows
 
 
-def make_base(folder: Path, records: list[Record], *, seed: int) -> None:
+def make_base(
+    folder: Path,
+    records: list[Record],
+    words: str,
+    *,
+    seed: int,
+) -> None:
     """Writes a Llama of 0.6 M random parameters and a byte-level BPE tokenizer.
 
-    Nearly every word of the records becomes one token.
+    Nearly every word of the records, and of `words`, becomes one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -205,7 +258,7 @@ def make_base(folder: Path, records: list[Record], *, seed: int) -> None:
         f"## Thinking\n\n{r['Complex_CoT']}\n\n## Final Response\n\n{r['Response']} {r['Question']}"
         for r in records[:2048]
     ]
-    texts += [VERIFIER_TEMPLATE] * 64
+    texts += [VERIFIER_TEMPLATE] * 64 + [words] * 256
     texts += [phrase for record in records[:256] for phrase in paraphrases(record)]
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
@@ -240,11 +293,12 @@ def ppo_config(config: DemoConfig, folder: Path, **changes: Any) -> PPOConfig:
         **changes: Fields in which a variant differs.
     """
     settings: dict[str, Any] = {
-        "steps": config.ppo_steps,
-        "prompts_per_step": config.rollouts_per_step,
+        "steps": config.sizes.ppo_steps,
+        "prompts_per_step": config.sizes.rollouts_per_step,
         "seed": config.seed,
     }
-    return read_config(PPOConfig, "demo_ppo", folder, **(settings | changes))
+    name = f"{TASKS[config.task].configs}_ppo"
+    return read_config(PPOConfig, name, folder, **(settings | changes))
 
 
 def read_config(config_class: type[Config], name: str, folder: Path, **changes: Any) -> Config:
@@ -261,7 +315,7 @@ def read_rows(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def stage_table(ppo_folder: Path) -> dict[str, Any]:
+def stage_table(ppo_folder: Path, note: str) -> dict[str, Any]:
     """Contents of stages.json: held-out evaluations before and after PPO, with 95 % intervals."""
     evals = read_rows(ppo_folder / "eval.jsonl")
     rows = []
@@ -278,4 +332,42 @@ def stage_table(ppo_folder: Path) -> dict[str, Any]:
             "response_length_mean": row["response_length_mean"],
         }
         rows.append({"stage": stage, "num": num} | rates | measures)
-    return {"rows": rows, "notes": [NOTE]}
+    return {"rows": rows, "notes": [note]}
+
+
+TASKS = {
+    "short": Task(
+        sizes=Sizes(
+            findings=8,
+            sft_steps=400,
+            sft_loss=0.047,
+            ppo_steps=32,
+            rollouts_per_step=128,
+        ),
+        answers=half_without_reasoning,
+        wrong_anywhere=False,
+        words="",
+        configs="demo",
+        note="Held-out problems share no set of findings with training problems. Evaluation "
+        "samples at temperature 0.7, as training does. Stage 1 is stopped early and learns answers "
+        "with and without reasoning in equal parts; the share that reasons and the length show "
+        "how PPO changed this.",
+    ),
+    "long": Task(
+        sizes=Sizes(
+            findings=5,
+            sft_steps=400,
+            sft_loss=0.0,
+            ppo_steps=12,
+            rollouts_per_step=64,
+        ),
+        answers=with_methods,
+        wrong_anywhere=True,
+        words=METHOD_WORDS,
+        configs="demo_long",
+        note="Held-out problems share no set of findings with training problems. Evaluation "
+        "samples at temperature 0.7, as training does. Stage 1 learns three methods in equal "
+        "parts, of which one is right, and two of the three clinical scores. The first word "
+        "chooses the method; the verdict comes at least 200 tokens later.",
+    ),
+}

@@ -16,7 +16,7 @@ GROUPS = {
         data eval_data eval_fraction limit columns question_key answer_key system_prompt
         max_prompt_tokens max_seq_len overlong tokenize_workers wrong_per_question language
         prompts min_length unique difficulty decontaminate mix split skip_bad first second
-        num_train num_eval findings""",
+        num_train num_eval task findings""",
     "optimisation": """
         steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps max_steps
         batch_size learning_rate policy_learning_rate critic_learning_rate warmup_ratio schedule
@@ -35,7 +35,7 @@ GROUPS = {
     "run": """
         output offline seed scoring resume trust_checkpoint retry_failed eval_every save_every
         save_total_limit log_to log_samples_every max_skipped_steps timeout_seconds
-        ablation_seeds host port num gpus tp dp mem_fraction device python api_key_env
+        ablation_seeds ablation_jobs host port num gpus tp dp mem_fraction device python api_key_env
         api_key_file arguments environment state start_timeout_seconds stop_timeout_seconds
         foreground""",
 }

@@ -27,6 +27,8 @@ def test_every_shipped_configuration_parses() -> None:
         "demo_sft": SFTConfig,
         "demo_verifier": VerifierTrainingConfig,
         "demo_ppo": PPOConfig,
+        "demo_long_sft": SFTConfig,
+        "demo_long_ppo": PPOConfig,
         "eval": EvalConfig,
         "problems": ProblemsConfig,
         "search": SearchConfig,

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from verippo.core.text.chat import parse_response
 from verippo.launch.ablation import VARIANTS, ablate
 from verippo.launch.demo import demo
+from verippo.launch.demo_methods import METHODS, NUM_CHECKS, worked
 from verippo.launch.demo_task import (
     KINDS,
     DemoConfig,
@@ -53,13 +55,52 @@ def test_every_stage_runs_and_is_in_the_report(tmp_path: Path) -> None:
 def test_ablation_trains_every_variant_from_the_same_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = list(VARIANTS)
-    for name in names[3:]:
-        monkeypatch.delitem(VARIANTS, name)
+    for name in list(VARIANTS["short"])[3:]:
+        monkeypatch.delitem(VARIANTS["short"], name)
     table = ablate(replace(TINY, ablation_seeds=1), tmp_path).read_text()
     assert table.count("\n") == 2 + 3
     results = json.loads((tmp_path / "ablation.json").read_text())
     assert len({runs[0]["exact_before"] for runs in results.values()}) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ablation_repeats_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *others = VARIANTS["long"]
+    for name in (second, *others):
+        monkeypatch.delitem(VARIANTS["long"], name)
+    config = replace(TINY, task="long", ablation_seeds=2, ablation_jobs=2)
+    ablate(config, tmp_path)
+    summaries = sorted(tmp_path.glob("seed-*/ppo-0/summary.json"))
+    assert [path.parts[-3] for path in summaries] == ["seed-0", "seed-1"]
+    times = [path.stat().st_mtime_ns for path in summaries]
+    summaries[1].unlink()
+    ablate(config, tmp_path)
+    assert summaries[0].stat().st_mtime_ns == times[0]
+    assert summaries[1].stat().st_mtime_ns > times[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_of_a_long_answer_comes_200_tokens_before_it(tmp_path: Path, method: str) -> None:
+    config = replace(TINY, task="long")
+    make_data_and_model(config, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    for record in json.loads((tmp_path / "data" / "problems.json").read_text()):
+        text = worked(record, method)["Complex_CoT"] + "\n\n## Final Response\n\n"
+        assert len(tokenizer(text.removeprefix(method))["input_ids"]) >= 200
+
+
+def test_methods_of_a_long_answer() -> None:
+    record = {
+        "Complex_CoT": "skin blue = 0 , total 0 ; pulse 80 = 1 , total 1 ; tone active = 2 , total 3"
+    }
+    answers = {method: worked(record, method) for method in METHODS}
+    found = {method: answer["Response"] for method, answer in answers.items()}
+    assert found == {"sum": "3", "highest": "2", "count": "3"}
+    text = answers["highest"]["Complex_CoT"]
+    assert text.startswith(
+        "highest : skin blue = 0 ; pulse 80 = 1 ; tone active = 2 , so 2 . check 1 ;"
+    )
+    assert text.endswith(f" ; check {NUM_CHECKS} ;")
 
 
 def test_half_of_the_answers_have_no_reasoning() -> None:
