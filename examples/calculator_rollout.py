@@ -7,8 +7,10 @@ and the policy goes on. It is trained on what it wrote, and never on results.
 
 Calls are part of the policy's format: stage 1 has to teach them. A row of `messages` trains its
 last turn, so a conversation with one call is two rows: question and call; question, call, result
-and answer. `sampling.max_new_tokens` is the limit of a whole conversation, results included; each
-turn has an equal share of it.
+and answer. The call has no headings, the answer has both.
+
+`sampling.max_new_tokens` is the limit of a whole conversation, results included; each turn has an
+equal share of it.
 """
 
 import ast

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from verippo.core.sampling.sampler import Completion, SamplingParams
-from verippo.core.text.chat import render_example, render_prompt
+from verippo.core.text.chat import render_example, render_prompt, render_response
 from verippo.core.text.data import Problem
 from verippo.core.training.pretrained import load_tokenizer
 from verippo.launch import cli
@@ -105,11 +105,10 @@ def context_of(one, tokenizer):
 
 
 def test_call_is_answered_with_its_result(example, tokenizer, prompts):
-    final = "\n\n## Final Response\n\n"
     sampler = Scripted(
         tokenizer,
-        ["## Thinking\n\n<calc>2+3</calc>", f"## Thinking\n\n<calc>2+3</calc>?{final}6"],
-        [f"{final}5"],
+        ["<calc>2+3</calc>", render_response("<calc>2+3</calc>?", "6")],
+        [render_response("It is 5.", "5")],
     )
     function = example("calculator_rollout").rollout
     first, second = function(sampler, prompts, SAMPLING, tokenizer=tokenizer)
@@ -144,10 +143,9 @@ def taught_rows():
     for n in range(10):
         answer = str(n % 2)
         question = f"Is {n} odd?"
-        thinking = "## Thinking\n\n"
-        final = f"## Final Response\n\n{answer}"
-        call = f"{thinking}<calc>{n}-{n - n % 2}</calc>"
-        yield [question, f"{thinking}Halve.\n\n{final}"]
+        final = render_response("Halve.", answer)
+        call = f"<calc>{n}-{n - n % 2}</calc>"
+        yield [question, final]
         yield [question, call]
         yield [question, call, answer, final]
 
