@@ -111,6 +111,8 @@ class DemoConfig:
                 f"num_train={self.num_train}: must be at least rollouts_per_step="
                 f"{self.sizes.rollouts_per_step}"
             )
+        if self.ablation_seeds and self.task == "calculator":
+            raise ValueError("ablation_seeds: task=calculator has no variants: choose another task")
 
     @property
     def sizes(self) -> Sizes:
