@@ -42,7 +42,8 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
             f"(95 % {exact['low']:.3f} to {exact['high']:.3f}), "
             f"score {row['score_mean']['value']:.3f}, "
             f"reasoned {row['reasoned_rate']['value']:.2f}, "
-            f"length {row['response_length_mean']:.1f} tokens"
+            f"length {row['response_length_mean']:.1f} tokens, "
+            f"turns {row['turns_mean']:.2f}"
         )
     print(f"report: {report}")
     return report

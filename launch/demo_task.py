@@ -28,6 +28,7 @@ from ..sft.config import SFTConfig, VerifierTrainingConfig
 from ..sft.finetune import train as train_sft
 from ..sft.train_verifier import train as train_verifier
 from .cli import parse
+from .demo_calculator import CALL_WORDS, with_calls
 from .demo_methods import METHOD_WORDS, with_methods
 
 Config = TypeVar("Config")
@@ -77,8 +78,9 @@ class DemoConfig:
 
     output: str = "demo"
     """Folder that receives everything the demo writes."""
-    task: Literal["short", "long"] = "short"
-    """short: whether to reason; long: which method, at least 200 tokens before the score."""
+    task: Literal["short", "long", "calculator"] = "short"
+    """short: whether to reason; long: which method, at least 200 tokens before the score;
+    calculator: whether to call a tool."""
     seed: SeedInt = 0
     """Seed of data, weights and every draw."""
     num_train: CountingInt = 8192
@@ -109,6 +111,8 @@ class DemoConfig:
                 f"num_train={self.num_train}: must be at least rollouts_per_step="
                 f"{self.sizes.rollouts_per_step}"
             )
+        if self.ablation_seeds and self.task == "calculator":
+            raise ValueError("ablation_seeds: task=calculator has no variants: choose another task")
 
     @property
     def sizes(self) -> Sizes:
@@ -330,6 +334,7 @@ def stage_table(ppo_folder: Path, note: str) -> dict[str, Any]:
         measures = {
             "score_mean": Interval(score, score - half, score + half)._asdict(),
             "response_length_mean": row["response_length_mean"],
+            "turns_mean": row["turns_mean"],
         }
         rows.append({"stage": stage, "num": num} | rates | measures)
     return {"rows": rows, "notes": [note]}
@@ -369,5 +374,22 @@ TASKS = {
         "samples at temperature 0.7, as training does. Stage 1 learns three methods in equal "
         "parts, of which one is right, and two of the three clinical scores. The first word "
         "chooses the method; the verdict comes at least 200 tokens later.",
+    ),
+    "calculator": Task(
+        sizes=Sizes(
+            findings=8,
+            sft_steps=200,
+            sft_loss=0.0,
+            ppo_steps=24,
+            rollouts_per_step=128,
+        ),
+        answers=with_calls,
+        wrong_anywhere=False,
+        words=CALL_WORDS,
+        configs="demo_calculator",
+        note="Held-out problems share no set of findings with training problems. Evaluation "
+        "samples at temperature 0.7, as training does. Stage 1 learns to call a calculator in one "
+        "of three answers. A response has one call at most: its turns less one are the share of "
+        "responses that call.",
     ),
 }

@@ -66,7 +66,7 @@ def length_penalties(config: PPOConfig, rollouts: Sequence[Rollout]) -> Tensor:
     truncated = torch.tensor([float(rollout.truncated) for rollout in rollouts])
     penalties = -config.missing_eos_penalty * truncated
     if config.overlong_buffer:
-        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        lengths = torch.tensor([rollout.num_trained for rollout in rollouts])
         limit = config.sampling.max_new_tokens
         penalties = penalties + ppo.overlong_penalty(
             lengths, limit=limit, buffer=config.overlong_buffer
@@ -114,8 +114,7 @@ def loss_weights(
             "correction_sample_size": float(correction.effective_sample_size),
         }
     if config.mean_over == "sequence" and config.policy_loss != "gspo":
-        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
-        weights = weights / lengths.clamp(min=1)[batch.seq_ids]
+        weights = weights / batch.response_lengths.clamp(min=1)[batch.seq_ids]
     return weights, metrics
 
 
@@ -272,8 +271,7 @@ def _from_critic(
 ) -> tuple[Tensor, Tensor]:
     lam: float | Tensor = config.lam
     if config.lam_alpha is not None:
-        lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
-        lam = adaptive_lambda(lengths, alpha=config.lam_alpha)
+        lam = adaptive_lambda(batch.response_lengths, alpha=config.lam_alpha)
     return ppo.gae(
         rewards,
         values,

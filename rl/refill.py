@@ -82,7 +82,7 @@ def refill(
         "groups_missing": missing,
         "sampled_score_mean": float(judged.mean()),
         "sampled_right_rate": float((judged >= right_score).double().mean()),
-        "tokens_sampled": sum(len(rollout.response_ids) for rollout in drawn),
+        "tokens_sampled": sum(rollout.num_trained for rollout in drawn),
         "responses_sampled": len(drawn),
     }
     if missing and dist.is_main():

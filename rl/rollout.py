@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -34,21 +37,49 @@ class RolloutPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A problem with a sampled response."""
+    """A problem with a sampled response, in one turn or several.
+
+    In several turns, the response is everything after the prompt: what the policy wrote, which is
+    trained, and between it the context that tools and users wrote, which never is. `response_mask`
+    tells them apart; `rl.turns.Conversation` builds such rollouts turn by turn:
+
+        response_ids      call  </s>  result  answer  </s>
+        response_mask     True  True  False   True    True
+        sampler_logprobs  -0.1  -0.2          -0.3    -0.4
+    """
 
     problem: Problem
     prompt_ids: Sequence[int] = field(repr=False)
     response_ids: Sequence[int] = field(repr=False)
     """Token ids of the response, its stop token included."""
     sampler_logprobs: Sequence[float] = field(repr=False)
-    """Log-prob of each response token at the sampling temperature (nats), by the sampler."""
+    """Log-prob of each trained token at the sampling temperature (nats), by the sampler."""
+    response_mask: Sequence[bool] | None = field(default=None, repr=False)
+    """Which response tokens the policy wrote, one for each; None: all of them."""
     text: str
     """The response without special tokens, as verifiers read it."""
     truncated: bool = False
-    """Whether it reached max_new_tokens without a stop token."""
+    """Whether the length limit cut it off."""
     sample: int = 0
     version: int = 0
     """Version of the weights that sampled it."""
+
+    @property
+    def num_trained(self) -> int:
+        """Number of response tokens that the policy wrote."""
+        return len(self.response_ids) if self.response_mask is None else sum(self.response_mask)
+
+    @property
+    def num_context(self) -> int:
+        """Number of response tokens that tools or users wrote."""
+        return len(self.response_ids) - self.num_trained
+
+    @property
+    def num_turns(self) -> int:
+        """Number of stretches that the policy wrote, with context between them."""
+        if self.response_mask is None:
+            return 1
+        return sum(own and not before for before, own in pairwise([False, *self.response_mask]))
 
     @property
     def final(self) -> str | None:
@@ -67,6 +98,19 @@ class RolloutFunction(Protocol):
     """Signature of `rollout`, for functions in its place."""
 
     def __call__(
+        self,
+        sampler: Sampler,
+        prompts: Sequence[RolloutPrompt],
+        sampling: SamplingParams,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[Rollout]: ...
+
+
+class AsyncRolloutFunction(Protocol):
+    """Signature of a rollout function that awaits its tools."""
+
+    async def __call__(
         self,
         sampler: Sampler,
         prompts: Sequence[RolloutPrompt],
@@ -99,7 +143,7 @@ def rollout(
     """
     requests = [Prompt(token_ids=prompt.token_ids, seed=prompt.seed) for prompt in prompts]
     completions = sampler.generate(requests, sampling)
-    _check_completions(completions, num=len(prompts))
+    check_completions(completions, num=len(prompts))
     return [
         Rollout(
             problem=prompt.problem,
@@ -115,8 +159,8 @@ def rollout(
     ]
 
 
-def _check_completions(completions: Any, *, num: int) -> None:
-    """Refuses what a sampler must not return."""
+def check_completions(completions: Any, *, num: int) -> None:
+    """Raises ValueError for what a sampler must not return."""
     expected = f"it must return a list of {num}, one Completion for each prompt"
     if not isinstance(completions, (list, tuple)):
         raise ValueError(f"the sampler's generate returned {describe(completions)}: {expected}")
@@ -137,7 +181,7 @@ def _check_completions(completions: Any, *, num: int) -> None:
 
 
 def checked_rollout(
-    function: RolloutFunction,
+    function: RolloutFunction | AsyncRolloutFunction,
     name: str,
     sampler: Sampler,
     prompts: Sequence[RolloutPrompt],
@@ -148,7 +192,8 @@ def checked_rollout(
     """Calls a user's rollout function and checks its result.
 
     Args:
-        function: the function.
+        function: the function; one defined with `async def` runs to its end in an event loop of its
+            own.
         name: what errors call it.
         sampler, prompts, sampling, tokenizer: its arguments.
 
@@ -157,6 +202,8 @@ def checked_rollout(
             log-probs and text.
     """
     rollouts: Any = function(sampler, prompts, sampling, tokenizer=tokenizer)
+    if inspect.iscoroutine(rollouts):
+        rollouts = asyncio.run(rollouts)
     expected = f"it must return a list of {len(prompts)}, one Rollout for each prompt"
     if not isinstance(rollouts, (list, tuple)):
         raise ValueError(f"{name} returned {describe(rollouts)}: {expected}")
@@ -168,12 +215,30 @@ def checked_rollout(
             raise ValueError(f"{where} problem or text is of the wrong kind: use a Problem and str")
         _check_tokens(one.prompt_ids, [], name=f"{where} the prompt")
         _check_tokens(one.response_ids, one.sampler_logprobs, name=f"{where} the response")
+        _check_response_mask(one, name=where)
     if len(rollouts) != len(prompts):
         raise ValueError(
             f"{name} returned {len(rollouts)} rollouts for {len(prompts)} prompts: "
             "it must return one for each"
         )
     return list(rollouts)
+
+
+def _check_response_mask(rollout: Rollout, *, name: str) -> None:
+    """Refuses a mask that is not one boolean for each response token, or that trains none."""
+    mask: Any = rollout.response_mask
+    if mask is None:
+        return
+    if not isinstance(mask, (list, tuple, np.ndarray)):
+        raise ValueError(f"{name} response_mask is {describe(mask)}: expected a list of booleans")
+    wrong = [value for value in mask if not isinstance(value, (bool, np.bool_))]
+    if wrong:
+        raise ValueError(f"{name} response_mask holds {describe(wrong[0])}: expected booleans")
+    if len(mask) != len(rollout.response_ids) or not any(mask):
+        raise ValueError(
+            f"{name} response_mask has {len(mask)} booleans, {sum(mask)} of them True, for "
+            f"{len(rollout.response_ids)} response tokens: expected one for each, at least one True"
+        )
 
 
 def _check_tokens(ids: Any, logprobs: Any, *, name: str) -> None:
@@ -196,7 +261,7 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
     """Refuses rollouts that cannot be trained on, naming the first one by number.
 
     Raises:
-        ValueError: log-probs are not one finite number per token, or an id is outside the
+        ValueError: log-probs are not one finite number per trained token, or an id is outside the
             vocabulary.
         RuntimeError: a response was sampled with other weights than `version`.
     """
@@ -208,10 +273,12 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
             )
         ids = rollout.response_ids
         logprobs = rollout.sampler_logprobs
-        if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+        num = rollout.num_trained
+        if num != len(logprobs) or not all(map(math.isfinite, logprobs)):
+            tokens = "response tokens" if rollout.response_mask is None else "trained tokens"
             raise ValueError(
-                f"rollout {number} has {len(ids)} response tokens and {len(logprobs)} sampler "
-                "log-probs: each token needs a finite one"
+                f"rollout {number} has {num} {tokens} and {len(logprobs)} sampler log-probs: "
+                "each token needs a finite one, and context has none"
             )
         if not all(0 <= token < vocabulary for token in (*rollout.prompt_ids, *ids)):
             raise ValueError(

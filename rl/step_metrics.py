@@ -115,8 +115,7 @@ def quarter_metrics(
         Mean value, mean advantage and explained variance of each quarter; NaN for an empty one.
     """
     mask = batch.response_mask
-    lengths = torch.zeros(batch.num_seqs, dtype=torch.int64)
-    lengths = lengths.index_add(0, batch.seq_ids, mask.long())
+    lengths = batch.response_lengths
     before = mask.long().cumsum(0) - 1  # response tokens before this one, over all sequences
     position = before - (lengths.cumsum(0) - lengths)[batch.seq_ids]
     quarter = position * 4 // lengths.clamp(min=1)[batch.seq_ids]
@@ -170,7 +169,9 @@ def _of_rollouts(
         f"{prefix}unparsable_rate": sum(needs_format and r.final is None for r in rollouts) / num,
         "exact_rate": sum(map(is_right, rollouts)) / num,
         "reasoned_rate": sum(r.reasoned for r in rollouts) / num,
-        "response_length_mean": sum(len(r.response_ids) for r in rollouts) / num,
+        "response_length_mean": sum(r.num_trained for r in rollouts) / num,
+        "context_length_mean": sum(r.num_context for r in rollouts) / num,
+        "turns_mean": sum(r.num_turns for r in rollouts) / num,
         "truncated_rate": sum(r.truncated for r in rollouts) / num,
     }
 

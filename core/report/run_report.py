@@ -33,6 +33,7 @@ MEASURES = {
     "unparsable_rate": "Unparsable",
     "truncated_rate": "Truncated",
     "response_length_mean": "Tokens per response",
+    "turns_mean": "Turns per response",
     "accuracy": "Accuracy",
     "loss": "Loss (nats per token)",
     "token_accuracy": "Token accuracy",

@@ -151,6 +151,38 @@ def render_messages(
     return encode(tokenizer, text)
 
 
+def render_next_turn(
+    tokenizer: PreTrainedTokenizerBase, content: str, *, role: str = "user"
+) -> list[int]:
+    """Token ids that follow an assistant's turn: a message, and the beginning of the next answer.
+
+    The special token that ends the assistant's turn is not among them: a sampled turn has it.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        content: the message.
+        role: who speaks: "user", or "tool" where the chat template knows it.
+
+    Raises:
+        ValueError: the chat template refuses the conversation, or leaves out a part of it.
+    """
+    answer = "\ufdd3"  # a noncharacter, which neither templates nor messages hold
+    messages = [
+        {"role": "user", "content": "Question"},
+        {"role": "assistant", "content": answer},
+        {"role": role, "content": content},
+    ]
+    text = render_text(tokenizer, messages, add_generation_prompt=True)
+    _, found, after = text.rpartition(answer)
+    if not found:
+        raise ValueError("the chat template drops the assistant's turn before another one")
+    ending, special = split_at_special(tokenizer, after)
+    if special is not None and special == end_of_turn_id(tokenizer):
+        token: Any = tokenizer.convert_ids_to_tokens(special)
+        after = after[len(ending) + len(token) :]
+    return encode(tokenizer, after)
+
+
 def opens_thought(prompt: str) -> bool:
     """Whether a rendered prompt ends inside a thought, so that the answer begins in it."""
     return prompt.rstrip().endswith("<think>")

@@ -20,7 +20,11 @@ from torch import Tensor
 
 
 class PromptAndResponse(Protocol):
-    """A rollout or training row, as `pack` reads it."""
+    """A rollout or training row, as `pack` reads it.
+
+    It may have a `response_mask`, a boolean for each response token: False for context that tools
+    or users wrote. Without one, or with None, all response tokens are trained.
+    """
 
     @property
     def prompt_ids(self) -> Sequence[int]: ...
@@ -37,7 +41,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     """[seqs + 1] int32: first 0, last the number of tokens."""
     response_mask: Tensor
-    """[tokens] bool: tokens whose log-prob is trained or scored."""
+    """[tokens] bool: tokens whose log-prob is trained or scored; it may have gaps."""
 
     @cached_property
     def boundaries(self) -> list[int]:
@@ -62,6 +66,12 @@ class PackedBatch:
     @cached_property
     def num_response_tokens(self) -> int:
         return int(self.response_mask.sum())
+
+    @cached_property
+    def response_lengths(self) -> Tensor:
+        """[seqs] int64: response tokens of each sequence, gaps not counted."""
+        lengths = torch.zeros(self.num_seqs, dtype=torch.int64, device=self.tokens.device)
+        return lengths.index_add(0, self.seq_ids, self.response_mask.long())
 
     @cached_property
     def seq_ids(self) -> Tensor:
@@ -111,11 +121,12 @@ class PackedBatch:
 def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
     """Packs prompts and responses; the mask covers each response with its end-of-sequence token.
 
-    Masks follow from lengths, never from token ids.
+    Context within a response is left out of the mask: see `PromptAndResponse`. Masks follow from
+    lengths and the rows' own masks, never from token ids.
 
     Raises:
         ValueError: a row has an empty response, or an empty prompt, so that nothing predicts the
-            first response token; the message names the row.
+            first response token, or its mask does not fit; the message names the row.
     """
     tokens: list[int] = []
     mask: list[bool] = []
@@ -127,12 +138,24 @@ def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
             )
         tokens += row.prompt_ids
         tokens += row.response_ids
-        mask += [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
+        mask += [False] * len(row.prompt_ids) + _response_mask(row, number)
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         cu_seqlens=_cu_seqlens([len(row.prompt_ids) + len(row.response_ids) for row in rows]),
         response_mask=torch.tensor(mask, dtype=torch.bool),
     )
+
+
+def _response_mask(row: PromptAndResponse, number: int) -> list[bool]:
+    mask = getattr(row, "response_mask", None)
+    if mask is None:
+        return [True] * len(row.response_ids)
+    if len(mask) != len(row.response_ids) or not any(mask):
+        raise ValueError(
+            f"row {number} has {len(row.response_ids)} response tokens and a response_mask of "
+            f"{len(mask)}, {sum(mask)} of them True: it needs one for each, at least one True"
+        )
+    return [bool(trained) for trained in mask]
 
 
 def pack_token_rows(rows: Sequence[Sequence[int]]) -> PackedBatch:

@@ -29,6 +29,8 @@ def test_every_shipped_configuration_parses() -> None:
         "demo_ppo": PPOConfig,
         "demo_long_sft": SFTConfig,
         "demo_long_ppo": PPOConfig,
+        "demo_calculator_sft": SFTConfig,
+        "demo_calculator_ppo": PPOConfig,
         "eval": EvalConfig,
         "problems": ProblemsConfig,
         "search": SearchConfig,

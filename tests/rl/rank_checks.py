@@ -63,6 +63,8 @@ UPDATES = [
 ]
 # (prompt tokens, response tokens): the third alone fills a micro-batch of 20
 LENGTHS = [(5, 9), (3, 1), (7, 13), (4, 6), (2, 2), (6, 8)]
+# conversations: (prompt tokens, tokens of the policy's turns and of the context between and after)
+CONVERSATIONS = [(5, [4, 3, 6]), (3, [2, 5, 1, 2, 7]), (4, [9]), (6, [3, 4])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,45 @@ class Job:
     verifier: str
     experience: Experience
     pairs: list[tuple[str, str]]
+    conversations: dict[str, Experience]
+    """The same tokens with the same targets: "whole", and "split", each turn of the policy a
+    sequence of its own after everything before it."""
+
+
+def make_conversations(generator: torch.Generator) -> dict[str, Experience]:
+    """Targets are random; those at context are NaN."""
+    whole: list[SimpleNamespace] = []
+    split: list[SimpleNamespace] = []
+    for prompt, turns in CONVERSATIONS:
+        ids = torch.randint(3, 320, (prompt + sum(turns),), generator=generator).tolist()
+        mask = [number % 2 == 0 for number, length in enumerate(turns) for _ in range(length)]
+        whole.append(
+            SimpleNamespace(prompt_ids=ids[:prompt], response_ids=ids[prompt:], response_mask=mask)
+        )
+        ends = [prompt + sum(turns[: n + 1]) for n in range(len(turns))]
+        split += [
+            SimpleNamespace(prompt_ids=ids[: end - length], response_ids=ids[end - length : end])
+            for end, length in list(zip(ends, turns, strict=True))[::2]
+        ]
+    num = pack(whole).num_response_tokens
+    targets = torch.randn(5, num, generator=generator)
+    targets[0] -= 6.0  # log-probs
+
+    def experience(rows: list[SimpleNamespace]) -> Experience:
+        batch = pack(rows)
+        placed = torch.full((5, batch.num_tokens), torch.nan)
+        placed[:, batch.response_mask] = targets
+        logprobs, values, advantages, returns, ref_logprobs = placed
+        return Experience(
+            batch=batch,
+            logprobs=logprobs,
+            values=values,
+            advantages=advantages,
+            returns=returns,
+            ref_logprobs=ref_logprobs,
+        )
+
+    return {"whole": experience(whole), "split": experience(split)}
 
 
 def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[str, Any]:
@@ -120,6 +161,7 @@ def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[s
         "verifier": verifier,
         "experience": experience,
         "pairs": pairs,
+        "conversations": make_conversations(generator),
     }
 
 
@@ -189,6 +231,19 @@ def updates(job: Job, stage: int, **changes: Any) -> Iterator[dict[str, Any]]:
     for what in UPDATES:
         steps = update(policy, critic, job.experience, what)
         yield {"weights": weights(policy, critic), "steps": [tuple(s) for s in steps]}
+
+
+def conversation_updates(job: Job, stage: int) -> dict[str, Any]:
+    """Weights before, and after one step over all conversations in either form."""
+    result = {}
+    for form, experience in job.conversations.items():
+        policy, critic = engines(job, config(stage))
+        result["before"] = weights(policy, critic)
+        what = Update(list(range(experience.batch.num_seqs)), 40)
+        steps = update(policy, critic, experience, what)
+        result[form] = weights(policy, critic)
+        result[f"{form} steps"] = [tuple(step) for step in steps]
+    return result
 
 
 def forwards(job: Job, stage: int) -> dict[str, Any]:
@@ -298,6 +353,7 @@ def run(job: Job) -> dict[str, Any]:
             stage: list(islice(updates(job, stage, max_grad_norm=MAX_GRAD_NORM), 2))[1]
             for stage in STAGES
         },
+        "conversations": {stage: conversation_updates(job, stage) for stage in (0, 3)},
         "forwards": forwards(job, 3),
         "resumed": {stage: resumed(job, stage) for stage in STAGES},
         "refreshed": {stage: refreshed(job, stage) for stage in STAGES},

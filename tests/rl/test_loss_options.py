@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from verippo.core.text.data import Problem
 from verippo.core.training.packing import pack
 from verippo.rl.advantages import (
     length_penalties,
@@ -15,6 +16,7 @@ from verippo.rl.advantages import (
 )
 from verippo.rl.config import CorrectionConfig, KLConfig, PPOConfig
 from verippo.rl.experience import Experience
+from verippo.rl.rollout import Rollout
 
 LN2 = math.log(2)
 
@@ -37,7 +39,9 @@ def config(**options):
 def rollouts():
     """Two responses of 2 and 4 tokens; the sampler's log-probs are ln 2 too high on the first."""
     return [
-        SimpleNamespace(
+        Rollout(
+            problem=Problem(question="?", answer="!", index=0),
+            text="",
             prompt_ids=[1, 2],
             response_ids=[3] * num,
             sampler_logprobs=[gap - 1.0] * num,

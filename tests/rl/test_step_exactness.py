@@ -141,3 +141,16 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_no_weight_of_any(
     before, after = (results[0]["updates"][stage][n]["weights"] for n in (number, number + 1))
     for name in ("policy", "critic"):
         assert largest_difference(before[name], after[name]) == 0.0
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_conversation_gives_the_update_of_its_turns_packed_one_by_one(results, one_rank, stage):
+    runs = results[0]["conversations"][stage]
+    for name in ("policy", "critic"):
+        assert largest_difference(runs["whole"][name], runs["before"][name]) > 1e-3
+        assert largest_difference(runs["whole"][name], runs["split"][name]) < 1e-6
+        alone = one_rank[0]["conversations"][0]["whole"][name]
+        assert largest_difference(runs["whole"][name], alone) < 1e-6
+    for whole, split in zip(runs["whole steps"], runs["split steps"], strict=True):
+        assert whole == pytest.approx(split, rel=1e-4)
+        assert whole[0]

@@ -1,0 +1,85 @@
+"""The demo with a tool: the policy may leave the sum to a calculator, and learns to.
+
+Stage 1 learns to answer at once, and to call the calculator with the points of the findings and
+answer with its result. Adding many numbers at once is hard for a model of half a million
+parameters, so PPO has something to find out: that calls pay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..core.sampling.sampler import Sampler, SamplingParams
+from ..core.text.chat import render_response
+from ..rl.rollout import Rollout, RolloutPrompt
+from ..rl.turns import Conversation, converse
+
+Record = dict[str, Any]
+
+ONE_IN_CALLS = 3
+"""One of so many answers of stage 1 calls the calculator."""
+CALL = re.compile(r"<calc>([0-9+ ]+)</calc>\s*$")
+CALL_WORDS = "<calc> 1 + 2 </calc>"
+"""Words that the answers have beside those of the problems."""
+
+
+def with_calls(records: Sequence[Record], seed: int) -> list[Record]:
+    """Conversations for stage 1, which trains the last turn of each.
+
+    A record that calls is two of them: one ends with the call, the other with the answer to its
+    result. So stage 1 too is trained on what the policy writes, and never on results.
+
+    Args:
+        records: records of `search.calculations.generate`.
+        seed: not used: every third record calls.
+    """
+    rows: list[Record] = []
+    for number, record in enumerate(records):
+        question = record["Question"]
+        answer = record["Ground-True Answer"]
+        if number % ONE_IN_CALLS:
+            rows.append(_turns(question, render_response("", answer)))
+            continue
+        points = re.findall(r" = (\d+)", record["Complex_CoT"])
+        call = f"<calc> {' + '.join(points)} </calc>"
+        rows.append(_turns(question, call))
+        rows.append(_turns(question, call, answer, render_response("", answer)))
+    return rows
+
+
+def _turns(*texts: str) -> Record:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"messages": turns}
+
+
+def rollout(
+    sampler: Sampler,
+    prompts: Sequence[RolloutPrompt],
+    sampling: SamplingParams,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Rollout]:
+    """Samples a conversation with at most one call for each prompt."""
+    conversations = converse(
+        sampler,
+        prompts,
+        sampling,
+        tokenizer=tokenizer,
+        reply=reply,
+        max_turns=2,
+    )
+    return [conversation.rollout() for conversation in conversations]
+
+
+def reply(conversation: Conversation) -> str | None:
+    """The sum that the policy's turn asks for at its end; None where it asks for none."""
+    call = CALL.search(conversation.last_text)
+    if call is None:
+        return None
+    numbers = call[1].split("+")
+    return str(sum(map(int, numbers))) if all(n.strip().isdigit() for n in numbers) else "error"
