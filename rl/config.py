@@ -169,6 +169,9 @@ class PPOConfig(RunConfig):
     """Passes over the rollouts of a step that train the critic; null: as `epochs`."""
     critic_warmup_steps: NonNegativeInt = 0
     """Steps at the start of the run that train the critic alone (arXiv 2503.01491)."""
+    staleness: Literal[0, 1] = 0
+    """1: sample during the step before, with weights one step old (arXiv 2505.24298).
+    It needs `correction.level`. With sampler.kind=local a process of its own samples."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
     """Advantage estimator: gae trains a critic, the others compare responses to one prompt."""
     advantage_function: str | None = None
@@ -250,6 +253,16 @@ class PPOConfig(RunConfig):
                 "sampling.temperature=0: training needs samples from the policy; "
                 "give a temperature above 0"
             )
+        if self.staleness and self.correction.level == "none":
+            raise ValueError(
+                "staleness=1 trains on responses of older weights, which has to be corrected: "
+                "set correction.level=token (or sequence, geometric)"
+            )
+        if self.staleness and self.sampler.sleep:
+            raise ValueError(
+                "sampler.sleep releases the servers' memory during training, when they sample "
+                "with staleness=1: leave one of the two out"
+            )
         longest = self.max_prompt_tokens + self.sampling.max_new_tokens
         if longest > self.max_tokens_per_gpu:
             raise ValueError(
@@ -294,6 +307,7 @@ class PPOConfig(RunConfig):
             "critic",
             "reference",
             "advantage",
+            "staleness",
             "question_key",
             "answer_key",
             "system_prompt",

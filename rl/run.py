@@ -13,20 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.sampling.local_sampler import LocalSampler
-from ..core.sampling.sampler import SamplingParams
-from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.training import dist
 from ..core.training.metrics import peak_memory_gib
 from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
-from ..core.training.stopping import abortable
 from .config import PPOConfig
 from .experience import Experience, MicroBatch, MiniBatch, judged
-from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
+from .rollout import Rollout, RolloutPrompt
+from .rollout_source import RolloutSource, roll_out, rollout_source
 from .setup import Components, announce
 from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
-from .weight_push import close, push_weights, sleep
+from .weight_push import close, push_weights
 
 NUM_LOGGED_SAMPLES = 4
 """Sampled texts written to samples.jsonl each time."""
@@ -37,6 +34,8 @@ class PPORun(TrainingRun[PPOConfig]):
     """The parts of a PPO run around the algorithm: sampling, scoring, metrics, checkpoints."""
 
     parts: Components
+    rollouts: RolloutSource = field(init=False)
+    """Where each step's rollouts come from."""
     evaluation: Callable[[], Metrics] | None = None
     """Scores the held-out problems; None where there are none."""
     push_metrics: Metrics = field(default_factory=dict)
@@ -61,6 +60,13 @@ class PPORun(TrainingRun[PPOConfig]):
             better=lambda new, old: new["score_mean"] > old["score_mean"],
             save_when_best=True,
         )
+        run.rollouts = rollout_source(
+            config,
+            parts,
+            prompts=run.next_prompts,
+            stop_if_asked=run.stop_if_asked,
+        )
+        run.engines = {**run.engines, "rollouts": run.rollouts}
         run.resume(resolved=resolved)
         announce(config, parts, folder)
         run.start(config.total_steps, resolved=resolved)
@@ -92,12 +98,6 @@ class PPORun(TrainingRun[PPOConfig]):
             step=step,
             samples=config.samples_per_prompt,
         )
-
-    def roll_out(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout]:
-        """Samples the responses of a step; afterwards the sampler may release its memory."""
-        rollouts = self._roll_out(prompts, self.config.sampling)
-        sleep(self.config, self.parts.sampler)
-        return rollouts
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The verifier's scores: [rollouts] float64, the same on every rank; NaN: no verdict."""
@@ -213,6 +213,7 @@ class PPORun(TrainingRun[PPOConfig]):
         seconds = self.watch.take()
         row |= meter.result() | seconds | self.push_metrics
         row |= {
+            "rollout_staleness": state.step - 1 - rollouts[0].version,
             "episodes": state.step * config.rollouts_per_step,
             "lr_policy": meter.policy_rate,
             "lr_value": meter.critic_rate,
@@ -227,20 +228,10 @@ class PPORun(TrainingRun[PPOConfig]):
             self._log_samples(rollouts, scores, split="train")
 
     def close(self) -> None:
-        """Releases the sampler and closes the log."""
+        """Ends sampling, releases the sampler and closes the log."""
+        self.rollouts.close()
         close(self.parts.sampler)
         super().close()
-
-    def _roll_out(
-        self, prompts: Sequence[RolloutPrompt], sampling: SamplingParams
-    ) -> list[Rollout]:
-        return roll_out(
-            self.parts,
-            prompts,
-            sampling,
-            version=self.state.step,
-            stop_if_asked=self.stop_if_asked,
-        )
 
     def _evaluate(self) -> Metrics:
         """Scores the held-out problems."""
@@ -248,7 +239,13 @@ class PPORun(TrainingRun[PPOConfig]):
         numbers = list(range(len(held_out.problems)))
         prompts = held_out.prompts(numbers, seed=config.seed, step=-1)
         sampling = replace(config.sampling, temperature=config.eval_temperature)
-        rollouts = self._roll_out(prompts, sampling)
+        rollouts = roll_out(
+            self.parts,
+            prompts,
+            sampling,
+            version=self.state.step,
+            stop_if_asked=self.stop_if_asked,
+        )
         scores = self.score(rollouts)
         self._log_samples(rollouts, scores, split="eval")
         return evaluation_metrics(
@@ -277,52 +274,6 @@ class PPORun(TrainingRun[PPOConfig]):
                 split=split,
             )
             self.log.write_text("samples", row)
-
-
-def roll_out(
-    parts: Components,
-    prompts: Sequence[RolloutPrompt],
-    sampling: SamplingParams,
-    *,
-    version: int,
-    stop_if_asked: Callable[[], None] = lambda: None,
-) -> list[Rollout]:
-    """Samples one response per prompt, each rank its share.
-
-    Args:
-        parts: sampler and rollout function.
-        prompts: the prompts of all ranks.
-        sampling: temperature and length limit.
-        version: version of the weights.
-        stop_if_asked: called by every rank after its share, which a signal may have cut short.
-
-    Returns:
-        The rollouts of all ranks in the order of the prompts, the same on every rank.
-
-    Raises:
-        ValueError: the rollout function returned another number of rollouts, or rollouts that
-            cannot be trained on.
-        RuntimeError: a rollout was sampled with other weights than `version`.
-    """
-    rank = dist.rank()
-    world = dist.world_size()
-    share = prompts[rank::world]
-    call = partial(parts.rollout, parts.sampler, share, sampling, tokenizer=parts.tokenizer)
-    # a user's function may hold collectives, which no rank may leave alone
-    ours = parts.rollout is rollout and isinstance(parts.sampler, (LocalSampler, SglangSampler))
-    own = abortable(call) if ours else call()
-    stop_if_asked()
-    assert own is not None  # only a signal ends the call
-    if len(own) != len(share):
-        raise ValueError(
-            f"the rollout function returned {len(own)} rollouts for {len(share)} prompts: "
-            "it must return one for each"
-        )
-    shares = dist.all_gather(own)
-    rollouts = [shares[n % world][n // world] for n in range(len(prompts))]
-    vocabulary = parts.policy.module.hf.config.vocab_size
-    check_rollouts(rollouts, vocabulary=vocabulary, version=version)
-    return rollouts
 
 
 def score(parts: Components, rollouts: Sequence[Rollout]) -> Tensor:

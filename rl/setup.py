@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.sampling.local_sampler import LocalSampler, check_sampling
+from ..core.sampling.local_sampler import check_sampling, load_sampler
+from ..core.sampling.process_sampler import ProcessSampler
 from ..core.sampling.sampler import Sampler
 from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.text.data import Order, Problem, load_problems, split
@@ -24,7 +24,6 @@ from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
     context_length,
-    load_causal_lm,
     load_config,
     load_critic,
     load_policy,
@@ -290,14 +289,15 @@ def _sampler(
             vocabulary=model.vocab_size,
             context=context,
             folder=Path(config.output) / "sync",
-            progress=dist.is_main(),
+            progress=dist.is_main() and not config.staleness,
         )
     check_sampling(model, config.policy)
-    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    return LocalSampler(
-        hf.to(dist.device(), dtype),
-        stop_token_ids=stops,
-        max_batch=config.sampler.max_batch,
-        progress=dist.is_main(),
-    )
+    common: dict[str, Any] = {
+        "dtype": config.dtype,
+        "device": dist.device(),
+        "stop_token_ids": stops,
+        "max_batch": config.sampler.max_batch,
+    }
+    if config.staleness:
+        return ProcessSampler(config.policy, **common)
+    return load_sampler(config.policy, **common, progress=dist.is_main())
