@@ -65,7 +65,7 @@ class KLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
-    """Weights pi_trainer / pi_sampler of the policy loss, for a sampler that differs."""
+    """Weights pi_trainer / pi_sampler of the policy loss, for a sampler that differs or lags."""
 
     level: Literal["none", "token", "sequence", "geometric"] = "none"
     """What a weight belongs to: none, token, sequence, or sequence with its geometric mean."""
