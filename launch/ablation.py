@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ..core.files import replace_file
 from ..core.report.statistics import wilson_interval
 from ..core.training import stopping
-from ..rl.config import CorrectionConfig, KLConfig, SamplerConfig
+from ..rl.config import SamplerConfig
+from ..rl.loss_config import CorrectionConfig, KLConfig
 from ..rl.train import train
 from .demo_task import DemoConfig, ppo_config, prepare, read_rows
 

@@ -27,11 +27,11 @@ GROUPS = {
         offload gradient_checkpointing max_tokens_per_gpu sft_steps sft_loss verifier_steps
         ppo_steps""",
     "sampling": """
-        prompts_per_step samples_per_prompt refill_groups rollouts_per_step bench/prompts
-        prompt_tokens repeats sampling engine base_url endpoint prompt runs permutations
-        temperature top_p max_new_tokens max_batch eval_temperature max_depth max_attempts
-        label_guided min_monologue_length max_asks sampler server correction rollout_function
-        max_logprob_gap""",
+        prompts_per_step samples_per_prompt refill_groups staleness rollouts_per_step
+        bench/prompts prompt_tokens repeats sampling engine base_url endpoint prompt runs
+        permutations temperature top_p max_new_tokens max_batch eval_temperature max_depth
+        max_attempts label_guided min_monologue_length max_asks sampler server correction
+        rollout_function max_logprob_gap""",
     "verifier": """
         verifier ppo/llm verifier/llm threshold template judge judge_temperature""",
     "run": """

@@ -21,6 +21,7 @@ from ..core.sampling.sampler import SamplingParams
 from ..core.sampling.sglang_sampler import SglangConfig
 from ..core.text.data import ANSWER_KEY, QUESTION_KEY
 from ..core.training.run_config import RunConfig
+from .loss_config import CorrectionConfig, KLConfig
 
 ClipFloat = Annotated[
     float,
@@ -48,49 +49,6 @@ OverOneFloat = Annotated[
         rule="must be above 1",
     ),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLConfig:
-    """KL penalty that keeps the policy close to the reference."""
-
-    coef: NonNegativeFloat = 0.03
-    """beta: reward subtracted per nat of KL divergence from the reference."""
-    place: Literal["reward", "loss"] = "reward"
-    """Part of the rewards, or a loss with the gradient of the divergence (arXiv 2510.01555)."""
-    target: PositiveFloat | None = None
-    """KL divergence per response (nats) to which beta adapts (arXiv 1909.08593); null: fixed."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the per-token KL divergence (http://joschu.net/blog/kl-approx.html)."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, prefix="kl.")
-        if self.place == "loss" and self.estimator != "k1":
-            raise ValueError(
-                f"kl.estimator={self.estimator}: kl.place=loss has a gradient of its own, because "
-                "that of an estimator is wrong once the policy has moved: leave it at k1"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorrectionConfig:
-    """Weights pi_trainer / pi_sampler of the policy loss, for a sampler that differs."""
-
-    level: Literal["none", "token", "sequence", "geometric"] = "none"
-    """What a weight belongs to: none, token, sequence, or sequence with its geometric mean."""
-    mode: Literal["truncate", "clip", "mask"] = "truncate"
-    """Weights out of bounds: truncate those over `high`, clip, or mask (weight 0)."""
-    low: NonNegativeFloat = 0.5
-    """Lower bound of a weight, for clip and mask."""
-    high: PositiveFloat = 2.0
-    """Upper bound of a weight."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self, prefix="correction.")
-        if self.low > self.high:
-            raise ValueError(
-                f"correction.low={self.low} is over correction.high={self.high}: lower it"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +146,9 @@ class PPOConfig(RunConfig):
     """Passes over the rollouts of a step that train the critic; null: as `epochs`."""
     critic_warmup_steps: NonNegativeInt = 0
     """Steps at the start of the run that train the critic alone (arXiv 2503.01491)."""
+    staleness: Literal[0, 1] = 0
+    """1: sample during the step before, with weights one step old (arXiv 2505.24298).
+    It needs `correction.level`. With sampler.kind=local a process of its own samples."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
     """Advantage estimator: gae trains a critic, the others compare responses to one prompt."""
     advantage_function: str | None = None
@@ -286,6 +247,21 @@ class PPOConfig(RunConfig):
                 "sampling.temperature=0: training needs samples from the policy; "
                 "give a temperature above 0"
             )
+        if self.staleness and self.correction.level == "none":
+            raise ValueError(
+                "staleness=1 trains on responses of older weights, which has to be corrected: "
+                "set correction.level=token (or sequence, geometric)"
+            )
+        if self.staleness and self.sampler.sleep:
+            raise ValueError(
+                "sampler.sleep releases the servers' memory during training, when they sample "
+                "with staleness=1: leave one of the two out"
+            )
+        if self.staleness and self.refill_groups:
+            raise ValueError(
+                "refill_groups samples within a step, and staleness=1 the next step's responses "
+                "at the same time: leave one of the two out"
+            )
         longest = self.max_prompt_tokens + self.sampling.max_new_tokens
         if longest > self.max_tokens_per_gpu:
             raise ValueError(
@@ -356,6 +332,7 @@ class PPOConfig(RunConfig):
             "reference",
             "reference_refresh_steps",
             "advantage",
+            "staleness",
             "question_key",
             "answer_key",
             "system_prompt",

@@ -22,6 +22,7 @@ from .experience import Experience, MicroBatch, MiniBatch, judged
 from .held_out import HeldOutRecord, evaluate_baseline, right_answers
 from .refill import Sampled, refill
 from .rollout import Rollout, RolloutPrompt
+from .rollout_source import RolloutSource, rollout_source
 from .sampling import roll_out, score
 from .saving import export_policy, save_rollouts, write_samples
 from .setup import Components, announce
@@ -37,6 +38,8 @@ class PPORun(TrainingRun[PPOConfig]):
     parts: Components
     held_out: HeldOutRecord
     """Results of the start and the baseline on the held-out problems."""
+    rollouts: RolloutSource = field(init=False)
+    """Where each step's rollouts come from."""
     evaluation: Callable[[], Metrics] | None = None
     """Scores the held-out problems; None where there are none."""
     push_metrics: Metrics = field(default_factory=dict)
@@ -73,6 +76,13 @@ class PPORun(TrainingRun[PPOConfig]):
             save_when_best=True,
             stop_early=lambda state: config.stop_below_baseline and held_out.fell,
         )
+        run.rollouts = rollout_source(
+            config,
+            parts,
+            prompts=run.next_prompts,
+            stop_if_asked=run.stop_if_asked,
+        )
+        run.engines = {**run.engines, "rollouts": run.rollouts}
         run.resume(resolved=resolved)
         announce(config, parts, folder)
         run.start(config.total_steps, resolved=resolved)
@@ -131,12 +141,6 @@ class PPORun(TrainingRun[PPOConfig]):
             drawn=Counter(rollout.problem.index for rollout in drawn),
         )
 
-    def roll_out(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout]:
-        """Samples the responses of a step; afterwards the sampler may release its memory."""
-        rollouts = self._roll_out(prompts, self.config.sampling)
-        sleep(self.config, self.parts.sampler)
-        return rollouts
-
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The verifier's scores: [rollouts] float64, the same on every rank; NaN: no verdict."""
         scores = score(self.parts, rollouts)
@@ -158,7 +162,9 @@ class PPORun(TrainingRun[PPOConfig]):
             with self.watch("rollout"):
                 if config.sampler.sleep:  # it is asleep, and a push alone wakes it
                     self.push_weights()
-                more = self.roll_out(self.next_prompts(step, count=count, drawn=drawn))
+                prompts = self.next_prompts(step, count=count, drawn=drawn)
+                more = self._sample(self.parts, prompts, config.sampling)
+                sleep(config, self.parts.sampler)
             with self.watch("score"):
                 return more, self.score(more)
 
@@ -300,6 +306,7 @@ class PPORun(TrainingRun[PPOConfig]):
         row |= meter.result() | seconds | self.push_metrics | self.refill_metrics
         num_tokens = row.get("tokens_sampled") or row["tokens_generated"]
         row |= {
+            "rollout_staleness": state.step - 1 - rollouts[0].version,
             "episodes": state.step * config.rollouts_per_step + state.extra.get("refills", 0),
             "lr_policy": meter.policy_rate,
             "lr_value": meter.critic_rate,
@@ -329,23 +336,10 @@ class PPORun(TrainingRun[PPOConfig]):
             )
 
     def close(self) -> None:
-        """Releases the sampler and closes the log."""
+        """Ends sampling, releases the sampler and closes the log."""
+        self.rollouts.close()
         close(self.parts.sampler)
         super().close()
-
-    def _roll_out(
-        self,
-        prompts: Sequence[RolloutPrompt],
-        sampling: SamplingParams,
-        parts: Components | None = None,
-    ) -> list[Rollout]:
-        return roll_out(
-            parts or self.parts,
-            prompts,
-            sampling,
-            version=self.state.step,
-            stop_if_asked=self.stop_if_asked,
-        )
 
     def _evaluate(self) -> Metrics:
         """Scores the held-out problems."""
@@ -365,10 +359,24 @@ class PPORun(TrainingRun[PPOConfig]):
         numbers = list(range(len(held_out.problems)))
         prompts = held_out.prompts(numbers, seed=config.seed, step=-1)
         sampling = replace(config.sampling, temperature=config.eval_temperature)
-        rollouts = self._roll_out(prompts, sampling, parts)
+        rollouts = self._sample(parts, prompts, sampling)
         scores = self.score(rollouts)
         self._log_samples(rollouts, scores, split=split)
         return rollouts, scores
+
+    def _sample(
+        self,
+        parts: Components,
+        prompts: Sequence[RolloutPrompt],
+        sampling: SamplingParams,
+    ) -> list[Rollout]:
+        return roll_out(
+            parts,
+            prompts,
+            sampling,
+            version=self.state.step,
+            stop_if_asked=self.stop_if_asked,
+        )
 
     def _log_samples(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.sampling.local_sampler import LocalSampler
+from ..core.sampling.process_sampler import ProcessSampler
 from ..core.sampling.sampler import SamplingParams
 from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.training import dist
@@ -42,20 +43,41 @@ def roll_out(
             cannot be trained on.
         RuntimeError: a rollout was sampled with other weights than `version`.
     """
-    rank = dist.rank()
-    world = dist.world_size()
-    share = prompts[rank::world]
-    call = partial(parts.rollout, parts.sampler, share, sampling, tokenizer=parts.tokenizer)
+    call = partial(sample_share, parts, prompts, sampling)
     # a user's function may hold collectives, which no rank may leave alone
-    ours = parts.rollout is rollout and isinstance(parts.sampler, (LocalSampler, SglangSampler))
+    samplers = (LocalSampler, ProcessSampler, SglangSampler)
+    ours = parts.rollout is rollout and isinstance(parts.sampler, samplers)
     own = abortable(call) if ours else call()
     stop_if_asked()
     assert own is not None  # only a signal ends the call
+    return gather(parts, prompts, own, version=version)
+
+
+def sample_share(
+    parts: Components,
+    prompts: Sequence[RolloutPrompt],
+    sampling: SamplingParams,
+) -> list[Rollout]:
+    """This rank's share of the rollouts, without collective operations of ours."""
+    share = prompts[dist.rank() :: dist.world_size()]
+    own = parts.rollout(parts.sampler, share, sampling, tokenizer=parts.tokenizer)
     if len(own) != len(share):
         raise ValueError(
             f"the rollout function returned {len(own)} rollouts for {len(share)} prompts: "
             "it must return one for each"
         )
+    return own
+
+
+def gather(
+    parts: Components,
+    prompts: Sequence[RolloutPrompt],
+    own: list[Rollout],
+    *,
+    version: int,
+) -> list[Rollout]:
+    """The rollouts of all ranks in the order of the prompts, checked; see `roll_out`."""
+    world = dist.world_size()
     shares = dist.all_gather(own)
     rollouts = [shares[n % world][n // world] for n in range(len(prompts))]
     vocabulary = parts.policy.module.hf.config.vocab_size

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core.sampling.local_sampler import LocalSampler, check_sampling
+from ..core.sampling.local_sampler import LocalSampler, check_sampling, load_sampler
+from ..core.sampling.process_sampler import ProcessSampler
 from ..core.sampling.sampler import Sampler
 from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.text.data import Order, Problem, load_problems, split
@@ -25,7 +25,6 @@ from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
     context_length,
-    load_causal_lm,
     load_config,
     load_critic,
     load_policy,
@@ -313,8 +312,11 @@ def _sampler(
             vocabulary=model.vocab_size,
             context=context,
             folder=Path(config.output) / "sync",
-            progress=dist.is_main(),
+            progress=dist.is_main() and not config.staleness,
         )
+    if config.staleness:
+        check_sampling(model, config.policy)
+        return ProcessSampler(config.policy, **_local_options(config, stops))
     return local_sampler(config, config.policy, stops)
 
 
@@ -330,11 +332,13 @@ def local_sampler(config: PPOConfig, path: str, stops: tuple[int, ...]) -> Local
         ValueError: the model cannot be loaded, or its samples would not be transformers' own.
     """
     check_sampling(load_config(path), path)
-    hf: Any = load_causal_lm(path, dtype=config.dtype)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    return LocalSampler(
-        hf.to(dist.device(), dtype),
-        stop_token_ids=stops,
-        max_batch=config.sampler.max_batch,
-        progress=dist.is_main(),
-    )
+    return load_sampler(path, **_local_options(config, stops), progress=dist.is_main())
+
+
+def _local_options(config: PPOConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "dtype": config.dtype,
+        "device": dist.device(),
+        "stop_token_ids": stops,
+        "max_batch": config.sampler.max_batch,
+    }

@@ -72,7 +72,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
     run.begin()
     for step, bar in run.steps("ppo"):
         with run.watch("rollout"):
-            rollouts = run.roll_out(run.next_prompts(step))
+            rollouts = run.rollouts.take(step)
         with run.watch("score"):
             scores = run.score(rollouts)  # [rollouts], NaN without a verdict; equal on all ranks
         rollouts, scores = run.refilled(step, rollouts, scores)
@@ -101,6 +101,8 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
                 run.step_critic(mini, meter)
 
         run.end_update(step, meter, rollouts, kl=row["kl_mean"])
+        with run.watch("rollout"):
+            run.rollouts.finish()  # sampling of the next step, if it runs beside this one
         with run.watch("sync"):
             run.push_weights()
             run.refresh_reference()

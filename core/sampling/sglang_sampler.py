@@ -101,6 +101,7 @@ class SglangSampler:
         self.config = config
         self.progress = progress
         self.version = 0
+        self.interrupted = False
         self.stop_token_ids = tuple(stop_token_ids)
         self.vocabulary = vocabulary
         self.context = context
@@ -186,7 +187,7 @@ class SglangSampler:
         max_failures = (self.config.retries + 1) * len(self.fleet.servers)
         num_failures = 0
         delay = 0.0
-        while not stop.wait(delay):
+        while not (stop.wait(delay) or self.interrupted):
             request = generate_request(
                 prompt.token_ids,
                 params,
@@ -207,7 +208,7 @@ class SglangSampler:
                         version=self.version,
                     )
                 except ServerError as error:
-                    if error.kind == "refused" or stop.is_set():
+                    if error.kind == "refused" or stop.is_set() or self.interrupted:
                         raise
                     delay = self.fleet.record_failure(error, started)
                     num_failures += 1
@@ -217,6 +218,11 @@ class SglangSampler:
                     self.fleet.record_success(server)
                     return completion
         raise RuntimeError("the rollout was stopped")
+
+    def interrupt(self) -> None:
+        """Ends for good what `generate` does in another thread, which raises RuntimeError."""
+        self.interrupted = True
+        call_each(self.fleet.servers, SglangServer.abort)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Sends weights to every server that answers; servers that are asleep are woken.

@@ -10,7 +10,7 @@ import pytest
 from verippo.core.llm.client import LLMConfig
 from verippo.core.sampling.sampler import SamplingParams
 from verippo.core.training.engine import EngineConfig
-from verippo.rl.config import KLConfig, PPOConfig, SamplerConfig, VerifierConfig
+from verippo.rl.config import CorrectionConfig, KLConfig, PPOConfig, SamplerConfig, VerifierConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = VerifierConfig(kind="exact")
@@ -28,6 +28,15 @@ def config(**changes):
         ({"steps": None}, "give either steps or episodes; got steps=None, episodes=None"),
         ({"episodes": 5}, "give either steps or episodes; got steps=3, episodes=5"),
         ({"steps": 0}, "steps=0: must be above 0"),
+        ({"staleness": 1}, r"staleness=1 trains on responses of older weights.*correction\.level"),
+        (
+            {
+                "staleness": 1,
+                "correction": CorrectionConfig(level="token"),
+                "sampler": SamplerConfig(kind="sglang", urls="http://a", sleep=True),
+            },
+            r"sampler\.sleep releases the servers' memory during training",
+        ),
         ({"steps": None, "episodes": -1}, "episodes=-1: must be above 0"),
         ({"limit": 0}, "limit=0: must be above 0"),
         *[
