@@ -34,6 +34,8 @@ MEASURES = {
     "truncated_rate": "Truncated",
     "response_length_mean": "Tokens per response",
     "accuracy": "Accuracy",
+    "explained_variance": "Explained variance",
+    "value_loss": "Value loss",
     "loss": "Loss (nats per token)",
     "token_accuracy": "Token accuracy",
 }
