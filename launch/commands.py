@@ -81,6 +81,17 @@ deepspeed --no_local_rank --module verippo.launch.cli ppo --config launch/config
     --data runs/problems/problems_rl.json --output runs/ppo-8b
 """,
     ),
+    "critic": Command(
+        "pre-trains PPO's critic on kept rollouts",
+        "verippo.rl.critic_config:CriticConfig",
+        "verippo.rl.critic_training:train",
+        """
+verippo critic --model runs/sft/model --data runs/ppo/rollouts --eval_fraction 0.1 \\
+    --output runs/critic
+deepspeed --no_local_rank --module verippo.launch.cli critic --model runs/sft-8b/model \\
+    --data runs/ppo-8b/rollouts --eval_fraction 0.1 --output runs/critic-8b
+""",
+    ),
     "eval": Command(
         "measures a model's accuracy on multiple-choice questions",
         "verippo.eval.config:EvalConfig",

@@ -35,6 +35,8 @@ MEASURES = {
     "response_length_mean": "Tokens per response",
     "turns_mean": "Turns per response",
     "accuracy": "Accuracy",
+    "explained_variance": "Explained variance",
+    "value_loss": "Value loss",
     "loss": "Loss (nats per token)",
     "token_accuracy": "Token accuracy",
 }

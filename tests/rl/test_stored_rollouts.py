@@ -15,9 +15,10 @@ from verippo.core.text.data import Problem
 from verippo.core.training.packing import pack
 from verippo.rl import ppo
 from verippo.rl.config import KLConfig, PPOConfig, VerifierConfig
+from verippo.rl.critic_training import with_returns
 from verippo.rl.experience import Experience
 from verippo.rl.rollout import Rollout
-from verippo.rl.stored_rollouts import discard_after, stored_rows, write_step
+from verippo.rl.stored_rollouts import discard_after, load_stored, stored_rows, write_step
 from verippo.rl.train import train
 
 
@@ -60,6 +61,7 @@ def test_row_holds_the_tokens_of_its_response_and_null_without_verdict():
         "problem": {"question": "0?", "answer": "yes", "index": 0},
         "prompt_ids": [5, 6],
         "response_ids": [7, 8, 2],
+        "response_mask": None,
         "text": "text",
         "truncated": False,
         "sample": 0,
@@ -147,17 +149,24 @@ def test_kept_rollouts_rebuild_the_rewards_and_are_repeated_on_resume(settings, 
     assert not later.exists()
 
 
-def test_returns_of_a_stored_row_are_those_of_gae(settings):
-    folder = train(replace(settings, steps=1, lam_critic=1.0), resolved={})
-    rows = rows_of(folder / "rollouts" / "step-000001.jsonl.gz")
-    for row in rows:
-        rewards = torch.tensor(row["rewards"])
-        values = torch.tensor(row["values"])
-        mask = torch.ones_like(rewards, dtype=torch.bool)
-        bounds = torch.tensor([0, len(rewards)])
-        _, returns = ppo.gae(rewards, values, mask, bounds, gamma=1.0, lam=0.5, lam_critic=1.0)
-        suffixes = [sum(row["rewards"][t:]) for t in range(len(rewards))]
-        assert returns.tolist() == pytest.approx(suffixes, abs=1e-5)
+def test_returns_of_stored_rollouts_are_those_of_ppo(settings, monkeypatch):
+    """Those of lam_critic=1, which do not depend on the critic."""
+    seen = []
+    compute_advantages = ppo.gae
+
+    def gae(*args, **options):
+        seen.append(compute_advantages(*args, **options))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "gae", gae)
+        one_step = replace(settings, steps=1, lam=0.5, lam_critic=1.0, gamma=0.9)
+        folder = train(one_step, resolved={})
+    ((_, expected),) = seen
+    stored = load_stored(str(folder / "rollouts"), limit=None, max_tokens=512, vocabulary=320)
+    returns = with_returns(stored, gamma=0.9).returns
+    torch.testing.assert_close(returns, expected, atol=1e-5, rtol=0)
+    assert float(expected.abs().max()) > 0.1
 
 
 def test_without_the_option_nothing_is_kept(settings):
