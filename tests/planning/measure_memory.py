@@ -54,8 +54,8 @@ PPO = {
     "steps": 2,
     "epochs": 1,
     "prompts_per_step": 8,
-    "sampling.max_new_tokens": 150,
-    "max_prompt_tokens": 100,
+    "sampling.max_new_tokens": 112,
+    "max_prompt_tokens": 150,
 }
 
 
