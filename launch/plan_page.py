@@ -47,7 +47,7 @@ MACHINES: tuple[tuple[str, str], ...] = (
 )
 """Configurations and the options of `verippo plan` that describe the machine of each."""
 HEAD = """\
-| configuration | machine | GiB a GPU: always + phase = peak | GiB a host | fits | s a step | least |
+| configuration | machine | GiB a GPU: always + phase | GiB a host | fits | s a step | least |
 |---|---|---|---|---|---|---|
 """
 MARKS = re.compile(r"(<!-- plan -->\n).*?(<!-- /plan -->)", re.DOTALL)
