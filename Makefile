@@ -27,6 +27,7 @@ lint: $(VENV)/.installed links
 docs: $(VENV)/.installed
 	$(BIN)/python -m verippo.launch.document
 	$(BIN)/python -m verippo.launch.families
+	$(BIN)/python -m verippo.launch.plan_page
 
 # torch goes first, by itself: asked for by another package, pip takes the newest build with gigabytes of CUDA.
 # Without a GPU, PyTorch's own CPU index (PIP_EXTRA_INDEX_URL) gives the small build; TORCH picks another version.

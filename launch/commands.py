@@ -18,6 +18,8 @@ class Command(NamedTuple):
     """Shell commands, run from the repository's folder."""
     positional: tuple[str, ...] = ()
     """Fields that may be given by position, before the options."""
+    extends: str = ""
+    """A command all of whose options this one takes too; help and documents list the others."""
 
 
 def import_name(spec: str) -> Any:
@@ -132,6 +134,30 @@ verippo serve start --model runs/sft/model --num 2 --tp 2 --gpus 4,5,6,7
 verippo serve stop
 verippo serve stop --port 30000
 """,
+    ),
+    "plan ppo": Command(
+        "memory and time of a PPO run on a machine, from configurations alone",
+        "verippo.launch.plan_config:PPOPlanConfig",
+        "verippo.launch.plan:plan",
+        """
+verippo plan ppo --config launch/configs/ppo_8b.yaml --gpus 8 --gpu_memory 80
+verippo plan ppo --config launch/configs/ppo_8b.yaml --policy DIR --offload optimizer --gpus 4
+""",
+        extends="ppo",
+    ),
+    "plan sft": Command(
+        "the same for stage 1; plain `plan --config FILE` finds the stage",
+        "verippo.launch.plan_config:SFTPlanConfig",
+        "verippo.launch.plan:plan",
+        "verippo plan sft --config launch/configs/sft_8b.yaml --gpus 8 --gpu_memory 80",
+        extends="sft",
+    ),
+    "plan verifier": Command(
+        "the same for the verifier's training",
+        "verippo.launch.plan_config:VerifierPlanConfig",
+        "verippo.launch.plan:plan",
+        "verippo plan verifier --config launch/configs/verifier_3b.yaml --gpus 4 --gpu_memory 40",
+        extends="verifier",
     ),
     "bench": Command(
         "measures the sampling speed of this process and of servers",

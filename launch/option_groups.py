@@ -34,12 +34,17 @@ GROUPS = {
         rollout_function max_logprob_gap""",
     "verifier": """
         verifier ppo/llm verifier/llm threshold template judge judge_temperature""",
+    "machine": """
+        gpus_per_node gpu_memory host_memory gpu_reserve host_reserve host_overhead model_configs
+        server_gpus server_tp server_mem_fraction tflops mfu memory_bandwidth memory_efficiency
+        launch_microseconds node_bandwidth network_bandwidth pcie_bandwidth host_bandwidth
+        disk_bandwidth mean_prompt_tokens mean_response_tokens mean_row_tokens""",
     "run": """
         output offline seed scoring resume trust_checkpoint retry_failed eval_every
         stop_below_baseline save_every save_total_limit log_to log_samples_every keep_rollouts
         max_skipped_steps timeout_seconds ablation_seeds ablation_jobs host port num gpus tp dp
         mem_fraction device python api_key_env api_key_file arguments environment state
-        start_timeout_seconds stop_timeout_seconds foreground""",
+        start_timeout_seconds stop_timeout_seconds foreground json""",
 }
 """Options under each heading, in the order of the help; nested ones go by the part before the dot.
 COMMAND/OPTION places one command's option elsewhere than that of the other commands."""

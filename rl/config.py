@@ -155,8 +155,9 @@ class PPOConfig(RunConfig):
     """module:name of an advantage estimator of your own, in place of `advantage`."""
     gamma: UnitFloat = 1.0
     """Discount factor of rewards per token."""
-    lam: UnitFloat = 0.95
-    """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
+    lam: UnitFloat = 1.0
+    """Lambda of generalised advantage estimation (arXiv 1506.02438).
+    Under 1, the score reaches the start of a long answer only through the critic."""
     lam_alpha: PositiveFloat | None = None
     """Length-adaptive lambda, 1 - 1/(lam_alpha R) for R response tokens; replaces `lam`."""
     lam_critic: UnitFloat | None = None

@@ -196,7 +196,7 @@ def test_derived_sizes_worked_by_hand():
 
 def test_the_defaults_are_the_originals():
     made = config()
-    assert (made.epochs, made.minibatches, made.gamma, made.lam) == (3, 1, 1.0, 0.95)
+    assert (made.epochs, made.minibatches, made.gamma, made.lam) == (3, 1, 1.0, 1.0)
     assert (made.clip_low, made.clip_high, made.value_clip) == (0.2, 0.2, 0.2)
     assert (made.kl.coef, made.kl.estimator, made.verifier.threshold) == (0.03, "k1", 0.4)
     assert (made.verifier.right, made.verifier.wrong, made.verifier.unparsable) == (1.0, 0.1, 0.0)
