@@ -70,7 +70,9 @@ def make_plan(config: PlanConfig) -> Plan:
     shapes = {role: _shape(name, config.model_configs) for role, name in _models(config).items()}
     memory = memory_plan(config, shapes)
     changes, suffice = first_changes(config, shapes, memory)
-    on_servers = isinstance(config, PPOPlanConfig) and config.sampler.kind == "sglang"
+    server_tokens = None
+    if isinstance(config, PPOPlanConfig) and config.sampler.kind == "sglang":
+        server_tokens = server_cache_tokens(config, shapes["policy"])
     return Plan(
         config=config,
         shapes=shapes,
@@ -79,7 +81,7 @@ def make_plan(config: PlanConfig) -> Plan:
         smallest=smallest_machine(config, shapes),
         changes=changes,
         changes_suffice=suffice,
-        server_tokens=server_cache_tokens(config, shapes["policy"]) if on_servers else None,
+        server_tokens=server_tokens,
     )
 
 

@@ -149,7 +149,7 @@ def _frozen_phase(
 def _ppo_phases(config: PPOPlanConfig, shapes: Mapping[str, ModelShape]) -> Iterator[Phase]:
     prompt, response = mean_lengths(config)
     tokens = config.rollouts_per_step * (prompt + response)
-    lengths = {"tokens": tokens, "context": prompt + response}
+    lengths: dict[str, Any] = {"tokens": tokens, "context": prompt + response}
     policy = shapes["policy"]
     yield _rollout(config, policy, prompt, response)
     if "verifier" in shapes:

@@ -194,7 +194,7 @@ def test_derived_sizes_worked_by_hand():
     assert config(steps=7).total_steps == 7
 
 
-def test_the_defaults_are_the_originals():
+def test_the_defaults_are_the_originals_except_lambda():
     made = config()
     assert (made.epochs, made.minibatches, made.gamma, made.lam) == (3, 1, 1.0, 1.0)
     assert (made.clip_low, made.clip_high, made.value_clip) == (0.2, 0.2, 0.2)
