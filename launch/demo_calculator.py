@@ -20,8 +20,6 @@ from ..rl.turns import Conversation, converse
 
 Record = dict[str, Any]
 
-ONE_IN_CALLS = 3
-"""One of so many answers of stage 1 calls the calculator."""
 CALL = re.compile(r"<calc>([0-9+ ]+)</calc>\s*$")
 CALL_WORDS = "<calc> 1 + 2 </calc>"
 """Words that the answers have beside those of the problems."""
@@ -35,20 +33,26 @@ def with_calls(records: Sequence[Record], seed: int) -> list[Record]:
 
     Args:
         records: records of `search.calculations.generate`.
-        seed: not used: every third record calls.
+        seed: not used: every second record calls.
     """
     rows: list[Record] = []
     for number, record in enumerate(records):
         question = record["Question"]
-        answer = record["Ground-True Answer"]
-        if number % ONE_IN_CALLS:
-            rows.append(_turns(question, render_response("", answer)))
+        answer = render_response("", record["Ground-True Answer"])
+        if number % 2:
+            rows.append(_turns(question, answer))
             continue
-        points = re.findall(r" = (\d+)", record["Complex_CoT"])
-        call = f"<calc> {' + '.join(points)} </calc>"
+        call = call_of(record)
         rows.append(_turns(question, call))
-        rows.append(_turns(question, call, answer, render_response("", answer)))
+        rows.append(_turns(question, call, record["Ground-True Answer"], answer))
     return rows
+
+
+def call_of(record: Record) -> str:
+    """The points of a record's findings, and the call that adds them up."""
+    lines = [step.split(" , ")[0] for step in record["Complex_CoT"].split(" ; ")]
+    points = [line.rsplit(" = ", 1)[1] for line in lines]
+    return f"{' ; '.join(lines)} ; <calc> {' + '.join(points)} </calc>"
 
 
 def _turns(*texts: str) -> Record:

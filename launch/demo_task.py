@@ -377,10 +377,10 @@ TASKS = {
     ),
     "calculator": Task(
         sizes=Sizes(
-            findings=8,
+            findings=5,
             sft_steps=200,
             sft_loss=0.0,
-            ppo_steps=24,
+            ppo_steps=16,
             rollouts_per_step=128,
         ),
         answers=with_calls,
@@ -388,8 +388,8 @@ TASKS = {
         words=CALL_WORDS,
         configs="demo_calculator",
         note="Held-out problems share no set of findings with training problems. Evaluation "
-        "samples at temperature 0.7, as training does. Stage 1 learns to call a calculator in one "
-        "of three answers. A response has one call at most: its turns less one are the share of "
+        "samples at temperature 0.7, as training does. Stage 1 learns to call a calculator in half "
+        "of the answers. A response has one call at most: its turns less one are the share of "
         "responses that call.",
     ),
 }

@@ -11,7 +11,7 @@ import pytest
 from verippo.core.text.chat import parse_response
 from verippo.core.training.pretrained import load_tokenizer
 from verippo.launch.demo import demo
-from verippo.launch.demo_calculator import reply, with_calls
+from verippo.launch.demo_calculator import CALL, call_of, reply, with_calls
 from verippo.launch.demo_task import KINDS, DemoConfig, make_data_and_model
 from verippo.search.calculations import generate
 from verippo.sft.conversations import read_conversation
@@ -37,29 +37,36 @@ def test_every_stage_runs_and_counts_turns(tmp_path: Path) -> None:
     assert all(1 <= row["turns_mean"] <= 2 for row in stages["rows"])
 
 
-def test_one_answer_of_three_calls_and_its_result_is_no_target(tmp_path: Path) -> None:
+def test_half_of_the_answers_call_and_the_result_is_no_target(tmp_path: Path) -> None:
     make_data_and_model(TINY, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path / "base"))
     source = str(tmp_path / "data" / "sft_train.json")
-    examples = load_examples(source, tokenizer, limit=4, system=None, workers=1)
-    call, answer, first, second = (tokenizer.decode(one.response_ids) for one in examples)
+    examples = load_examples(source, tokenizer, limit=3, system=None, workers=1)
+    call, answer, direct = (tokenizer.decode(one.response_ids) for one in examples)
     problem = json.loads((tmp_path / "data" / "problems.json").read_text())[0]
     total = problem["Ground-True Answer"]
-    assert call.startswith("<calc> ")
-    assert call.endswith(" </calc></s>")
-    assert sum(map(int, call[6:-11].split(" + "))) == int(total)
+    found = CALL.search(call.removesuffix("</s>"))
+    assert found
+    assert sum(map(int, found[1].split(" + "))) == int(total)
     before = tokenizer.decode(examples[1].prompt_ids)
     assert before.endswith(f"<|assistant|>{call}<|user|>{total}<|assistant|>")
-    for text in (answer, first, second):
+    for text in (answer, direct):
         parsed = parse_response(text.removesuffix("</s>"))
         assert parsed
         assert parsed.final.isdigit()
 
 
+def test_call_adds_up_the_points_of_the_findings() -> None:
+    steps = "station +1 = 3 , total 3 ; dilation 2 = 1 , total 4"
+    expected = "station +1 = 3 ; dilation 2 = 1 ; <calc> 3 + 1 </calc>"
+    assert call_of({"Complex_CoT": steps}) == expected
+    assert reply(SimpleNamespace(last_text=expected)) == "4"
+
+
 def test_rows_of_stage_1_are_read() -> None:
     records = generate(6, seed=0, split="train", kinds=KINDS, difficulty=5)
     rows = with_calls(records, seed=0)
-    assert [len(read_conversation(row, where="").turns) for row in rows] == [2, 4, 2, 2] * 2
+    assert [len(read_conversation(row, where="").turns) for row in rows] == [2, 4, 2] * 3
 
 
 @pytest.mark.parametrize(
