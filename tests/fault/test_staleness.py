@@ -15,10 +15,15 @@ from safetensors.torch import load_file
 from verippo.core.sampling.process_sampler import ProcessSampler
 from verippo.core.training.engine import TrainEngine
 from verippo.launch import cli
-from verippo.rl.verifier import ExactMatchVerifier
+from verippo.rl.verifier import FunctionVerifier
 
-STALE = {"staleness": 1, "correction.level": "token"}
-LINEAR_ENGINE = """
+SCORES = {"verifier.kind": "function", "verifier.function": "own_scores:score"}
+STALE = {"staleness": 1, "correction.level": "token"} | SCORES
+OWN_SCORES = """
+def score(rollouts):
+    return [sum(rollout.response_ids) % 7 / 7 for rollout in rollouts]
+"""
+OWN_ENGINE = """
 import hashlib, json, os
 import torch
 from verippo.core.sampling.local_sampler import load_sampler
@@ -49,6 +54,31 @@ class Engine:
 """
 
 
+FAILING_ROLLOUT = """
+from verippo.rl import rollout as original
+
+CALLS = []
+
+def rollout(sampler, prompts, sampling, *, tokenizer):
+    CALLS.append(1)
+    if len(CALLS) == 3:
+        raise ValueError("no such tool")
+    return original.rollout(sampler, prompts, sampling, tokenizer=tokenizer)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_functions(tmp_path_factory):
+    """The working directory, with functions of the user's own."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_scores.py").write_text(OWN_SCORES)
+    (folder / "own_engine.py").write_text(OWN_ENGINE)
+    (folder / "failing_rollout.py").write_text(FAILING_ROLLOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+
+
 @pytest.fixture(scope="module")
 def unbroken_stale(runs, tmp_path_factory):
     """Folder of an uninterrupted run with staleness=1 on one rank."""
@@ -77,7 +107,7 @@ def test_every_step_but_the_first_lags_one_version(unbroken_stale, rows_of):
 
 def test_policy_that_stands_still_makes_staleness_no_difference(runs, rows_of, tmp_path):
     """The critic's weights and every metric are then those of a run without."""
-    still = {"policy_learning_rate": 0, "correction.level": "token", "steps": 4}
+    still = {"policy_learning_rate": 0, "correction.level": "token", "steps": 4} | SCORES
     for staleness in (0, 1):
         argv = runs.arguments("ppo", tmp_path / str(staleness), staleness=staleness, **still)
         cli.main(argv)
@@ -92,10 +122,8 @@ def test_weights_that_sampled_are_those_of_the_step_before_last(
     runs, unbroken_stale, check_same, tmp_path, monkeypatch
 ):
     """An engine of the user's own, in a thread of the trainer, draws as the process does."""
-    (tmp_path / "linear_engine.py").write_text(LINEAR_ENGINE)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ENGINE_LOG", str(tmp_path / "log"))
-    factory = {"sampler.kind": "factory", "sampler.factory": "linear_engine:Engine"}
+    factory = {"sampler.kind": "factory", "sampler.factory": "own_engine:Engine"}
     cli.main(arguments(runs, tmp_path / "run", **factory))
     check_same(tmp_path / "run", unbroken_stale)
     entries = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -124,8 +152,8 @@ def test_run_killed_twice_ends_with_the_same_bits(
 
 
 PLACES = {
-    "scoring": (ExactMatchVerifier, "score", 4),
-    "evaluation": (ExactMatchVerifier, "score", 5),
+    "scoring": (FunctionVerifier, "score", 4),
+    "evaluation": (FunctionVerifier, "score", 5),
     "first mini-batch": (TrainEngine, "backward", 17),
     "optimizer step": (TrainEngine, "step", 17),
     "wait for the background": (ProcessSampler, "update_weights", 3),
@@ -185,19 +213,7 @@ def test_killed_sampling_process_ends_the_run_with_its_signal(runs, tmp_path, mo
         cli.main(arguments(runs, tmp_path / "run"))
 
 
-def test_failing_rollout_function_in_the_background_is_one_line(
-    runs, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "failing_rollout.py").write_text(
-        "from verippo.rl import rollout as original\n"
-        "CALLS = []\n"
-        "def rollout(sampler, prompts, sampling, *, tokenizer):\n"
-        "    CALLS.append(1)\n"
-        "    if len(CALLS) == 3:\n"
-        "        raise ValueError('no such tool')\n"
-        "    return original.rollout(sampler, prompts, sampling, tokenizer=tokenizer)\n"
-    )
-    monkeypatch.chdir(tmp_path)
+def test_failing_rollout_function_in_the_background_is_one_line(runs, tmp_path, capsys):
     argv = arguments(
         runs,
         tmp_path / "run",
@@ -243,7 +259,7 @@ def test_longer_run_goes_on_after_the_end_of_a_shorter_one(runs, rows_of, tmp_pa
 def test_staleness_cannot_change_within_a_run(runs, tmp_path, capsys):
     cli.main(arguments(runs, tmp_path / "run", steps=1))
     with pytest.raises(SystemExit) as caught:
-        cli.main(runs.arguments("ppo", tmp_path / "run", steps=2))
+        cli.main(runs.arguments("ppo", tmp_path / "run", steps=2, **SCORES))
     assert caught.value.code == 2
     assert "staleness 1 -> 0: set them back" in capsys.readouterr().err
 
