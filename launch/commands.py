@@ -18,6 +18,8 @@ class Command(NamedTuple):
     """Shell commands, run from the repository's folder."""
     positional: tuple[str, ...] = ()
     """Fields that may be given by position, before the options."""
+    extends: str = ""
+    """A command all of whose options this one takes too; help and documents list the others."""
 
 
 def import_name(spec: str) -> Any:
@@ -121,6 +123,30 @@ verippo serve start --model runs/sft/model --num 2 --tp 2 --gpus 4,5,6,7
 verippo serve stop
 verippo serve stop --port 30000
 """,
+    ),
+    "doctor ppo": Command(
+        "checks machine, servers, models, data and batches of a PPO run before it starts",
+        "verippo.launch.doctor.config:PPODoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        """
+verippo doctor ppo --config launch/configs/ppo_8b.yaml --ranks 8
+verippo doctor ppo --config launch/configs/ppo_tiny_cpu.yaml --policy DIR --dry_run
+""",
+        extends="ppo",
+    ),
+    "doctor sft": Command(
+        "the same for stage 1",
+        "verippo.launch.doctor.config:SFTDoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        "verippo doctor sft --config launch/configs/sft_8b.yaml --ranks 8 --dry_run",
+        extends="sft",
+    ),
+    "doctor verifier": Command(
+        "the same for the verifier's training",
+        "verippo.launch.doctor.config:VerifierDoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        "verippo doctor verifier --config launch/configs/verifier_3b.yaml --dry_run",
+        extends="verifier",
     ),
     "bench": Command(
         "measures the sampling speed of this process and of servers",

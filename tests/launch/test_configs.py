@@ -41,7 +41,8 @@ def test_every_shipped_configuration_parses() -> None:
 def test_commands_of_the_interface_exist() -> None:
     names = "problems search sft verifier ppo eval bench demo".split()  # noqa: SIM905
     serve = ["serve start", "serve status", "serve stop"]
-    assert set(COMMANDS) == {*names, *serve, "eval compare"}
+    doctor = ["doctor ppo", "doctor sft", "doctor verifier"]
+    assert set(COMMANDS) == {*names, *serve, *doctor, "eval compare"}
 
 
 def test_ppo_8b_holds_the_papers_numbers() -> None:
