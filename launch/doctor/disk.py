@@ -20,8 +20,9 @@ MARGIN = 1.2
 def needed_bytes(config: RunConfig, parameters: Mapping[str, int]) -> dict[str, int]:
     """Bytes on disk that a run needs at most, by purpose.
 
-    A checkpoint holds weights, fp32 master weights and two fp32 moments of each trained model.
-    `save_total_limit` of them are kept, the best one, and one that is being written.
+    A checkpoint holds, for each parameter of a trained model, two fp32 moments, the fp32 master
+    weight except in fp32 without ZeRO, and the weight itself except under ZeRO-3.
+    `save_total_limit` checkpoints are kept, the best one, and one that is being written.
 
     Args:
         config: the run's configuration.
@@ -30,7 +31,8 @@ def needed_bytes(config: RunConfig, parameters: Mapping[str, int]) -> dict[str, 
     size = 2 if config.dtype == "bf16" else 4
     master = 0 if config.dtype == "fp32" and config.zero_stage == 0 else 4
     trained = {role: num for role, num in parameters.items() if role in TRAINED}
-    checkpoint = sum(trained.values()) * (size + master + 8)
+    weight = 0 if config.zero_stage == 3 else size
+    checkpoint = sum(trained.values()) * (weight + master + 8)
     evaluates = bool(config.eval_data or config.eval_fraction)
     exported = parameters.get("policy", parameters.get("model", 0)) * size
     needed = {

@@ -37,9 +37,9 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, status: Status, what: str, text: str) -> None:
-        """Adds a finding, unless the same failure was found before in another check."""
-        known = {each.text for each in self.findings if each.status == "FAILED"}
-        if status == "FAILED" and text in known:
+        """Adds a finding, unless another check has failed for the same reason."""
+        known = [each.text for each in self.findings if each.status == "FAILED"]
+        if status == "FAILED" and any(reason in text for reason in known):
             return
         self.findings.append(Finding(group=self.group, status=status, what=what, text=text))
 
