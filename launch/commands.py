@@ -159,6 +159,30 @@ verippo plan ppo --config launch/configs/ppo_8b.yaml --policy DIR --offload opti
         "verippo plan verifier --config launch/configs/verifier_3b.yaml --gpus 4 --gpu_memory 40",
         extends="verifier",
     ),
+    "doctor ppo": Command(
+        "checks machine, servers, models, data and batches of a PPO run before it starts",
+        "verippo.launch.doctor.config:PPODoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        """
+verippo doctor ppo --config launch/configs/ppo_8b.yaml --ranks 8
+verippo doctor ppo --config launch/configs/ppo_tiny_cpu.yaml --policy DIR --dry_run
+""",
+        extends="ppo",
+    ),
+    "doctor sft": Command(
+        "the same for stage 1",
+        "verippo.launch.doctor.config:SFTDoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        "verippo doctor sft --config launch/configs/sft_8b.yaml --ranks 8 --dry_run",
+        extends="sft",
+    ),
+    "doctor verifier": Command(
+        "the same for the verifier's training",
+        "verippo.launch.doctor.config:VerifierDoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        "verippo doctor verifier --config launch/configs/verifier_3b.yaml --dry_run",
+        extends="verifier",
+    ),
     "bench": Command(
         "measures the sampling speed of this process and of servers",
         "verippo.launch.bench:BenchConfig",

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..core.sampling.local_sampler import LocalSampler, check_sampling, load_sampler
 from ..core.sampling.process_sampler import ProcessSampler
@@ -123,18 +123,14 @@ def set_up(config: PPOConfig) -> Components:
     Raises:
         ValueError: models, data and settings do not fit together.
     """
-    if config.rollouts_per_step % dist.world_size():
-        raise ValueError(
-            f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) "
-            f"do not divide over {dist.world_size()} ranks: choose a multiple"
-        )
+    check_divides(config, dist.world_size())
     critic_path = config.critic_path
     reference_path = config.reference or config.policy
     others = {critic_path, reference_path, config.baseline or config.policy}
     for other in others - {config.policy}:
         check_same_vocabulary(config.policy, other)
     tokenizer = load_tokenizer(config.policy)
-    train_set, eval_set = _problem_sets(config, tokenizer)
+    train_set, eval_set = problem_sets(config, tokenizer)
     verifier = _verifier(config)
     stops = stop_token_ids(config.policy, tokenizer)
     sampler = _sampler(config, tokenizer, stops)
@@ -170,6 +166,19 @@ def set_up(config: PPOConfig) -> Components:
         policy_rate=_schedule(config, config.policy_learning_rate, config.policy_steps),
         critic_rate=_schedule(config, config.critic_learning_rate, config.critic_steps),
     )
+
+
+def check_divides(config: PPOConfig, ranks: int) -> None:
+    """Checks that the rollouts of a step divide over the ranks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if config.rollouts_per_step % ranks:
+        raise ValueError(
+            f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) "
+            f"do not divide over {ranks} ranks: choose a multiple"
+        )
 
 
 def check_same_shapes(policy: Any, other: Any, name: str, *, needed_by: str) -> None:
@@ -210,9 +219,14 @@ def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Callable[[int
     )
 
 
-def _problem_sets(
+def problem_sets(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ProblemSet, ProblemSet]:
+    """The problems to train on and those held out, without over-long ones.
+
+    Raises:
+        ValueError: a row cannot be used, or too few are left for a step.
+    """
     load = functools.partial(
         load_problems,
         limit=config.limit,
@@ -294,13 +308,7 @@ def _sampler(
 ) -> Sampler:
     model = load_config(config.policy)
     check_embedding(model, tokenizer, config.policy)
-    context = context_length(model)
-    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
-    if context and longest > context:
-        raise ValueError(
-            f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of "
-            f"{config.policy} ({context}): lower one of them"
-        )
+    context = check_context(config, model)
     if config.sampler.kind == "factory":
         assert config.sampler.factory
         factory = load_function(config.sampler.factory, option="sampler.factory")
@@ -318,6 +326,25 @@ def _sampler(
         check_sampling(model, config.policy)
         return ProcessSampler(config.policy, **_local_options(config, stops))
     return local_sampler(config, config.policy, stops)
+
+
+def check_context(config: PPOConfig, model: PretrainedConfig) -> int | None:
+    """Checks that the longest prompt and response fit into the policy's context.
+
+    Returns:
+        The policy's context in tokens, if its configuration says.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    context = context_length(model)
+    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
+    if context and longest > context:
+        raise ValueError(
+            f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of "
+            f"{config.policy} ({context}): lower one of them"
+        )
+    return context
 
 
 def local_sampler(config: PPOConfig, path: str, stops: tuple[int, ...]) -> LocalSampler:

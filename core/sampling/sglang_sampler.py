@@ -105,7 +105,7 @@ class SglangSampler:
         self.stop_token_ids = tuple(stop_token_ids)
         self.vocabulary = vocabulary
         self.context = context
-        self.fleet = Fleet(_connect(config), retries=config.retries)
+        self.fleet = Fleet(connect(config), retries=config.retries)
         self._initial_models: set[str] = set()  # emptied when an update has succeeded
         for result in call_each(self.fleet.servers, SglangServer.info).values():
             if isinstance(result, ServerError):
@@ -336,8 +336,12 @@ class SglangSampler:
             self.sync.close(self.fleet)
 
 
-def _connect(config: SglangConfig) -> list[SglangServer]:
-    """Clients of the servers at `config.urls`."""
+def connect(config: SglangConfig) -> list[SglangServer]:
+    """Clients of the servers at `config.urls`.
+
+    Raises:
+        ValueError: there is no address, or the API key is not set.
+    """
     key = None
     if config.api_key_env:
         key = os.environ.get(config.api_key_env, "").strip()
