@@ -144,6 +144,8 @@ class PPOConfig(RunConfig):
     critic_head: Literal["auto", "fresh", "kept"] = "auto"
     """Value head of the critic: fresh (zero), kept (that of its folder), or auto (kept if the
     folder has one); always fresh with critic=verifier, whose head tells two classes apart."""
+    critic_freeze: Literal["none", "attention"] = "none"
+    """attention: train only MLPs, norms and head of the critic; attention and embeddings stay."""
     reference: str | None = None
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
 
@@ -283,6 +285,11 @@ class PPOConfig(RunConfig):
                 f"critic_warmup_steps={self.critic_warmup_steps} leaves no step of "
                 f"{self.total_steps} to train the policy: lower it"
             )
+        if self.critic_freeze != "none" and self.advantage != "gae":
+            raise ValueError(
+                f"critic_freeze={self.critic_freeze}: advantage={self.advantage} trains no critic: "
+                "leave it out"
+            )
         kind = self.verifier.kind
         if self.critic == "verifier" and kind != "classifier":
             raise ValueError(
@@ -313,6 +320,7 @@ class PPOConfig(RunConfig):
             "policy",
             "critic",
             "critic_head",
+            "critic_freeze",
             "reference",
             "advantage",
             "question_key",

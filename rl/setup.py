@@ -232,7 +232,12 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TrainEngin
     if config.advantage != "gae":
         return NoCritic()
     head = "fresh" if config.critic == "verifier" else config.critic_head
-    module = load_critic(config.critic_path, dtype=config.dtype, head=head)
+    module = load_critic(
+        config.critic_path,
+        dtype=config.dtype,
+        head=head,
+        freeze=config.critic_freeze,
+    )
     check_embedding(module.hf.config, tokenizer, config.critic_path)
     return TrainEngine(module, config.engine)
 

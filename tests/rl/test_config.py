@@ -111,6 +111,10 @@ def config(**changes):
             {"verifier": VerifierConfig(kind="function")},
             "verifier.kind=function needs verifier.function=module:name",
         ),
+        (
+            {"critic_freeze": "attention", "advantage": "reinforce++"},
+            r"critic_freeze=attention: advantage=reinforce\+\+ trains no critic: leave it out",
+        ),
         ({"critic": "verifier"}, "critic=verifier needs verifier.kind=classifier, got exact: give"),
         (
             {
