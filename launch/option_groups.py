@@ -18,7 +18,8 @@ GROUPS = {
         prompts min_length unique difficulty decontaminate mix split skip_bad first second
         num_train num_eval findings""",
     "optimisation": """
-        steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps max_steps
+        steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps
+        critic_warmup_settled max_steps
         batch_size learning_rate policy_learning_rate critic_learning_rate warmup_ratio schedule
         weight_decay max_grad_norm stop_at_loss advantage advantage_function gamma lam lam_alpha
         lam_critic whiten clip_low clip_high dual_clip policy_loss loss_mean

@@ -175,6 +175,9 @@ class PPOConfig(RunConfig):
     """Passes over the rollouts of a step that train the critic; null: as `epochs`."""
     critic_warmup_steps: NonNegativeInt = 0
     """Steps at the start of the run that train the critic alone (arXiv 2503.01491)."""
+    critic_warmup_settled: CountingInt | None = None
+    """End that warm-up early, once `explained_variance` has not risen by 0.01 for this many steps;
+    give more than the learning rate takes to rise. null: never."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
     """Advantage estimator: gae trains a critic, the others compare responses to one prompt."""
     advantage_function: str | None = None
@@ -284,6 +287,11 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"critic_warmup_steps={self.critic_warmup_steps} leaves no step of "
                 f"{self.total_steps} to train the policy: lower it"
+            )
+        if self.critic_warmup_settled and not self.critic_warmup_steps:
+            raise ValueError(
+                f"critic_warmup_settled={self.critic_warmup_settled} ends the warm-up early: give "
+                "critic_warmup_steps, its longest duration"
             )
         if self.critic_freeze != "none" and self.advantage != "gae":
             raise ValueError(

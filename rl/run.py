@@ -21,6 +21,7 @@ from ..core.training.metrics import peak_memory_gib
 from ..core.training.pretrained import save_model
 from ..core.training.run import Metrics, RunState, TrainingRun
 from ..core.training.stopping import abortable
+from . import critic_warmup
 from .config import PPOConfig
 from .experience import Experience, MicroBatch, MiniBatch, judged
 from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
@@ -119,6 +120,11 @@ class PPORun(TrainingRun[PPOConfig]):
         """Coefficient of the KL divergence, which adapts if there is a target."""
         return self.state.extra.get("kl_coef", self.config.kl.coef)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps that train the critic alone: those planned, or fewer if the warm-up has settled."""
+        return int(self.state.extra.get(critic_warmup.STEPS, self.config.critic_warmup_steps))
+
     def policy_minibatches(
         self,
         experience: Experience,
@@ -127,7 +133,7 @@ class PPORun(TrainingRun[PPOConfig]):
     ) -> Iterator[MiniBatch]:
         """The policy's mini-batches of all PPO epochs; none while the critic warms up."""
         config = self.config
-        if step <= config.critic_warmup_steps:
+        if step <= self.warmup_steps:
             return
         for epoch in range(config.epochs):
             yield from self._epoch(experience, step, epoch)
@@ -159,9 +165,10 @@ class PPORun(TrainingRun[PPOConfig]):
     def step_policy(self, mini: MiniBatch, meter: UpdateMeter) -> None:
         """Steps the policy's optimizer."""
         config = self.config
-        steps_before = self.state.step - config.critic_warmup_steps
-        number = steps_before * config.epochs * config.minibatches + mini.number
-        meter.policy_rate = self.parts.policy_rate(number)
+        per_step = config.epochs * config.minibatches
+        number = (self.state.step - self.warmup_steps) * per_step + mini.number
+        total = (config.total_steps - self.warmup_steps) * per_step
+        meter.policy_rate = self.parts.policy_rate(number, total_steps=total)
         meter.policy_results.append(self.parts.policy.step(meter.policy_rate))
 
     def step_critic(self, mini: MiniBatch, meter: UpdateMeter) -> None:
@@ -176,16 +183,15 @@ class PPORun(TrainingRun[PPOConfig]):
         step: int,
         meter: UpdateMeter,
         rollouts: Sequence[Rollout],
-        *,
-        kl: float,
+        row: Metrics,
     ) -> None:
-        """Records the finished update: skipped steps, position in the data, and the next beta.
+        """Records the finished update: skipped steps, position, next beta, the warm-up's progress.
 
         Args:
             step: number of the finished step.
             meter: results of the optimizer steps.
             rollouts: saved if the run stops because of skipped steps.
-            kl: KL divergence from the reference in nats per response.
+            row: metrics of the step's targets.
 
         Raises:
             RuntimeError: too many optimizer steps in a row were skipped.
@@ -197,8 +203,16 @@ class PPORun(TrainingRun[PPOConfig]):
         self.state.step = step
         self.state.position = self.parts.order.position
         if target := self.config.kl.target:
-            error = min(0.2, max(-0.2, kl / target - 1))
+            error = min(0.2, max(-0.2, row["kl_mean"] / target - 1))
             self.state.extra["kl_coef"] = self.kl_coef * (1 + 0.1 * error)
+        patience = self.config.critic_warmup_settled
+        if patience and step <= self.warmup_steps:
+            self.state.extra |= critic_warmup.follow_warmup(
+                self.state.extra,
+                step=step,
+                explained_variance=row["explained_variance"],
+                patience=patience,
+            )
 
     def push_weights(self) -> None:
         """Sends the policy's weights to the sampler, as the version of the finished step."""

@@ -98,7 +98,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
                     meter.add_critic(vf)
                 run.step_critic(mini, meter)
 
-        run.end_update(step, meter, rollouts, kl=row["kl_mean"])
+        run.end_update(step, meter, rollouts, row)
         with run.watch("sync"):
             run.push_weights()
         run.keep_rollouts(rollouts, scores, experience)

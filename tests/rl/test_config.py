@@ -112,6 +112,10 @@ def config(**changes):
             "verifier.kind=function needs verifier.function=module:name",
         ),
         (
+            {"critic_warmup_settled": 5},
+            "critic_warmup_settled=5 ends the warm-up early: give critic_warmup_steps",
+        ),
+        (
             {"critic_freeze": "attention", "advantage": "reinforce++"},
             r"critic_freeze=attention: advantage=reinforce\+\+ trains no critic: leave it out",
         ),
