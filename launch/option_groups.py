@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 GROUPS = {
-    "model": "model policy critic critic_head reference baseline llm dtype",
+    "model": "model policy critic critic_head critic_freeze reference baseline llm dtype",
     "data": """
         data eval_data eval_fraction limit columns question_key answer_key system_prompt
         max_prompt_tokens max_seq_len overlong tokenize_workers wrong_per_question language
         prompts min_length unique difficulty decontaminate mix split skip_bad first second
         num_train num_eval task findings""",
     "optimisation": """
-        steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps max_steps
+        steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps
+        critic_warmup_settled max_steps
         batch_size learning_rate policy_learning_rate critic_learning_rate warmup_ratio schedule
         weight_decay max_grad_norm stop_at_loss advantage advantage_function gamma lam lam_alpha
         lam_critic whiten clip_low clip_high dual_clip ratio_mask_low ratio_mask_high

@@ -111,6 +111,8 @@ class PPOConfig(RunConfig):
     critic_head: Literal["auto", "fresh", "kept"] = "auto"
     """Value head of the critic: fresh (zero), kept (that of its folder), or auto (kept if the
     folder has one); always fresh with critic=verifier, whose head tells two classes apart."""
+    critic_freeze: Literal["none", "attention"] = "none"
+    """attention: train only MLPs, norms and head of the critic; attention and embeddings stay."""
     reference: str | None = None
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
     reference_refresh_steps: CountingInt | None = None
@@ -149,6 +151,9 @@ class PPOConfig(RunConfig):
     staleness: Literal[0, 1] = 0
     """1: sample during the step before, with weights one step old (arXiv 2505.24298).
     It needs `correction.level`. With sampler.kind=local a process of its own samples."""
+    critic_warmup_settled: CountingInt | None = None
+    """End that warm-up early, once `explained_variance` has not risen by 0.01 for this many steps;
+    give more than the learning rate takes to rise. null: never."""
     advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = "gae"
     """Advantage estimator: gae trains a critic, the others compare responses to one prompt."""
     advantage_function: str | None = None
@@ -300,6 +305,16 @@ class PPOConfig(RunConfig):
                 f"critic_warmup_steps={self.critic_warmup_steps} leaves no step of "
                 f"{self.total_steps} to train the policy: lower it"
             )
+        if self.critic_warmup_settled and not self.critic_warmup_steps:
+            raise ValueError(
+                f"critic_warmup_settled={self.critic_warmup_settled} ends the warm-up early: give "
+                "critic_warmup_steps, its longest duration"
+            )
+        if self.critic_freeze != "none" and self.advantage != "gae":
+            raise ValueError(
+                f"critic_freeze={self.critic_freeze}: advantage={self.advantage} trains no critic: "
+                "leave it out"
+            )
         kind = self.verifier.kind
         if self.critic == "verifier" and kind != "classifier":
             raise ValueError(
@@ -330,6 +345,7 @@ class PPOConfig(RunConfig):
             "policy",
             "critic",
             "critic_head",
+            "critic_freeze",
             "reference",
             "reference_refresh_steps",
             "advantage",

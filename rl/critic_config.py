@@ -24,6 +24,8 @@ class CriticConfig(RunConfig):
     """Model whose decoder becomes the critic: a Hugging Face folder or hub id."""
     critic_head: Literal["auto", "fresh", "kept"] = "auto"
     """Value head: fresh (zero), kept (that of the model's folder), or auto (kept if it has one)."""
+    critic_freeze: Literal["none", "attention"] = "none"
+    """attention: train only MLPs, norms and head of the critic; attention and embeddings stay."""
     epochs: CountingInt = 1
     """Passes over the rollouts."""
     max_steps: PositiveInt | None = None
@@ -37,7 +39,7 @@ class CriticConfig(RunConfig):
 
     @property
     def fixed(self) -> tuple[str, ...]:
-        return (*super().fixed, "model", "critic_head", "gamma")
+        return (*super().fixed, "model", "critic_head", "critic_freeze", "gamma")
 
     def total_steps(
         self,

@@ -47,7 +47,12 @@ def train(config: CriticConfig, *, resolved: dict[str, Any]) -> Path:
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         tokenizer = load_tokenizer(config.model)
-        module = load_critic(config.model, dtype=config.dtype, head=config.critic_head)
+        module = load_critic(
+            config.model,
+            dtype=config.dtype,
+            head=config.critic_head,
+            freeze=config.critic_freeze,
+        )
         check_embedding(module.hf.config, tokenizer, config.model)
         vocabulary = module.hf.config.get_text_config().vocab_size
         rollouts, held_out = _train_and_eval_rollouts(config, vocabulary)

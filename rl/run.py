@@ -17,6 +17,7 @@ from ..core.training import dist
 from ..core.training.metrics import peak_memory_gib
 from ..core.training.run import Metrics, Saveable, TrainingRun
 from ..core.training.watchdog import enter_phase
+from . import critic_warmup
 from .config import PPOConfig
 from .experience import Experience, MicroBatch, MiniBatch, judged
 from .held_out import HeldOutRecord, evaluate_baseline, right_answers
@@ -187,6 +188,11 @@ class PPORun(TrainingRun[PPOConfig]):
         """Coefficient of the KL divergence, which adapts if there is a target."""
         return self.state.extra.get("kl_coef", self.config.kl.coef)
 
+    @property
+    def warmup_steps(self) -> int:
+        """Steps that train the critic alone: those planned, or fewer if the warm-up has settled."""
+        return int(self.state.extra.get(critic_warmup.STEPS, self.config.critic_warmup_steps))
+
     def policy_minibatches(
         self,
         experience: Experience,
@@ -195,27 +201,18 @@ class PPORun(TrainingRun[PPOConfig]):
     ) -> Iterator[MiniBatch]:
         """The policy's mini-batches of all PPO epochs; none while the critic warms up."""
         config = self.config
-        if step <= config.critic_warmup_steps:
+        if step <= self.warmup_steps:
             return
         for epoch in range(config.epochs):
-            yield from self._epoch(experience, step, epoch)
+            yield from experience.epoch(epoch, config.minibatches, seed=(config.seed, step))
             if config.target_kl and meter.take_approx_kl() > 1.5 * config.target_kl:
                 return
 
     def critic_minibatches(self, experience: Experience, step: int) -> Iterator[MiniBatch]:
         """The critic's mini-batches of all its epochs."""
-        for epoch in range(self.config.critic_epochs or self.config.epochs):
-            yield from self._epoch(experience, step, epoch)
-
-    def _epoch(
-        self,
-        experience: Experience,
-        step: int,
-        epoch: int,
-    ) -> Iterator[MiniBatch]:
-        num = self.config.minibatches
-        for mini in experience.minibatches(num, seed=(self.config.seed, step, epoch)):
-            yield replace(mini, number=epoch * num + mini.number)
+        config = self.config
+        for epoch in range(config.critic_epochs or config.epochs):
+            yield from experience.epoch(epoch, config.minibatches, seed=(config.seed, step))
 
     def microbatches(self, mini: MiniBatch, meter: UpdateMeter) -> Iterator[MicroBatch]:
         """This rank's micro-batches. Until a weight has moved, a signal abandons the step."""
@@ -227,9 +224,10 @@ class PPORun(TrainingRun[PPOConfig]):
     def step_policy(self, mini: MiniBatch, meter: UpdateMeter) -> None:
         """Steps the policy's optimizer."""
         config = self.config
-        steps_before = self.state.step - config.critic_warmup_steps
-        number = steps_before * config.epochs * config.minibatches + mini.number
-        meter.policy_rate = self.parts.policy_rate(number)
+        per_step = config.epochs * config.minibatches
+        number = (self.state.step - self.warmup_steps) * per_step + mini.number
+        total = (config.total_steps - self.warmup_steps) * per_step
+        meter.policy_rate = self.parts.policy_rate(number, total_steps=total)
         meter.policy_results.append(self.parts.policy.step(meter.policy_rate))
 
     def step_critic(self, mini: MiniBatch, meter: UpdateMeter) -> None:
@@ -244,16 +242,15 @@ class PPORun(TrainingRun[PPOConfig]):
         step: int,
         meter: UpdateMeter,
         rollouts: Sequence[Rollout],
-        *,
-        kl: float,
+        row: Metrics,
     ) -> None:
-        """Records the finished update: skipped steps, position in the data, and the next beta.
+        """Records the finished update: skipped steps, position, next beta, the warm-up's progress.
 
         Args:
             step: number of the finished step.
             meter: results of the optimizer steps.
             rollouts: saved if the run stops because of skipped steps.
-            kl: KL divergence from the reference in nats per response.
+            row: metrics of the step's targets.
 
         Raises:
             RuntimeError: too many optimizer steps in a row were skipped.
@@ -268,8 +265,14 @@ class PPORun(TrainingRun[PPOConfig]):
             more = self.refill_metrics["responses_sampled"] - self.config.rollouts_per_step
             self.state.extra["refills"] = self.state.extra.get("refills", 0) + more
         if target := self.config.kl.target:
-            error = min(0.2, max(-0.2, kl / target - 1))
+            error = min(0.2, max(-0.2, row["kl_mean"] / target - 1))
             self.state.extra["kl_coef"] = self.kl_coef * (1 + 0.1 * error)
+        patience = self.config.critic_warmup_settled
+        if patience and step <= self.warmup_steps:
+            explained = row["explained_variance"]
+            self.state.extra |= critic_warmup.follow_warmup(
+                self.state.extra, step=step, explained_variance=explained, patience=patience
+            )
 
     def push_weights(self) -> None:
         """Sends the policy's weights to the sampler, as the version of the finished step."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -92,6 +92,12 @@ class ProblemSet:
         )
 
 
+class Rate(Protocol):
+    """A learning-rate schedule; `total_steps` replaces the planned number of optimizer steps."""
+
+    def __call__(self, step: int, *, total_steps: int = ...) -> float: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Components:
     """Models, sampler, verifier, hooks and data of a PPO run."""
@@ -110,9 +116,9 @@ class Components:
     train_set: ProblemSet
     eval_set: ProblemSet
     order: Order
-    policy_rate: Callable[[int], float]
+    policy_rate: Rate
     """Optimizer step of the policy, the first being 0 -> learning rate."""
-    critic_rate: Callable[[int], float]
+    critic_rate: Rate
     gate: dict[str, Any] = field(default_factory=dict)
     """Log-probs in the parity gate of the last weight update, by copy of the weights."""
 
@@ -209,7 +215,7 @@ def announce(config: PPOConfig, parts: Components, folder: Path) -> None:
         shutil.copy(calibration, folder)
 
 
-def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Callable[[int], float]:
+def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Rate:
     return functools.partial(
         learning_rate,
         peak=peak,
@@ -269,7 +275,12 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TrainEngin
     if config.advantage != "gae":
         return NoCritic()
     head = "fresh" if config.critic == "verifier" else config.critic_head
-    module = load_critic(config.critic_path, dtype=config.dtype, head=head)
+    module = load_critic(
+        config.critic_path,
+        dtype=config.dtype,
+        head=head,
+        freeze=config.critic_freeze,
+    )
     check_embedding(module.hf.config, tokenizer, config.critic_path)
     return TrainEngine(module, config.engine)
 

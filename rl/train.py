@@ -100,7 +100,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
                     meter.add_critic(vf)
                 run.step_critic(mini, meter)
 
-        run.end_update(step, meter, rollouts, kl=row["kl_mean"])
+        run.end_update(step, meter, rollouts, row)
         with run.watch("rollout"):
             run.rollouts.finish()  # sampling of the next step, if it runs beside this one
         with run.watch("sync"):

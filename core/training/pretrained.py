@@ -22,13 +22,14 @@ from transformers.utils import logging as hf_logging
 
 from ..files import is_path
 from .checkpoint import explain_full_disk, follow_umask
-from .model import ATTENTION, Classifier, Critic, Policy
+from .model import ATTENTION, Classifier, Critic, Policy, freeze_attention
 from .self_check import check_config, check_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD = "score.weight"
 """Name of the weight of a critic's or classifier's head."""
 CriticHead = Literal["auto", "fresh", "kept"]
+CriticFreeze = Literal["none", "attention"]
 
 
 def load_policy(path: str, *, dtype: str) -> Policy:
@@ -45,7 +46,13 @@ def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
     return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
 
 
-def load_critic(path: str, *, dtype: str, head: CriticHead = "auto") -> Critic:
+def load_critic(
+    path: str,
+    *,
+    dtype: str,
+    head: CriticHead = "auto",
+    freeze: CriticFreeze = "none",
+) -> Critic:
     """Loads a critic from any decoder.
 
     Args:
@@ -53,6 +60,7 @@ def load_critic(path: str, *, dtype: str, head: CriticHead = "auto") -> Critic:
         dtype: "bf16" or "fp32".
         head: "fresh" starts the head at zero, whatever the folder has; "kept" needs the folder's;
             "auto" keeps it if there is one.
+        freeze: "attention" leaves only MLPs, norms and head to be trained.
 
     Raises:
         ValueError: it cannot be loaded, its head is to be kept and missing, or has several outputs.
@@ -65,6 +73,8 @@ def load_critic(path: str, *, dtype: str, head: CriticHead = "auto") -> Critic:
         )
     if head == "fresh" or fresh:
         nn.init.zeros_(hf.score.weight)
+    if freeze == "attention":
+        freeze_attention(hf)
     return Critic(hf)
 
 

@@ -120,6 +120,14 @@ def config(**changes):
             {"verifier": VerifierConfig(kind="function")},
             "verifier.kind=function needs verifier.function=module:name",
         ),
+        (
+            {"critic_warmup_settled": 5},
+            "critic_warmup_settled=5 ends the warm-up early: give critic_warmup_steps",
+        ),
+        (
+            {"critic_freeze": "attention", "advantage": "reinforce++"},
+            r"critic_freeze=attention: advantage=reinforce\+\+ trains no critic: leave it out",
+        ),
         ({"critic": "verifier"}, "critic=verifier needs verifier.kind=classifier, got exact: give"),
         (
             {

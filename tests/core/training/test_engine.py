@@ -299,3 +299,44 @@ def test_the_deepspeed_configuration_is_these_literals():
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**settings)
+
+
+TRAINED = {"mlp", "input_layernorm", "post_attention_layernorm", "norm", "score"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_attention_keeps_its_bits_and_needs_no_state(make_model, tmp_path, stage, kind):
+    folder, batch = make_model(kind, classes=1, seed=9), batch_of([9, 4, 12])
+
+    def make():
+        module = load_critic(folder, dtype="fp32", freeze="attention")
+        return TrainEngine(module, config(stage, weight_decay=0.1))
+
+    engine = make()
+    names = [name for name, _ in engine.named_tensors()]
+    trained = {name for name in names if TRAINED & set(name.split("."))}
+    assert {name for name in names if "self_attn" in name} | {"model.embed_tokens.weight"} == (
+        set(names) - trained
+    )
+    before = engine.full_state()
+    train_once(engine, batch, 1e-2)
+    engine.save(tmp_path, "critic")
+    train_once(engine, batch, 1e-2)
+    after = engine.full_state()
+    for name in names:
+        assert torch.equal(after[name], before[name]) == (name not in trained), name
+
+    states = engine.engine.optimizer.state_dict()
+    if stage == 0:
+        stored = sum(state["exp_avg"].numel() for state in states["state"].values())
+        assert stored == sum(after[name].numel() for name in trained)
+    if stage == 3:
+        groups = engine.engine.optimizer.fp32_partitioned_groups_flat
+        assert sum(group.numel() for group in groups) == sum(after[n].numel() for n in trained)
+
+    again = make()
+    again.load(tmp_path, "critic")
+    train_once(again, batch, 1e-2)
+    for name, tensor in again.full_state().items():
+        assert torch.equal(tensor, after[name]), name
