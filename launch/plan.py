@@ -36,7 +36,8 @@ class Plan:
     """Smallest number of GPUs on which the run fits; None: more than MAX_GPUS."""
     changes: list[str]
     """What to change first where the run does not fit."""
-    changes_suffice: bool
+    smallest_changed: int | None
+    """Smallest number of GPUs with these changes."""
     server_tokens: int | None = None
     """Tokens that the key-value cache of each server holds."""
 
@@ -69,7 +70,7 @@ def make_plan(config: PlanConfig) -> Plan:
     """
     shapes = {role: _shape(name, config.model_configs) for role, name in _models(config).items()}
     memory = memory_plan(config, shapes)
-    changes, suffice = first_changes(config, shapes, memory)
+    changes, changed = first_changes(config, shapes, memory)
     server_tokens = None
     if isinstance(config, PPOPlanConfig) and config.sampler.kind == "sglang":
         server_tokens = server_cache_tokens(config, shapes["policy"])
@@ -80,7 +81,7 @@ def make_plan(config: PlanConfig) -> Plan:
         phases=time_plan(config, shapes),
         smallest=smallest_machine(config, shapes),
         changes=changes,
-        changes_suffice=suffice,
+        smallest_changed=smallest_machine(changed, shapes),
         server_tokens=server_tokens,
     )
 
@@ -101,7 +102,7 @@ def plan_row(result: Plan, resolved: Mapping[str, Any]) -> dict[str, Any]:
         "smallest_gpus": result.smallest,
         "max_gpus": MAX_GPUS,
         "change_first": result.changes,
-        "changes_suffice": result.changes_suffice,
+        "smallest_gpus_changed": result.smallest_changed,
         "server_tokens": result.server_tokens,
         "phases": [dataclasses.asdict(phase) for phase in result.phases],
         "seconds_per_step": sum(phase.seconds for phase in result.phases),
@@ -150,6 +151,7 @@ def find_config(name: str, model_configs: str | None = None) -> PretrainedConfig
         return load_config(name)
     except ValueError:
         raise ValueError(
-            f"model {name}: its config.json is not at hand: give a folder that holds it in place "
-            f"of the name, or --model_configs DIR with DIR/{name}/config.json"
+            f"model {name}: its config.json is not at hand: give in its place a folder that holds "
+            "one or the hub id of a model of its size, or --model_configs DIR with "
+            f"DIR/{name}/config.json"
         ) from None

@@ -85,7 +85,7 @@ def first_changes(
     config: PlanConfig,
     shapes: Mapping[str, ModelShape],
     plan: MemoryPlan,
-) -> tuple[list[str], bool]:
+) -> tuple[list[str], PlanConfig]:
     """What to change first where a run does not fit.
 
     Args:
@@ -94,15 +94,16 @@ def first_changes(
         plan: the memory of the run.
 
     Returns:
-        One change that is enough; or several that are together, each of which helps; and whether
-        the run then fits.
+        One change that is enough, or several that are together, or all that help; and the
+        configuration with them.
     """
     if plan.fits:
-        return [], True
+        return [], config
     options = list(changes(config))
     for text, fields in options:
-        if memory_plan(replace(config, **fields), shapes).fits:
-            return [text], True
+        changed = replace(config, **fields)
+        if memory_plan(changed, shapes).fits:
+            return [text], changed
     chosen = []
     for text, fields in options:
         changed = replace(config, **fields)
@@ -111,5 +112,5 @@ def first_changes(
             config, plan = changed, after
             chosen.append(text)
         if plan.fits:
-            return chosen, True
-    return chosen, False
+            break
+    return chosen, config

@@ -91,13 +91,19 @@ def _verdict(plan: Plan) -> Iterator[str]:
             if used > limit
         ]
         yield f"does not fit: lacks {' and '.join(lacking)}; {_largest(memory.parts)}"
-        together = ", then ".join(plan.changes)
-        if plan.changes and plan.changes_suffice:
-            yield f"change first: {together}"
-        elif plan.changes:
-            yield f"change first: {together}; that alone is not enough"
+        if plan.changes:
+            yield f"change first: {', then '.join(plan.changes)}; {_needed(plan)}"
     number = "none" if plan.smallest is None else f"{plan.smallest} such GPUs"
     yield f"smallest machine for these settings (up to {MAX_GPUS} GPUs): {number}"
+
+
+def _needed(plan: Plan) -> str:
+    """What the run needs with the changes."""
+    needed = plan.smallest_changed
+    if needed is None:
+        return f"even {MAX_GPUS} GPUs are not enough then"
+    enough = needed <= plan.config.gpus
+    return "it then fits" if enough else f"it then needs {needed} GPUs"
 
 
 def _share(used: float, limit: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..core.planning import duration
 from ..core.planning.duration import Speed
@@ -149,8 +148,8 @@ def _frozen_phase(
 
 def _ppo_phases(config: PPOPlanConfig, shapes: Mapping[str, ModelShape]) -> Iterator[Phase]:
     prompt, response = mean_lengths(config)
-    tokens = config.rollouts_per_step * (prompt + response)
-    lengths: dict[str, Any] = {"tokens": tokens, "context": prompt + response}
+    context = prompt + response
+    tokens = config.rollouts_per_step * context
     policy = shapes["policy"]
     yield _rollout(config, policy, prompt, response)
     if "verifier" in shapes:
@@ -160,16 +159,20 @@ def _ppo_phases(config: PPOPlanConfig, shapes: Mapping[str, ModelShape]) -> Iter
         yield _frozen_phase(config, "score", verifier, tokens=scored, context=read)
     models = [(policy, True), (shapes["reference"], True)]
     models += [(shapes["critic"], False)] if "critic" in shapes else []
-    yield _frozen_phase(config, "forward", models, **lengths)
-    steps = {"steps": config.minibatches}
-    yield from _trained_phases(
-        config, "policy", policy, **lengths, head=True, epochs=config.epochs, **steps
-    )
-    if "critic" in shapes:
-        epochs = config.critic_epochs or config.epochs
-        yield from _trained_phases(
-            config, "critic", shapes["critic"], **lengths, head=False, epochs=epochs, **steps
-        )
+    yield _frozen_phase(config, "forward", models, tokens=tokens, context=context)
+    trained = [("policy", config.epochs), ("critic", config.critic_epochs or config.epochs)]
+    for name, epochs in trained:
+        if name in shapes:
+            yield from _trained_phases(
+                config,
+                name,
+                shapes[name],
+                tokens=tokens,
+                context=context,
+                head=name == "policy",
+                epochs=epochs,
+                steps=config.minibatches,
+            )
     yield _sync(config, policy)
 
 

@@ -14,6 +14,7 @@ from verippo.launch.plan import make_plan
 from verippo.launch.plan_config import PPOPlanConfig, SFTPlanConfig
 from verippo.launch.plan_memory import GIB
 from verippo.launch.plan_stage import name_stage
+from verippo.launch.plan_table import plan_text
 from verippo.rl.config import SamplerConfig, VerifierConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs"
@@ -99,12 +100,23 @@ def test_the_change_that_costs_least_comes_first(fields, first):
     plan = make_plan(replace(SFT, **fields))
     assert not plan.memory.fits
     assert plan.changes == first
-    assert plan.changes_suffice
+    assert plan.smallest_changed
+    assert plan.smallest_changed <= plan.config.gpus
 
 
 def test_several_changes_are_named_where_one_is_not_enough():
     plan = make_plan(replace(PPO, gpus=1, gpu_memory=24))
     assert len(plan.changes) > 1
+    assert "it then " in plan_text(plan)
+
+
+def test_a_policy_too_large_for_a_local_sampler_goes_to_servers_and_more_gpus():
+    large = replace(PPO, policy="meta-llama/Llama-3.1-70B", critic=LLAMA_8B)
+    plan = make_plan(large)
+    assert plan.smallest is None
+    assert "sampler.kind=sglang with servers on other GPUs" in plan.changes
+    assert plan.smallest_changed
+    assert f"it then needs {plan.smallest_changed} GPUs" in plan_text(plan)
 
 
 def test_host_memory_bounds_offloading():
