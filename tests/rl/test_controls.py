@@ -40,11 +40,11 @@ def score(rollouts):
 @pytest.fixture
 def indifferent(task, tmp_path):
     """A run in which every response is as good as any other: nothing but the bonus moves it."""
-    (tmp_path / "constant.py").write_text(CONSTANT)
+    (tmp_path / "indifferent.py").write_text(CONSTANT)
     policy = AutoModelForCausalLM.from_pretrained(task["policy"])
     policy.lm_head.weight.data *= 10  # a random one leaves no entropy to be won
     policy.save_pretrained(task["policy"])
-    verifier = VerifierConfig(kind="function", function="constant:score")
+    verifier = VerifierConfig(kind="function", function="indifferent:score")
     settings = {"advantage": "grpo", "samples_per_prompt": 2, "epochs": 1, "steps": 6}
     return task | settings | {"verifier": verifier}
 
