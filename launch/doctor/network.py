@@ -73,9 +73,13 @@ def check_network(
         for server in servers:
             find = partial(_server, server, config, connect_seconds)
             report.check(f"server {server.url}", find)
-    judge = isinstance(config, PPOConfig) and config.verifier.kind == "judge"
-    if judge or isinstance(config, VerifierTrainingConfig) and config.llm.model:
-        report.check("llm", partial(_llm, config.llm, connect_seconds))
+    judge = None
+    if isinstance(config, PPOConfig) and config.verifier.kind == "judge":
+        judge = config.llm
+    elif isinstance(config, VerifierTrainingConfig) and config.llm.model:
+        judge = config.llm
+    if judge:
+        report.check("llm", partial(_llm, judge, connect_seconds))
 
 
 def _in_use(port: int) -> bool:
