@@ -73,11 +73,12 @@ def check_network(
         for server in servers:
             find = partial(_server, server, config, connect_seconds)
             report.check(f"server {server.url}", find)
-    if isinstance(config, PPOConfig):
-        judge = config.llm if config.verifier.kind == "judge" else None
-    else:
-        judge = config.llm if isinstance(config, VerifierTrainingConfig) else None
-    if judge and judge.model:
+    judge = None
+    if isinstance(config, PPOConfig) and config.verifier.kind == "judge":
+        judge = config.llm
+    elif isinstance(config, VerifierTrainingConfig) and config.llm.model:
+        judge = config.llm
+    if judge:
         report.check("llm", partial(_llm, judge, connect_seconds))
 
 

@@ -168,6 +168,7 @@ def test_a_shrunk_configuration_keeps_family_and_vocabulary(kind):
 
 @pytest.fixture
 def options(policy, problems_file, tmp_path):
+    (tmp_path / "small").mkdir()
     return {"policy": str(policy), "data": str(problems_file), "output": str(tmp_path / "out")}
 
 
@@ -182,7 +183,7 @@ def test_servers_and_judge_are_replaced_and_that_is_said(options, tmp_path):
         correction=CorrectionConfig(level="token"),
         lam=0.9,
     )
-    small, notes = dry_run.small_run(config, tmp_path)
+    small, notes = dry_run.small_run(config, tmp_path / "small")
     assert isinstance(small, PPODoctorConfig)
     assert small.sampler == SamplerConfig()
     assert small.llm == LLMConfig()
@@ -197,7 +198,7 @@ def test_servers_and_judge_are_replaced_and_that_is_said(options, tmp_path):
 def test_answers_that_an_llm_labels_are_made_up(options, tmp_path):
     policy = options.pop("policy")
     config = VerifierDoctorConfig(**options, model=policy, llm=LLMConfig(model="gpt"))
-    small, notes = dry_run.small_run(config, tmp_path)
+    small, notes = dry_run.small_run(config, tmp_path / "small")
     assert json.loads(Path(small.data).read_text())[1] == {
         "response": "It is 1.",
         "reference": "1",
