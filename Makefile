@@ -1,11 +1,11 @@
-# make demo, make test, make test-fault, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
+# make demo, make test, make test-fault, make test-cluster, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-fault test-sglang lint docs clean
+.PHONY: demo test test-fault test-cluster test-sglang lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
@@ -16,6 +16,11 @@ test: $(VENV)/.installed
 test-fault: $(VENV)/.installed
 	@echo "runs that are killed, stopped, damaged and starved: 6 to 11 minutes ..."
 	$(BIN)/python -m pytest -m fault tests/fault
+
+# Hosts are network namespaces: needs root and iproute2; skipped, with the reason, where they cannot be made.
+test-cluster: $(VENV)/.installed
+	@echo "several hosts, links that are cut, hosts that are stopped: about 6 minutes ..."
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: $(VENV)/.installed links
 	$(BIN)/ruff check .

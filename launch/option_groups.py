@@ -43,9 +43,10 @@ GROUPS = {
     "run": """
         output offline seed scoring resume trust_checkpoint retry_failed eval_every
         stop_below_baseline save_every save_total_limit log_to log_samples_every keep_rollouts
-        max_skipped_steps timeout_seconds ablation_seeds ablation_jobs host port num gpus tp dp
-        mem_fraction device python api_key_env api_key_file arguments environment state
-        start_timeout_seconds stop_timeout_seconds foreground json dry_run ranks connect_seconds""",
+        max_skipped_steps timeout_seconds heartbeat_seconds ablation_seeds ablation_jobs host port
+        num gpus tp dp mem_fraction device python api_key_env api_key_file arguments environment
+        state start_timeout_seconds stop_timeout_seconds foreground json dry_run ranks
+        connect_seconds""",
 }
 """Options under each heading, in the order of the help; nested ones go by the part before the dot.
 COMMAND/OPTION places one command's option elsewhere than that of the other commands."""

@@ -368,10 +368,7 @@ class PPORun(TrainingRun[PPOConfig]):
         return rollouts, scores
 
     def _sample(
-        self,
-        parts: Components,
-        prompts: Sequence[RolloutPrompt],
-        sampling: SamplingParams,
+        self, parts: Components, prompts: Sequence[RolloutPrompt], sampling: SamplingParams
     ) -> list[Rollout]:
         return roll_out(
             parts,

@@ -39,7 +39,10 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
         ValueError: configuration, data or models are invalid or do not fit together.
         RuntimeError: the run failed, such as by consecutive steps with non-finite gradients.
     """
-    dist.init(timeout_seconds=config.timeout_seconds)
+    dist.init(
+        timeout_seconds=config.timeout_seconds,
+        heartbeat_seconds=config.heartbeat_seconds,
+    )
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         parts = set_up(config)

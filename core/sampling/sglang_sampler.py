@@ -220,7 +220,7 @@ class SglangSampler:
         raise RuntimeError("the rollout was stopped")
 
     def interrupt(self) -> None:
-        """Ends for good what `generate` does in another thread, which raises RuntimeError."""
+        """Ends `generate` in another thread, for good: it raises RuntimeError."""
         self.interrupted = True
         call_each(self.fleet.servers, SglangServer.abort)
 
@@ -337,11 +337,7 @@ class SglangSampler:
 
 
 def connect(config: SglangConfig) -> list[SglangServer]:
-    """Clients of the servers at `config.urls`.
-
-    Raises:
-        ValueError: there is no address, or the API key is not set.
-    """
+    """Clients of the servers at `config.urls`; ValueError without an address or its API key."""
     key = None
     if config.api_key_env:
         key = os.environ.get(config.api_key_env, "").strip()

@@ -74,11 +74,11 @@ def check_network(
             find = partial(_server, server, config, connect_seconds)
             report.check(f"server {server.url}", find)
     judge = None
-    if isinstance(config, PPOConfig) and config.verifier.kind == "judge":
+    if isinstance(config, PPOConfig):
+        judge = config.llm if config.verifier.kind == "judge" else None
+    elif isinstance(config, VerifierTrainingConfig):
         judge = config.llm
-    elif isinstance(config, VerifierTrainingConfig) and config.llm.model:
-        judge = config.llm
-    if judge:
+    if judge and judge.model:
         report.check("llm", partial(_llm, judge, connect_seconds))
 
 
