@@ -307,6 +307,7 @@ class PPORun(TrainingRun[PPOConfig]):
         config, state, verifier = self.config, self.state, self.parts.verifier
         seconds = self.watch.take()
         row |= meter.result() | seconds | self.push_metrics | self.refill_metrics
+        num_tokens = row.get("tokens_sampled") or row["tokens_generated"]
         row |= {
             "rollout_staleness": state.step - 1 - rollouts[0].version,
             "episodes": state.step * config.rollouts_per_step + state.extra.get("refills", 0),
@@ -316,8 +317,7 @@ class PPORun(TrainingRun[PPOConfig]):
             "verifier_inputs_cut": sum(dist.all_gather(verifier.num_cut)),
             "verifier_unjudged": sum(dist.all_gather(verifier.num_unjudged)),
             "peak_memory_gib": peak_memory_gib(),
-            "tokens_per_second": row.get("tokens_sampled", row["tokens_generated"])
-            / sum(seconds.values()),
+            "tokens_per_second": num_tokens / sum(seconds.values()),
         }
         if every := config.reference_refresh_steps:
             row["reference_step"] = (state.step - 1) // every * every
