@@ -25,7 +25,7 @@ NAN = math.nan
 def drawn(*problems, samples=2):
     """Rollouts of two tokens, `samples` for each problem."""
     return [
-        SimpleNamespace(problem=SimpleNamespace(index=n), response_ids=[1, 2])
+        SimpleNamespace(problem=SimpleNamespace(index=n), num_trained=2)
         for n in problems
         for _ in range(samples)
     ]
