@@ -73,13 +73,16 @@ def check_network(
         for server in servers:
             find = partial(_server, server, config, connect_seconds)
             report.check(f"server {server.url}", find)
-    judge = None
-    if isinstance(config, PPOConfig):
-        judge = config.llm if config.verifier.kind == "judge" else None
-    elif isinstance(config, VerifierTrainingConfig):
-        judge = config.llm
-    if judge and judge.model:
+    if judge := _judge(config):
         report.check("llm", partial(_llm, judge, connect_seconds))
+
+
+def _judge(config: RunConfig) -> LLMConfig | None:
+    """The LLM that a run asks, if it asks one."""
+    if isinstance(config, PPOConfig):
+        return config.llm if config.verifier.kind == "judge" else None
+    labels = isinstance(config, VerifierTrainingConfig) and config.llm.model
+    return config.llm if labels else None
 
 
 def _in_use(port: int) -> bool:
