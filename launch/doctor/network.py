@@ -81,8 +81,9 @@ def _judge(config: RunConfig) -> LLMConfig | None:
     """The LLM that a run asks, if it asks one."""
     if isinstance(config, PPOConfig):
         return config.llm if config.verifier.kind == "judge" else None
-    labels = isinstance(config, VerifierTrainingConfig) and config.llm.model
-    return config.llm if labels else None
+    if isinstance(config, VerifierTrainingConfig) and config.llm.model:
+        return config.llm
+    return None
 
 
 def _in_use(port: int) -> bool:
