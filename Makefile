@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-fault test-cluster test-sglang lint docs clean
+.PHONY: demo test test-fault test-slow test-cluster test-sglang lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
@@ -68,6 +68,10 @@ $(SGLANG_VENV)/.stubs: $(SGLANG_VENV)/.installed
 	@echo "$(CURDIR)/tests/sglang/stubs" > \
 	  "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/verippo-stubs.pth"
 	@touch $@
+
+test-slow: $(VENV)/.installed
+	@echo "measured memory and dry runs of every configuration: about 20 minutes ..."
+	$(BIN)/python -m pytest -m slow
 
 test-sglang: $(VENV)/.installed $(SGLANG_VENV)/.stubs
 	@echo "tests against a real sglang server, on CPU ..."

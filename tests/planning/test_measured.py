@@ -1,4 +1,4 @@
-"""The plan's memory against that of real runs: pytest -m memory tests/planning."""
+"""The plan's memory against that of real runs: pytest -m slow tests/planning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent))
 measure_memory = importlib.import_module("measure_memory")
 
 
-@pytest.mark.memory
+@pytest.mark.slow
 @pytest.mark.parametrize("case", measure_memory.CASES, ids=lambda case: case.name)
 def test_planned_memory_is_within_15_percent_of_the_measured(case):
     measured, planned = measure_memory.measure(case)

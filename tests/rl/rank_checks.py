@@ -111,6 +111,7 @@ def make_conversations(generator: torch.Generator) -> dict[str, Experience]:
             advantages=advantages,
             returns=returns,
             ref_logprobs=ref_logprobs,
+            rewards=returns,
         )
 
     return {"whole": experience(whole), "split": experience(split)}

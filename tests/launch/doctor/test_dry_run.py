@@ -73,12 +73,13 @@ ARCHITECTURES = {
     "qwen-72B": QWEN2 | sizes(8192, 29568, 80, 64, num_key_value_heads=8),
     "tiny": sizes(128, 384, 2, 4) | {"model_type": "llama", "vocab_size": 512},
 }
-TINY = ("ppo_tiny_cpu", "demo_ppo", "demo_long_ppo", "demo_sft", "demo_long_sft", "demo_verifier")
+QUICK = ("ppo_8b", "ppo_tiny_cpu", "sft_7b", "verifier_3b")
+"""One configuration of each stage and family; the others differ in sizes, which are cut down."""
 
 
 def architecture(config, name):
     """The architecture of a model that a shipped configuration names."""
-    if config in TINY:
+    if config == "ppo_tiny_cpu" or config.startswith("demo_"):
         return "tiny"
     if found := re.search(r"(?<!\d)(0\.5|3|7|8|70|72)B", name):
         size = found[1]
@@ -117,7 +118,10 @@ def rows(stage, num):
     return [{"response": q, "reference": "x", "label": n % 2} for n, q in enumerate(questions)]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SHIPPED],
+)
 def test_every_shipped_configuration_passes(
     name, doctor, write_model, write_rows, tmp_path, monkeypatch
 ):
@@ -144,7 +148,7 @@ def test_every_shipped_configuration_passes(
     if verifier:
         options["verifier.model"] = write_model("verifier", architecture(name, verifier))
     if "urls" in content.get("sampler", {}):
-        options["sampler.kind"] = "local"  # no servers here
+        options |= {"sampler.kind": "local", "sampler.sleep": "false"}  # no servers here
     status, lines = doctor(stage, options)
     assert status == 0
     assert [line for line in lines if line.startswith("  FAILED")] == []
