@@ -105,6 +105,7 @@ class Watchdog:
         self.store_silence = 0.0
         self.failure: Failure | None = None
         self.done = threading.Event()
+        self.ending = threading.Lock()
         loops = (self._exchange_repeatedly, self._judge_repeatedly)
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
 
@@ -168,7 +169,9 @@ class Watchdog:
         )
 
     def _silent(self, ranks: Sequence[int]) -> Failure:
-        seconds = max(self.silence[rank] for rank in ranks)
+        return self._lost(ranks, max(self.silence[rank] for rank in ranks))
+
+    def _lost(self, ranks: Sequence[int], seconds: float) -> Failure:
         return Failure(
             f"no sign of life for {seconds:.0f} s from {self._describe(ranks)}: "
             f"stopped, killed or out of reach: {ADVICE}"
@@ -177,7 +180,7 @@ class Watchdog:
     def _store_failure(self) -> Failure:
         """No answer from the store, which the first rank or the launcher on its host serves."""
         if 0 in self.silence:
-            return self._silent([0])
+            return self._lost([0], self.store_silence)
         return Failure(
             f"no answer for {self.store_silence:.0f} s from the store of the ranks, which the "
             f"launcher on this host ({self.hosts[0]}) serves: stopped or killed: {ADVICE}"
@@ -238,6 +241,7 @@ class Watchdog:
         return self._silent([n for n in self.others if self.silence[n] > longest - 5 * self.poll])
 
     def _end(self, failure: Failure) -> NoReturn:
+        self.ending.acquire()  # for good: the judge and the main thread may end the process at once
         start = "" if self.rank else "\n"  # rank 0 shows progress bars
         line = f"{start}verippo: rank {self.rank} stops: {failure.reason}"
         # nobody may read the other end of stderr any more
