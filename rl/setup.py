@@ -136,17 +136,19 @@ def set_up(config: PPOConfig) -> Components:
     stops = stop_token_ids(config.policy, tokenizer)
     sampler = _sampler(config, tokenizer, stops)
     critic = _critic(config, critic_path, tokenizer)
-    policy = load_policy(config.policy, dtype=config.dtype)
-    reference = load_policy(reference_path, dtype=config.dtype)
+    # one after another: under ZeRO-3 no rank then ever holds a whole model
+    load = functools.partial(load_policy, dtype=config.dtype, engine=config.engine)
+    policy = TrainEngine(load(config.policy), config.engine)
+    reference = FrozenEngine(load(reference_path), config.engine)
     rollout_function: RolloutFunction = rollout
     if config.rollout_function:
         function = load_function(config.rollout_function, option="rollout_function")
         name = f"rollout_function={config.rollout_function}"
         rollout_function = functools.partial(checked_rollout, function, name)
     return Components(
-        policy=TrainEngine(policy, config.engine),
+        policy=policy,
         critic=critic,
-        reference=FrozenEngine(reference, config.engine),
+        reference=reference,
         sampler=sampler,
         verifier=verifier,
         rollout=rollout_function,
@@ -233,7 +235,7 @@ def _critic(
 ) -> TrainEngine | NoCritic:
     if config.advantage != "gae":
         return NoCritic()
-    module = load_critic(path, dtype=config.dtype)
+    module = load_critic(path, dtype=config.dtype, engine=config.engine)
     check_embedding(module.hf.config, tokenizer, path)
     return TrainEngine(module, config.engine)
 

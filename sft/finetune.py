@@ -61,7 +61,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
             columns=config.columns,
         )
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
-        policy = load_policy(config.model, dtype=config.dtype)
+        policy = load_policy(config.model, dtype=config.dtype, engine=config.engine)
         check_embedding(policy.hf.config, tokenizer, config.model)
         engine = TrainEngine(policy, config.engine)
         task = _task(config, tokenizer)

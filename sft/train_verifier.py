@@ -58,7 +58,9 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
         rows, eval_rows = train_and_eval_rows(
             config, load, length=lambda row: len(row.token_ids), group=lambda row: row.row
         )
-        module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
+        module = load_classifier(
+            config.model, dtype=config.dtype, fresh_head=True, engine=config.engine
+        )
         module.hf.config.id2label = dict(enumerate(LABELS))
         module.hf.config.label2id = {label: number for number, label in enumerate(LABELS)}
         check_embedding(module.hf.config, tokenizer, config.model)

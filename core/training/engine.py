@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,43 @@ def deepspeed_config(config: EngineConfig, *, world_size: int, train: bool) -> d
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": None,
     }
+
+
+def shards_parameters(config: EngineConfig) -> bool:
+    """Whether an engine shards the weights themselves: under ZeRO-3, if there are several ranks."""
+    return config.zero_stage == 3 and dist.world_size() > 1
+
+
+def shard_parameters(
+    module: nn.Module, config: EngineConfig, read: Callable[[nn.Parameter], Tensor]
+) -> None:
+    """Shards a module's parameters as its engine will want them, holding a whole one at a time.
+
+    Args:
+        module: the module. Its parameters need have no values.
+        config: settings of the engine.
+        read: the value of a parameter, on any device; rank 0 sends it to the others.
+    """
+    deepspeed = _deepspeed()
+    device = dist.device()
+    largest = max(module.parameters(), key=torch.numel)
+    # one buffer for all: freed ones of many sizes would stay with the process
+    buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
+
+    def filled() -> Iterator[nn.Parameter]:
+        for parameter in module.parameters():
+            value = read(parameter)
+            parameter.data = buffer[: value.numel()].view(value.shape)
+            if dist.is_main():
+                parameter.data.copy_(value)
+            yield parameter
+
+    parameters = filled()
+    first = next(parameters)
+    settings = deepspeed_config(config, world_size=dist.world_size(), train=False)
+    deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings)
+    first.convert_to_zero_parameters(parameters)  # type: ignore[operator]
+    module.to(device)  # the buffers
 
 
 class TrainEngine:
@@ -226,7 +263,7 @@ class FrozenEngine:
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
         module.requires_grad_(False).eval()
-        if config.zero_stage < 3 or dist.world_size() == 1:
+        if not shards_parameters(config):
             self.engine: Any = module.to(dist.device())
             return
         settings = deepspeed_config(config, world_size=dist.world_size(), train=False)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,45 +25,91 @@ from transformers.utils import logging as hf_logging
 
 from ..files import is_path
 from .checkpoint import explain_full_disk, follow_umask
+from .engine import EngineConfig, shard_parameters, shards_parameters
+from .lazy_weights import LazyWeights, weight_files
 from .model import ATTENTION, Classifier, Critic, Policy
 from .self_check import check_config, check_family
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_policy(path: str, *, dtype: str) -> Policy:
+class _Loaded(NamedTuple):
+    """A model in eval mode."""
+
+    hf: Any
+    misses_head: bool
+    """Whether the folder lacks its classification head."""
+    weights: LazyWeights | None
+    """What its parameters stand in for; None if they are the weights themselves."""
+
+
+def load_policy(path: str, *, dtype: str, engine: EngineConfig | None = None) -> Policy:
     """Loads a policy from a Hugging Face folder or hub id.
+
+    Args:
+        path: the folder or hub id.
+        dtype: data type of the weights.
+        engine: settings of the engine that will hold it. Under ZeRO-3 on several ranks each rank
+            keeps its shards of the weights alone, from safetensors files read one weight at a time.
 
     Raises:
         ValueError: it cannot be loaded, or its head is not supported.
     """
-    return Policy(load_causal_lm(path, dtype=dtype))
+    loaded = _load(AutoModelForCausalLM, path, dtype=dtype, engine=engine)
+    return _sharded(Policy(loaded.hf), loaded, engine)
 
 
 def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
     """Loads a causal language model with packed attention, in eval mode."""
-    return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
+    return _load(AutoModelForCausalLM, path, dtype=dtype).hf
 
 
-def load_critic(path: str, *, dtype: str) -> Critic:
-    """Loads a critic from any decoder; its scalar head starts at zero unless the folder has one."""
-    return Critic(_load_scored(path, num_labels=1, dtype=dtype))
+def load_critic(path: str, *, dtype: str, engine: EngineConfig | None = None) -> Critic:
+    """Loads a critic from any decoder; its scalar head starts at zero unless the folder has one.
+
+    Args:
+        path: a Hugging Face folder or hub id.
+        dtype: data type of the weights.
+        engine: as for `load_policy`.
+    """
+    loaded = _load_scored(path, num_labels=1, dtype=dtype, engine=engine)
+    return _sharded(Critic(loaded.hf), loaded, engine)
 
 
-def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Classifier:
+def load_classifier(
+    path: str,
+    *,
+    dtype: str,
+    fresh_head: bool = False,
+    engine: EngineConfig | None = None,
+) -> Classifier:
     """Loads a two-class classifier.
+
+    Args:
+        path: a Hugging Face folder or hub id.
+        dtype: data type of the weights.
+        fresh_head: whether the folder may lack the class head, which then starts at zero.
+        engine: as for `load_policy`.
 
     Raises:
         ValueError: the folder has no class head and `fresh_head` is false.
     """
-    return Classifier(
-        _load_scored(
-            path,
-            num_labels=2,
-            dtype=dtype,
-            need_head=not fresh_head,
-        )
+    loaded = _load_scored(
+        path,
+        num_labels=2,
+        dtype=dtype,
+        need_head=not fresh_head,
+        engine=engine,
     )
+    return _sharded(Classifier(loaded.hf), loaded, engine)
+
+
+def _sharded(module: ModuleT, loaded: _Loaded, engine: EngineConfig | None) -> ModuleT:
+    if loaded.weights is not None:
+        assert engine is not None
+        shard_parameters(module, engine, loaded.weights.read)
+    return module
 
 
 def _load_scored(
@@ -68,8 +117,9 @@ def _load_scored(
     *,
     num_labels: int,
     dtype: str,
+    engine: EngineConfig | None,
     need_head: bool = False,
-) -> PreTrainedModel:
+) -> _Loaded:
     config = load_config(path)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
@@ -77,17 +127,21 @@ def _load_scored(
             "choose another model, or for a critic --advantage rloo, grpo or reinforce++, which "
             "need none"
         )
-    hf, missing = _load(
-        AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels
+    loaded = _load(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype,
+        engine=engine,
+        num_labels=num_labels,
     )
-    if missing:
+    if loaded.misses_head:
         if need_head:
             raise ValueError(
                 f"model {path}: no classification head (score.weight) in it: "
                 "train one with `verippo verifier`"
             )
-        nn.init.zeros_(hf.score.weight)
-    return hf
+        nn.init.zeros_(loaded.hf.score.weight)
+    return loaded
 
 
 def _load(
@@ -95,11 +149,13 @@ def _load(
     path: str,
     *,
     dtype: str,
+    engine: EngineConfig | None = None,
     **options: Any,
-) -> tuple[Any, bool]:
-    """The model in eval mode, and whether the folder lacks its classification head.
+) -> _Loaded:
+    """Loads a model, whose weights stay in their files if they are to be sharded.
 
-    Any other missing weight is an error: transformers would fill it with random numbers.
+    Any missing weight but the classification head is an error: transformers would fill it with
+    random numbers.
     """
     config = load_config(path)
     check_config(config, path)
@@ -109,13 +165,21 @@ def _load(
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # hides the warning of a new head
     hf_logging.disable_progress_bar()
+    how: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "attn_implementation": ATTENTION,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    weights = None
     try:
-        options |= {
-            "attn_implementation": ATTENTION,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,
-        }
-        hf, info = auto.from_pretrained(path, dtype=DTYPES[dtype], **options)
+        if engine and shards_parameters(engine) and (files := weight_files(path)):
+            weights = LazyWeights(files, DTYPES[dtype])
+            hf, info = _with_stand_ins(auto, path, config, weights, how)
+            if not weights.cover(hf, info["missing_keys"]):
+                weights = None
+        if weights is None:
+            hf, info = auto.from_pretrained(path, **how, **options)
     except Exception as error:  # damaged folders raise errors of many types
         raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
     finally:
@@ -129,7 +193,26 @@ def _load(
             f"needs: {names}"
         )
     _silence_dropout(hf)
-    return hf.eval(), bool(missing)
+    return _Loaded(hf.eval(), bool(missing), weights)
+
+
+def _with_stand_ins(
+    auto: Any,
+    path: str,
+    config: PretrainedConfig,
+    weights: LazyWeights,
+    how: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """As `auto.from_pretrained`, with stand-ins for the weights."""
+    causal = auto is AutoModelForCausalLM
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    hf, info = mapping[type(config)].from_pretrained(
+        None, config=config, state_dict=dict(weights.stand_ins), **how
+    )
+    hf.name_or_path = hf.config.name_or_path = path
+    with contextlib.suppress(OSError):  # there is none
+        hf.generation_config = GenerationConfig.from_pretrained(path)
+    return hf, info
 
 
 def _silence_dropout(hf: PreTrainedModel) -> None:
