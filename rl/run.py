@@ -344,12 +344,10 @@ def save_rollouts(folder: Path, state: RunState, rollouts: Sequence[Rollout]) ->
 
 
 def _export(parts: Components, folder: Path) -> None:
-    weights = parts.policy.full_state()
-    if dist.is_main():
-        save_model(
-            folder,
-            parts.policy.module.hf,
-            weights,
-            parts.tokenizer,
-            stop_token_ids=parts.stop_token_ids,
-        )
+    save_model(
+        folder,
+        parts.policy.module.hf,
+        parts.policy.named_tensors(),
+        parts.tokenizer,
+        stop_token_ids=parts.stop_token_ids,
+    )

@@ -142,9 +142,8 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
         return _evaluate(engine, rows, config.max_tokens_per_gpu)
 
     def export(engine: TrainEngine, folder: Path) -> None:
-        weights = engine.full_state()
-        if dist.is_main():
-            save_model(folder, engine.module.hf, weights, tokenizer, stop_token_ids=stops)
+        weights = engine.named_tensors()
+        save_model(folder, engine.module.hf, weights, tokenizer, stop_token_ids=stops)
 
     return Task(
         length=lambda row: row.num_tokens,

@@ -146,9 +146,7 @@ def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) ->
         return {"loss": float(loss), "accuracy": float(accuracy), "num": len(rows)}
 
     def export(engine: TrainEngine, folder: Path) -> None:
-        weights = engine.full_state()
-        if dist.is_main():
-            save_model(folder, engine.module.hf, weights, tokenizer)
+        save_model(folder, engine.module.hf, engine.named_tensors(), tokenizer)
 
     return Task(
         length=lambda row: len(row.token_ids),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,17 +22,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from ..files import is_path
+from . import dist
 from .checkpoint import explain_full_disk, follow_umask
 from .engine import EngineConfig, shard_parameters, shards_parameters
 from .lazy_weights import LazyWeights, weight_files
 from .model import ATTENTION, Classifier, Critic, Policy
 from .self_check import check_config, check_family
+from .shard_files import write_weights
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MAX_FILE_BYTES = 2 << 30
+"""Largest file of an exported model, except for a single larger weight."""
 
 
 class _Loaded(NamedTuple):
@@ -310,34 +316,64 @@ def context_length(config: PretrainedConfig) -> int | None:
 def save_model(
     folder: Path,
     hf: PreTrainedModel,
-    state: dict[str, Tensor],
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     stop_token_ids: Sequence[int] = (),
 ) -> None:
     """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
 
+    The main rank writes a temporary folder, a file of weights at a time, and renames it.
+
     Args:
         folder: the folder to write.
         hf: the model, for its configuration.
-        state: gathered weights by name.
+        weights: weights by name; or those that a sharded engine yields one at a time, which every
+            rank must iterate, so that every rank must call this function.
         tokenizer: saved beside the weights.
         stop_token_ids: ids that end a response, for generation_config.json; empty for a model that
             generates none.
     """
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    if not dist.is_main():
+        for _ in pairs:  # gathered by all ranks together
+            pass
+        return
     if stop_token_ids and hf.generation_config is not None:
         hf.generation_config.eos_token_id = list(stop_token_ids)
-    if getattr(hf.config, "tie_word_embeddings", False) and "lm_head.weight" in state:
-        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
     attention = hf.config._attn_implementation
     hf.config._attn_implementation = "eager"
     with explain_full_disk(folder.parent, folder.name):
         try:
-            hf.save_pretrained(folder, state_dict=state)
+            _write(temporary, hf, pairs)
         finally:
             hf.config._attn_implementation = attention
-        tokenizer.save_pretrained(folder)
-        follow_umask(folder)
+        tokenizer.save_pretrained(temporary)
+        follow_umask(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def _write(folder: Path, hf: PreTrainedModel, pairs: Iterable[tuple[str, Tensor]]) -> None:
+    tied = getattr(hf.config, "tie_word_embeddings", False)
+    stored = ((name, x) for name, x in pairs if not (tied and name == "lm_head.weight"))
+    if _is_stored_as_held(hf):
+        hf.save_pretrained(folder, state_dict={})  # the configuration alone
+        write_weights(folder, stored, MAX_FILE_BYTES)
+    else:
+        hf.save_pretrained(folder, state_dict={name: x.cpu().clone() for name, x in stored})
+
+
+def _is_stored_as_held(hf: PreTrainedModel) -> bool:
+    """Whether the files hold the same tensors as the model; experts, for one, are stacked in it."""
+    held = {
+        name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        for name, parameter in hf.named_parameters()
+    }
+    stored = revert_weight_conversion(hf, dict(held))
+    return stored.keys() == held.keys() and all(stored[name] is x for name, x in held.items())
 
 
 def _one_line(error: Exception) -> str:

@@ -14,18 +14,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from verippo.core.training import dist
+from verippo.core.sampling.weight_sync import DiskSync
+from verippo.core.training import dist, pretrained
 from verippo.core.training.engine import EngineConfig, TrainEngine, _deepspeed
 from verippo.core.training.pretrained import load_policy
 
@@ -108,9 +111,27 @@ def measure(model: str, *, dtype: str, train: bool) -> dict[str, Any]:
         with peak.measured("engine"):
             held = TrainEngine(policy, engine)
         result["held_engine"] = anonymous()
+        # as `DiskSync` and `save_model` do, in files of about the size of the model's own
+        pretrained.MAX_FILE_BYTES = largest_file(model)
+        target = Path(dist.broadcast(tempfile.mkdtemp(dir=Path(model).parent)))
+        tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
         with peak.measured("export"):
-            held.full_state()
+            pretrained.save_model(target / "model", held.module.hf, held.named_tensors(), tokenizer)
+        fleet: Any = SimpleNamespace(ask=lambda request: None)
+        with peak.measured("sync"):
+            tensors = held.named_tensors()
+            if dist.is_main():
+                DiskSync(target / "sync", largest_file(model), 1.0).push(fleet, tensors, "1")
+            for _ in tensors:
+                pass
+        if dist.is_main():
+            shutil.rmtree(target)
     return result | peak.peaks | sizes(model, policy, dtype)
+
+
+def largest_file(model: str) -> int:
+    """Bytes of the largest file of a model."""
+    return max(path.stat().st_size for path in Path(model).glob("*.safetensors"))
 
 
 def sizes(model: str, policy: torch.nn.Module, dtype: str) -> dict[str, int]:

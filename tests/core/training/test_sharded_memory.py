@@ -62,6 +62,14 @@ def test_an_engine_peaks_at_little_more_than_the_model_states(ranks):
         assert rank["engine"] - rank["baseline"] < 1.15 * states + SLACK
 
 
+def test_export_and_disk_sync_hold_two_files(ranks):
+    """And in fp32 the largest weight, whole, as it is gathered: 16 MB."""
+    for phase in ("export", "sync"):
+        for rank in ranks:
+            extra = rank[phase] - rank["held_engine"]
+            assert extra < rank["two_files"] + 16e6 + SLACK, phase
+
+
 def names_in(folder):
     names = []
     for path in weight_files(str(folder)):
