@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dist
+from .resharding import Layout, universal
 
 Offload = Literal["none", "optimizer", "all"]
 Dtype = Literal["bf16", "fp32"]
@@ -244,9 +245,15 @@ class TrainEngine:
     def load(self, folder: Path, name: str) -> None:
         """Loads what `save` wrote.
 
+        It may have been saved by another number of ranks, or under another ZeRO stage of 1 to 3.
+
         Raises:
-            ValueError: it is missing, damaged, or was saved by another number of ranks.
+            ValueError: it is missing or damaged, or one of the two stages is 0.
         """
+        own = Layout.of_engine(self.config.zero_stage)
+        if (found := Layout.of_checkpoint(folder / name)) != own and (folder / name).is_dir():
+            self._load_resharded(folder / name, found, own)
+            return
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=name)
         except Exception as error:
@@ -256,6 +263,39 @@ class TrainEngine:
             raise ValueError(f"checkpoint {folder / name}: not found")
         # the checkpoint brings the weight decay of its run along; the first group is the matrices'
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
+
+    def _load_resharded(self, checkpoint: Path, found: Layout, own: Layout) -> None:
+        """Loads weights and optimizer states that were divided in another way."""
+        if "nothing" in (found.sharded, own.sharded):
+            raise ValueError(
+                f"checkpoint {checkpoint}: has {found.sharded} sharded, but zero_stage="
+                f"{self.config.zero_stage} has {own.sharded}: set the zero_stage of the earlier run"
+            )
+        if dist.is_main():
+            print(
+                f"checkpoint {checkpoint}: of {found.num_ranks} ranks, {found.sharded} sharded: "
+                f"converted for {own.num_ranks} ranks, {own.sharded} sharded"
+            )
+        shapes = {
+            name: _shape(parameter)
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        settings = self.engine._config  # its only switch between the two formats
+        from deepspeed.checkpoint import ds_to_universal
+
+        with universal(checkpoint, shapes, ds_to_universal.main) as folder:
+            settings.load_universal_checkpoint = True
+            try:
+                self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            finally:
+                settings.load_universal_checkpoint = False
+        # stage 3 gives all groups the settings of the first, and all states one count of steps
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in self.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
 
 class FrozenEngine:
@@ -289,8 +329,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def _num_dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(_shape(parameter))
 
 
 def _adamw(module: nn.Module, config: EngineConfig) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Bucket = list[tuple[str, Tensor]]
+ALIGNMENT = 8
+"""Bytes at whose multiples tensors of any data type begin."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -40,7 +43,7 @@ def buckets(named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iter
 def write_shards(
     folder: Path, named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int
 ) -> dict[str, str]:
-    """Writes model-00000.safetensors and so on, holding at most two files' worth of weights.
+    """Writes model-00000.safetensors and so on, holding one file's worth of weights.
 
     Args:
         folder: an existing folder.
@@ -51,16 +54,37 @@ def write_shards(
         File name of each weight.
     """
     files: dict[str, str] = {}
-    for number, bucket in enumerate(buckets(named_tensors, num_bytes)):
+    for number, shard in enumerate(_staged(named_tensors, num_bytes)):
         file = f"model-{number:05d}.safetensors"
-        save_file(
-            {name: tensor.cpu() for name, tensor in bucket},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        files |= {name: file for name, _ in bucket}
-        bucket.clear()  # the next one is filled while this list is still referred to
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
     return files
+
+
+def _staged(
+    named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    """Copies tensors into one buffer on the host, and yields what it holds when it is full.
+
+    One buffer, because the freed copies of many sizes would stay with the process.
+    """
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    shard: dict[str, Tensor] = {}
+    used = 0
+    for name, tensor in named_tensors:
+        size = math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        if shard and used + size > num_bytes:
+            yield shard
+            shard = {}
+            used = 0
+        if size > num_bytes:
+            yield {name: tensor.detach().cpu().contiguous()}
+            continue
+        place = buffer[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        shard[name] = place.copy_(tensor.detach())
+        used += size
+    if shard:
+        yield shard
 
 
 def write_index(folder: Path, files: dict[str, str], *, total_size: int | None = None) -> None:
