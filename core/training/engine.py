@@ -136,10 +136,10 @@ def shard_parameters(
             yield parameter
 
     parameters = filled()
-    first = next(parameters)
+    first: Any = next(parameters)
     settings = deepspeed_config(config, world_size=dist.world_size(), train=False)
     deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings)
-    first.convert_to_zero_parameters(parameters)  # type: ignore[operator]
+    first.convert_to_zero_parameters(parameters)
     module.to(device)  # the buffers
 
 

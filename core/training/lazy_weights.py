@@ -29,7 +29,8 @@ def weight_files(path: str) -> list[str]:
     if single := _file(path, SAFE_WEIGHTS_NAME):
         return [single]
     index = _file(path, SAFE_WEIGHTS_INDEX_NAME)
-    return get_checkpoint_shard_files(path, index)[0] if index else []
+    files = get_checkpoint_shard_files(path, index)[0] if index else None
+    return files or []
 
 
 def _file(path: str, name: str) -> str | None:

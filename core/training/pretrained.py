@@ -178,6 +178,8 @@ def _load(
         "ignore_mismatched_sizes": True,
     }
     weights = None
+    hf: Any = None
+    info: dict[str, Any] = {}
     try:
         if engine and shards_parameters(engine) and (files := weight_files(path)):
             weights = LazyWeights(files, DTYPES[dtype])
@@ -211,7 +213,9 @@ def _with_stand_ins(
 ) -> tuple[Any, dict[str, Any]]:
     """As `auto.from_pretrained`, with stand-ins for the weights."""
     causal = auto is AutoModelForCausalLM
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    mapping: Any = (
+        MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    )
     hf, info = mapping[type(config)].from_pretrained(
         None, config=config, state_dict=dict(weights.stand_ins), **how
     )
@@ -334,7 +338,7 @@ def save_model(
         stop_token_ids: ids that end a response, for generation_config.json; empty for a model that
             generates none.
     """
-    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    pairs: Any = weights.items() if isinstance(weights, Mapping) else weights
     if not dist.is_main():
         for _ in pairs:  # gathered by all ranks together
             pass

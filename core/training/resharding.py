@@ -66,18 +66,22 @@ def universal(
     try:
         if dist.is_main():
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
-            problem = _convert(convert, checkpoint, target) or _make_uniform(target, shapes)
+            try:
+                _convert(convert, checkpoint, target)
+                _make_uniform(target, shapes)
+            except Exception as error:  # a damaged file raises errors of many types
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if problem := dist.broadcast(problem):
             raise ValueError(f"checkpoint {checkpoint}: cannot be converted: {problem}")
         yield target
+        dist.barrier()  # until the last rank has read it
     finally:
-        dist.barrier()
         if dist.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert(convert: Callable[[Namespace], None], checkpoint: Path, target: Path) -> str | None:
-    """Runs DeepSpeed's converter, which prints much; returns its error."""
+def _convert(convert: Callable[[Namespace], None], checkpoint: Path, target: Path) -> None:
+    """Runs DeepSpeed's converter, which prints much."""
     options = Namespace(
         input_folder=str(checkpoint),
         output_folder=str(target),
@@ -88,18 +92,14 @@ def _convert(convert: Callable[[Namespace], None], checkpoint: Path, target: Pat
         inject_missing_state=True,
     )
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-        try:
-            convert(options)
-        except Exception as error:  # a damaged file raises errors of many types
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return None
+        convert(options)
 
 
-def _make_uniform(folder: Path, shapes: Mapping[str, torch.Size]) -> str | None:
+def _make_uniform(folder: Path, shapes: Mapping[str, torch.Size]) -> None:
     """Gives a converted checkpoint what engines of all stages look for in it.
 
     The converter writes what an engine of the same stage reads: flat tensors and one count of steps
-    for stage 3, shaped tensors and a count beside each for stages 1 and 2. Returns what is missing.
+    for stage 3, shaped tensors and a count beside each for stages 1 and 2.
     """
     path = folder / "zero" / "optimizer_state.pt"
     state = torch.load(path, weights_only=False)
@@ -116,8 +116,6 @@ def _make_uniform(folder: Path, shapes: Mapping[str, torch.Size]) -> str | None:
     torch.save(state, path)
     for name, shape in shapes.items():
         own = folder / "zero" / name
-        if not (own / "fp32.pt").exists():
-            return f"it has no states of {name}"
         for file in (path for path in own.glob("*.pt") if path.stem != "step"):
             value = torch.load(file, weights_only=False)
             whole = value["param"] if isinstance(value, dict) else value
@@ -128,4 +126,3 @@ def _make_uniform(folder: Path, shapes: Mapping[str, torch.Size]) -> str | None:
         name = f"{prefix}mp_rank_00_model_states.pt"
         if not (folder / name).exists():
             (folder / name).symlink_to(model_states.name)
-    return None

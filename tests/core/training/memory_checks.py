@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from verippo.core.sampling.weight_sync import DiskSync
 from verippo.core.training import dist, pretrained
 from verippo.core.training.engine import EngineConfig, TrainEngine, _deepspeed
+from verippo.core.training.packing import pack
 from verippo.core.training.pretrained import load_policy
 
 
@@ -110,6 +111,10 @@ def measure(model: str, *, dtype: str, train: bool) -> dict[str, Any]:
     if train:
         with peak.measured("engine"):
             held = TrainEngine(policy, engine)
+        with peak.measured("step"):
+            row: Any = SimpleNamespace(prompt_ids=[3] * 8, response_ids=[4] * 8)
+            held.backward(-held(pack([row])).sum(), 8 * dist.world_size(), last=True)
+            held.step(1e-3)
         result["held_engine"] = anonymous()
         # as `DiskSync` and `save_model` do, in files of about the size of the model's own
         pretrained.MAX_FILE_BYTES = largest_file(model)
