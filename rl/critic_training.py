@@ -16,9 +16,10 @@ from ..core.report.run_report import try_report
 from ..core.text.data import Order, split
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
+from ..core.training.export import save_model
 from ..core.training.metrics import peak_memory_gib
 from ..core.training.packing import pack
-from ..core.training.pretrained import check_embedding, load_critic, load_tokenizer, save_model
+from ..core.training.pretrained import check_embedding, load_critic, load_tokenizer
 from ..core.training.run import Metrics, TrainingRun, print_next_commands
 from ..core.training.schedule import learning_rate
 from . import ppo
@@ -52,6 +53,7 @@ def train(config: CriticConfig, *, resolved: dict[str, Any]) -> Path:
             dtype=config.dtype,
             head=config.critic_head,
             freeze=config.critic_freeze,
+            engine=config.engine,
         )
         check_embedding(module.hf.config, tokenizer, config.model)
         vocabulary = module.hf.config.get_text_config().vocab_size
@@ -254,6 +256,4 @@ def _train_and_eval_rollouts(
 
 
 def _export(critic: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    weights = critic.full_state()
-    if dist.is_main():
-        save_model(folder, critic.module.hf, weights, tokenizer)
+    save_model(folder, critic.module.hf, critic.named_tensors(), tokenizer)

@@ -231,7 +231,8 @@ def baseline_components(config: PPOConfig, parts: Components) -> Components:
         ValueError: the model cannot be loaded, or its shapes differ from the policy's.
     """
     assert config.baseline
-    baseline = FrozenEngine(load_policy(config.baseline, dtype=config.dtype), config.engine)
+    module = load_policy(config.baseline, dtype=config.dtype, engine=config.engine)
+    baseline = FrozenEngine(module, config.engine)
     # sampling reads no more of the policy than a frozen engine has
     changed = replace(parts, policy=cast(Any, baseline))
     if config.sampler.kind == "local":

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..core.training import dist
+from ..core.training.export import save_model
 from ..core.training.metrics import MetricLog
-from ..core.training.pretrained import save_model
 from ..core.training.run import RunState
 from .config import VerifierConfig
 from .rollout import Rollout
@@ -23,15 +23,13 @@ NUM_LOGGED_SAMPLES = 4
 
 def export_policy(parts: Components, folder: Path) -> None:
     """Writes the policy as a Hugging Face folder. Every rank must call it."""
-    weights = parts.policy.full_state()
-    if dist.is_main():
-        save_model(
-            folder,
-            parts.policy.module.hf,
-            weights,
-            parts.tokenizer,
-            stop_token_ids=parts.stop_token_ids,
-        )
+    save_model(
+        folder,
+        parts.policy.module.hf,
+        parts.policy.named_tensors(),
+        parts.tokenizer,
+        stop_token_ids=parts.stop_token_ids,
+    )
 
 
 def write_samples(

@@ -141,12 +141,14 @@ def set_up(config: PPOConfig) -> Components:
     stops = stop_token_ids(config.policy, tokenizer)
     sampler = _sampler(config, tokenizer, stops)
     critic = _critic(config, tokenizer)
-    policy = load_policy(config.policy, dtype=config.dtype)
-    reference = load_policy(reference_path, dtype=config.dtype)
+    # one after another: under ZeRO-3 no rank then ever holds a whole model
+    load = functools.partial(load_policy, dtype=config.dtype, engine=config.engine)
+    policy = TrainEngine(load(config.policy), config.engine)
+    reference = FrozenEngine(load(reference_path), config.engine)
     if config.reference_refresh_steps:
         check_same_shapes(
-            policy,
-            reference,
+            policy.module,
+            reference.module,
             f"reference {reference_path}",
             needed_by="reference_refresh_steps",
         )
@@ -156,9 +158,9 @@ def set_up(config: PPOConfig) -> Components:
         name = f"rollout_function={config.rollout_function}"
         rollout_function = functools.partial(checked_rollout, function, name)
     return Components(
-        policy=TrainEngine(policy, config.engine),
+        policy=policy,
         critic=critic,
-        reference=FrozenEngine(reference, config.engine),
+        reference=reference,
         sampler=sampler,
         verifier=verifier,
         rollout=rollout_function,
@@ -280,6 +282,7 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TrainEngin
         dtype=config.dtype,
         head=head,
         freeze=config.critic_freeze,
+        engine=config.engine,
     )
     check_embedding(module.hf.config, tokenizer, config.critic_path)
     return TrainEngine(module, config.engine)

@@ -171,7 +171,7 @@ class ClassifierVerifier:
         **options: object,
     ) -> ClassifierVerifier:
         """Loads the model and its tokenizer; `options` as for the constructor."""
-        engine = FrozenEngine(load_classifier(path, dtype=config.dtype), config)
+        engine = FrozenEngine(load_classifier(path, dtype=config.dtype, engine=config), config)
         verifier = cls(engine, load_tokenizer(path), **options)  # type: ignore[arg-type]
         eos = str(verifier.tokenizer.eos_token)
         if verifier.template != TEMPLATE and not verifier.template.endswith(eos) and dist.is_main():

@@ -17,8 +17,9 @@ from ..core.text.data import split
 from ..core.text.stop_tokens import stop_token_ids
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
+from ..core.training.export import save_model
 from ..core.training.packing import PackedBatch, empty_batch, pack, share_out
-from ..core.training.pretrained import check_embedding, load_policy, load_tokenizer, save_model
+from ..core.training.pretrained import check_embedding, load_policy, load_tokenizer
 from ..core.training.run import print_next_commands
 from .config import SFTConfig, TrainingConfig
 from .examples import Example, load_examples
@@ -64,7 +65,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
             columns=config.columns,
         )
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
-        policy = load_policy(config.model, dtype=config.dtype)
+        policy = load_policy(config.model, dtype=config.dtype, engine=config.engine)
         check_embedding(policy.hf.config, tokenizer, config.model)
         engine = TrainEngine(policy, config.engine)
         task = _task(config, tokenizer)
@@ -145,9 +146,8 @@ def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example
         return _evaluate(engine, rows, config.max_tokens_per_gpu)
 
     def export(engine: TrainEngine, folder: Path) -> None:
-        weights = engine.full_state()
-        if dist.is_main():
-            save_model(folder, engine.module.hf, weights, tokenizer, stop_token_ids=stops)
+        weights = engine.named_tensors()
+        save_model(folder, engine.module.hf, weights, tokenizer, stop_token_ids=stops)
 
     return Task(
         length=lambda row: row.num_tokens,

@@ -21,8 +21,9 @@ from ..core.text.data import Purpose
 from ..core.text.verifier_text import load_template
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
+from ..core.training.export import save_model
 from ..core.training.packing import PackedBatch, pack_token_rows, share_out
-from ..core.training.pretrained import check_embedding, load_classifier, load_tokenizer, save_model
+from ..core.training.pretrained import check_embedding, load_classifier, load_tokenizer
 from ..core.training.run import print_next_commands
 from .config import VerifierTrainingConfig
 from .finetune import train_and_eval_rows
@@ -61,7 +62,9 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
         rows, eval_rows = train_and_eval_rows(
             config, load, length=lambda row: len(row.token_ids), group=lambda row: row.row
         )
-        module = load_classifier(config.model, dtype=config.dtype, fresh_head=True)
+        module = load_classifier(
+            config.model, dtype=config.dtype, fresh_head=True, engine=config.engine
+        )
         module.hf.config.id2label = dict(enumerate(LABELS))
         module.hf.config.label2id = {label: number for number, label in enumerate(LABELS)}
         check_embedding(module.hf.config, tokenizer, config.model)
@@ -147,9 +150,7 @@ def _task(config: VerifierTrainingConfig, tokenizer: PreTrainedTokenizerBase) ->
         return {"loss": float(loss), "accuracy": float(accuracy), "num": len(rows)}
 
     def export(engine: TrainEngine, folder: Path) -> None:
-        weights = engine.full_state()
-        if dist.is_main():
-            save_model(folder, engine.module.hf, weights, tokenizer)
+        save_model(folder, engine.module.hf, engine.named_tensors(), tokenizer)
 
     return Task(
         length=lambda row: len(row.token_ids),

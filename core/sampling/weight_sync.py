@@ -8,12 +8,11 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import pickle
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing import reductions
 
 from ..training import dist
 from ..training.checkpoint import follow_umask
+from ..training.shard_files import Bucket, buckets, write_index, write_shards
 from .sglang_client import ServerError, SglangServer
 from .sglang_fleet import Fleet, call_each
 from .sglang_requests import (
@@ -42,8 +41,6 @@ from .sglang_requests import (
     join_request,
     tensor_request,
 )
-
-Bucket = list[tuple[str, Tensor]]
 
 
 class WeightSync(Protocol):
@@ -78,28 +75,6 @@ class WeightSync(Protocol):
         ...
 
 
-def buckets(named_tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iterator[Bucket]:
-    """Copies tensors into buckets.
-
-    Copies are needed since a sharded engine's gathered tensor lasts only until the next one.
-
-    Args:
-        named_tensors: names and tensors.
-        num_bytes: largest size of a bucket; a larger tensor has a bucket of its own.
-    """
-    bucket: Bucket = []
-    size = 0
-    for name, tensor in named_tensors:
-        if bucket and size + tensor.nbytes > num_bytes:
-            yield bucket
-            bucket = []
-            size = 0
-        bucket.append((name, tensor.detach().clone(memory_format=torch.contiguous_format)))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
 @dataclass
 class DiskSync:
     """Saves safetensors files in a folder that the servers can read, a new one for each version."""
@@ -117,13 +92,7 @@ class DiskSync:
         target = self.folder / f"weights-{version}"
         shutil.rmtree(target, ignore_errors=True)  # left by a killed run
         target.mkdir(parents=True)
-        files: dict[str, str] = {}
-        for number, bucket in enumerate(buckets(named_tensors, self.bucket_bytes)):
-            file = f"model-{number:05d}.safetensors"
-            save_file({name: tensor.cpu() for name, tensor in bucket}, target / file)
-            files |= {name: file for name, _ in bucket}
-        index = json.dumps({"metadata": {}, "weight_map": files})
-        (target / "model.safetensors.index.json").write_text(index)
+        write_index(target, write_shards(target, named_tensors, self.bucket_bytes))
         follow_umask(target)  # the servers may run as another user
         request = disk_request(str(target), version)
         fleet.ask(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import dist
+from .resharding import Layout, load_resharded
+from .shard_files import MAX_FILE_BYTES, read_weights, write_weights
 
 Offload = Literal["none", "optimizer", "all"]
 Dtype = Literal["bf16", "fp32"]
@@ -105,6 +105,43 @@ def deepspeed_config(config: EngineConfig, *, world_size: int, train: bool) -> d
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": None,
     }
+
+
+def shards_parameters(config: EngineConfig) -> bool:
+    """Whether an engine shards the weights themselves: under ZeRO-3, if there are several ranks."""
+    return config.zero_stage == 3 and dist.world_size() > 1
+
+
+def shard_parameters(
+    module: nn.Module, config: EngineConfig, read: Callable[[nn.Parameter], Tensor]
+) -> None:
+    """Shards a module's parameters as its engine will want them, holding a whole one at a time.
+
+    Args:
+        module: the module. Its parameters need have no values.
+        config: settings of the engine.
+        read: the value of a parameter, on any device; rank 0 sends it to the others.
+    """
+    deepspeed = _deepspeed()
+    device = dist.device()
+    largest = max(module.parameters(), key=torch.numel)
+    # one buffer for all: freed ones of many sizes would stay with the process
+    buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=device)
+
+    def filled() -> Iterator[nn.Parameter]:
+        for parameter in module.parameters():
+            value = read(parameter)
+            parameter.data = buffer[: value.numel()].view(value.shape)
+            if dist.is_main():
+                parameter.data.copy_(value)
+            yield parameter
+
+    parameters = filled()
+    first: Any = next(parameters)
+    settings = deepspeed_config(config, world_size=dist.world_size(), train=False)
+    deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings)
+    first.convert_to_zero_parameters(parameters)
+    module.to(device)  # the buffers
 
 
 class TrainEngine:
@@ -198,9 +235,17 @@ class TrainEngine:
     def load(self, folder: Path, name: str) -> None:
         """Loads what `save` wrote.
 
+        It may have been saved by another number of ranks, or under another ZeRO stage of 1 to 3.
+
         Raises:
-            ValueError: it is missing, damaged, or was saved by another number of ranks.
+            ValueError: it is missing or damaged, or one of the two stages is 0.
         """
+        own = Layout.of_engine(self.config.zero_stage)
+        if (found := Layout.of_checkpoint(folder / name)) != own and (folder / name).is_dir():
+            from deepspeed.checkpoint import ds_to_universal
+
+            load_resharded(self.engine, folder / name, found, own, convert=ds_to_universal.main)
+            return
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=name)
         except Exception as error:
@@ -217,7 +262,7 @@ class FrozenEngine:
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
         self.module: Any = module.requires_grad_(False).eval()
-        if config.zero_stage < 3 or dist.world_size() == 1:
+        if not shards_parameters(config):
             self.engine: Any = module.to(dist.device())
             return
         settings = deepspeed_config(config, world_size=dist.world_size(), train=False)
@@ -251,16 +296,18 @@ class FrozenEngine:
                     parameter.copy_(tensor)
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes the weights to folder/name.safetensors."""
-        weights = full_state(self.module)
+        """Writes the weights to folder/name. Every rank must call it."""
+        weights = named_tensors(self.module)
         if dist.is_main():
-            save_file(weights, folder / f"{name}.safetensors")
+            (folder / name).mkdir()
+            write_weights(folder / name, weights, MAX_FILE_BYTES)
+        for _ in weights:  # gathered by all ranks together
+            pass
 
     def load(self, folder: Path, name: str) -> None:
         """Loads what `save` wrote."""
-        with safe_open(folder / f"{name}.safetensors", "pt") as file:
-            names = [key for key, _ in self.module.hf.named_parameters()]
-            self.copy_weights((key, file.get_tensor(key)) for key in names)
+        names = [key for key, _ in self.module.hf.named_parameters()]
+        self.copy_weights(read_weights(folder / name, names))
 
 
 def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:

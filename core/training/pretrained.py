@@ -1,19 +1,21 @@
-"""Loading, checking and saving of Hugging Face models and tokenizers."""
+"""Loading and checking of Hugging Face models and tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,10 +23,12 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from ..files import is_path
-from .checkpoint import explain_full_disk, follow_umask
+from .engine import EngineConfig, shard_parameters, shards_parameters
+from .lazy_weights import LazyWeights, weight_files
 from .model import ATTENTION, Classifier, Critic, Policy, freeze_attention
 from .self_check import check_config, check_family
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD = "score.weight"
 """Name of the weight of a critic's or classifier's head."""
@@ -32,18 +36,35 @@ CriticHead = Literal["auto", "fresh", "kept"]
 CriticFreeze = Literal["none", "attention"]
 
 
-def load_policy(path: str, *, dtype: str) -> Policy:
+class _Loaded(NamedTuple):
+    """A model in eval mode."""
+
+    hf: Any
+    misses_head: bool
+    """Whether the folder lacks its classification head."""
+    weights: LazyWeights | None
+    """What its parameters stand in for; None if they are the weights themselves."""
+
+
+def load_policy(path: str, *, dtype: str, engine: EngineConfig | None = None) -> Policy:
     """Loads a policy from a Hugging Face folder or hub id.
+
+    Args:
+        path: the folder or hub id.
+        dtype: data type of the weights.
+        engine: settings of the engine that will hold it. Under ZeRO-3 on several ranks each rank
+            keeps its shards of the weights alone, from safetensors files read one weight at a time.
 
     Raises:
         ValueError: it cannot be loaded, or its head is not supported.
     """
-    return Policy(load_causal_lm(path, dtype=dtype))
+    loaded = _load(AutoModelForCausalLM, path, dtype=dtype, engine=engine)
+    return _sharded(Policy(loaded.hf), loaded, engine)
 
 
 def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
     """Loads a causal language model with packed attention, in eval mode."""
-    return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
+    return _load(AutoModelForCausalLM, path, dtype=dtype).hf
 
 
 def load_critic(
@@ -52,6 +73,7 @@ def load_critic(
     dtype: str,
     head: CriticHead = "auto",
     freeze: CriticFreeze = "none",
+    engine: EngineConfig | None = None,
 ) -> Critic:
     """Loads a critic from any decoder.
 
@@ -61,38 +83,60 @@ def load_critic(
         head: "fresh" starts the head at zero, whatever the folder has; "kept" needs the folder's;
             "auto" keeps it if there is one.
         freeze: "attention" leaves only MLPs, norms and head to be trained.
+        engine: as for `load_policy`.
 
     Raises:
         ValueError: it cannot be loaded, its head is to be kept and missing, or has several outputs.
     """
-    hf, fresh = _load_scored(path, num_labels=1, dtype=dtype, any_head=head == "fresh")
-    if head == "kept" and fresh:
-        raise ValueError(
-            f"model {path}: critic_head=kept, but there is no head (score.weight) in it: give "
-            "critic_head=fresh, or a model that `verippo critic` wrote"
-        )
-    if head == "fresh" or fresh:
-        nn.init.zeros_(hf.score.weight)
+    loaded = _load_scored(
+        path,
+        num_labels=1,
+        dtype=dtype,
+        head=head,
+        missing_head="critic_head=kept, but there is no head (score.weight) in it: give "
+        "critic_head=fresh, or a model that `verippo critic` wrote",
+        engine=engine,
+    )
     if freeze == "attention":
-        freeze_attention(hf)
-    return Critic(hf)
+        freeze_attention(loaded.hf)
+    return _sharded(Critic(loaded.hf), loaded, engine)
 
 
-def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Classifier:
+def load_classifier(
+    path: str,
+    *,
+    dtype: str,
+    fresh_head: bool = False,
+    engine: EngineConfig | None = None,
+) -> Classifier:
     """Loads a two-class classifier.
+
+    Args:
+        path: a Hugging Face folder or hub id.
+        dtype: data type of the weights.
+        fresh_head: whether the folder may lack the class head, which then starts at zero.
+        engine: as for `load_policy`.
 
     Raises:
         ValueError: the folder has no class head and `fresh_head` is false.
     """
-    hf, fresh = _load_scored(path, num_labels=2, dtype=dtype)
-    if fresh:
-        if not fresh_head:
-            raise ValueError(
-                f"model {path}: no classification head (score.weight) in it: "
-                "train one with `verippo verifier`"
-            )
-        nn.init.zeros_(hf.score.weight)
-    return Classifier(hf)
+    loaded = _load_scored(
+        path,
+        num_labels=2,
+        dtype=dtype,
+        head="auto" if fresh_head else "kept",
+        missing_head="no classification head (score.weight) in it: "
+        "train one with `verippo verifier`",
+        engine=engine,
+    )
+    return _sharded(Classifier(loaded.hf), loaded, engine)
+
+
+def _sharded(module: ModuleT, loaded: _Loaded, engine: EngineConfig | None) -> ModuleT:
+    if loaded.weights is not None:
+        assert engine is not None
+        shard_parameters(module, engine, loaded.weights.read)
+    return module
 
 
 def _load_scored(
@@ -100,9 +144,11 @@ def _load_scored(
     *,
     num_labels: int,
     dtype: str,
-    any_head: bool = False,
-) -> tuple[Any, bool]:
-    """The model, and whether the folder lacks its head, which then holds no useful numbers."""
+    head: CriticHead,
+    missing_head: str,
+    engine: EngineConfig | None,
+) -> _Loaded:
+    """Loads a model with a linear head, which is zero if it is fresh; `missing_head`: the error."""
     config = load_config(path)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
@@ -110,13 +156,19 @@ def _load_scored(
             "choose another model, or for a critic --advantage rloo, grpo or reinforce++, which "
             "need none"
         )
-    return _load(
+    loaded = _load(
         AutoModelForSequenceClassification,
         path,
         dtype=dtype,
-        any_head=any_head,
+        any_head=head == "fresh",
+        engine=engine,
         num_labels=num_labels,
     )
+    if loaded.misses_head and head == "kept":
+        raise ValueError(f"model {path}: {missing_head}")
+    if loaded.misses_head or head == "fresh":
+        loaded.hf.score.weight = nn.Parameter(torch.zeros_like(loaded.hf.score.weight))
+    return loaded
 
 
 def _load(
@@ -125,12 +177,13 @@ def _load(
     *,
     dtype: str,
     any_head: bool = False,
+    engine: EngineConfig | None = None,
     **options: Any,
-) -> tuple[Any, bool]:
-    """The model in eval mode, and whether the folder lacks its classification head.
+) -> _Loaded:
+    """Loads a model, whose weights stay in their files if they are to be sharded.
 
-    Any other missing weight is an error: transformers would fill it with random numbers. With
-    `any_head`, a head of another shape counts as missing.
+    Any missing weight but the classification head is an error: transformers would fill it with
+    random numbers. With `any_head`, a head of another shape counts as missing.
     """
     config = load_config(path)
     check_config(config, path)
@@ -140,13 +193,24 @@ def _load(
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # hides the warning of a new head
     hf_logging.disable_progress_bar()
+    how: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "attn_implementation": ATTENTION,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    weights = None
+    hf: Any = None
+    info: dict[str, Any] = {}
     try:
-        options |= {
-            "attn_implementation": ATTENTION,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,
-        }
-        hf, info = auto.from_pretrained(path, dtype=DTYPES[dtype], **options)
+        if engine and shards_parameters(engine) and (files := weight_files(path)):
+            weights = LazyWeights(files, DTYPES[dtype])
+            hf, info = _with_stand_ins(auto, path, config, weights, how)
+            own_values = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+            if not weights.cover(hf, own_values):
+                weights = None
+        if weights is None:
+            hf, info = auto.from_pretrained(path, **how, **options)
     except Exception as error:  # damaged folders raise errors of many types
         raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
     finally:
@@ -169,7 +233,28 @@ def _load(
             f"needs: {names}{hint}"
         )
     _silence_dropout(hf)
-    return hf.eval(), bool(missing)
+    return _Loaded(hf.eval(), bool(missing), weights)
+
+
+def _with_stand_ins(
+    auto: Any,
+    path: str,
+    config: PretrainedConfig,
+    weights: LazyWeights,
+    how: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """As `auto.from_pretrained`, with stand-ins for the weights."""
+    causal = auto is AutoModelForCausalLM
+    mapping: Any = (
+        MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    )
+    hf, info = mapping[type(config)].from_pretrained(
+        None, config=config, state_dict=dict(weights.stand_ins), **how
+    )
+    hf.name_or_path = hf.config.name_or_path = path
+    with contextlib.suppress(OSError):  # there is none
+        hf.generation_config = GenerationConfig.from_pretrained(path)
+    return hf, info
 
 
 def _silence_dropout(hf: PreTrainedModel) -> None:
@@ -262,39 +347,6 @@ def check_embedding(
 def context_length(config: PretrainedConfig) -> int | None:
     """Number of positions that the model was made for, if its configuration says so."""
     return getattr(config, "max_position_embeddings", None)
-
-
-def save_model(
-    folder: Path,
-    hf: PreTrainedModel,
-    state: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    stop_token_ids: Sequence[int] = (),
-) -> None:
-    """Writes a Hugging Face folder: safetensors, configuration, tokenizer.
-
-    Args:
-        folder: the folder to write.
-        hf: the model, for its configuration.
-        state: gathered weights by name.
-        tokenizer: saved beside the weights.
-        stop_token_ids: ids that end a response, for generation_config.json; empty for a model that
-            generates none.
-    """
-    if stop_token_ids and hf.generation_config is not None:
-        hf.generation_config.eos_token_id = list(stop_token_ids)
-    if getattr(hf.config, "tie_word_embeddings", False) and "lm_head.weight" in state:
-        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    attention = hf.config._attn_implementation
-    hf.config._attn_implementation = "eager"
-    with explain_full_disk(folder.parent, folder.name):
-        try:
-            hf.save_pretrained(folder, state_dict=state)
-        finally:
-            hf.config._attn_implementation = attention
-        tokenizer.save_pretrained(folder)
-        follow_umask(folder)
 
 
 def _one_line(error: Exception) -> str:

@@ -187,8 +187,8 @@ def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
 
 def engines(job: Job, settings: EngineConfig) -> tuple[TrainEngine, TrainEngine]:
     modules = (
-        load_policy(job.policy, dtype=settings.dtype),
-        load_critic(job.critic, dtype=settings.dtype),
+        load_policy(job.policy, dtype=settings.dtype, engine=settings),
+        load_critic(job.critic, dtype=settings.dtype, engine=settings),
     )
     policy, critic = (TrainEngine(module, settings, optimizer=sgd(module)) for module in modules)
     return policy, critic
@@ -250,8 +250,8 @@ def conversation_updates(job: Job, stage: int) -> dict[str, Any]:
 def forwards(job: Job, stage: int) -> dict[str, Any]:
     """What a frozen and a trained engine give for the whole batch, through `compute`."""
     settings = config(stage)
-    frozen = FrozenEngine(load_policy(job.policy, dtype="fp32"), settings)
-    critic = TrainEngine(load_critic(job.critic, dtype="fp32"), settings)
+    frozen = FrozenEngine(load_policy(job.policy, dtype="fp32", engine=settings), settings)
+    critic = TrainEngine(load_critic(job.critic, dtype="fp32", engine=settings), settings)
     ask = partial(frozen, temperature=TEMPERATURE, with_entropy=True)
     longest = max(job.experience.batch.lengths)
     logprobs, entropy = compute(ask, job.experience.batch, longest)
@@ -278,8 +278,10 @@ def resumed(job: Job, stage: int) -> dict[str, Any]:
         engine.step(1e-3)
         return engine.full_state()
 
+    settings = config(stage)
     first, second = (
-        TrainEngine(load_critic(job.critic, dtype="fp32"), config(stage)) for _ in range(2)
+        TrainEngine(load_critic(job.critic, dtype="fp32", engine=settings), settings)
+        for _ in range(2)
     )
     folder = job.folder / f"checkpoint-{dist.world_size()}-{stage}"
     saved = step(first)

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -6,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -13,9 +16,12 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 from verippo.core.text.stop_tokens import stop_token_ids
+from verippo.core.training import export, shard_files
+from verippo.core.training.export import save_model
 from verippo.core.training.packing import empty_batch, pack
 from verippo.core.training.pretrained import (
     check_same_vocabulary,
@@ -25,7 +31,6 @@ from verippo.core.training.pretrained import (
     load_critic,
     load_policy,
     load_tokenizer,
-    save_model,
 )
 
 FAMILIES = [
@@ -436,15 +441,65 @@ def test_the_files_of_an_export_follow_the_umask(make_model, tmp_path, mask, mod
 
 def test_a_full_disk_is_named_while_a_model_is_exported(make_model, tmp_path, monkeypatch):
     policy = load_policy(make_model(), dtype="fp32")
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(shard_files, "save_file", full)
     (tmp_path / "model").mkdir()
-    (
-        tmp_path / "model" / "model.safetensors"
-    ).mkdir()  # safetensors fails on it with an error of its own, as on a full disk
+    (tmp_path / "model" / "model.safetensors").write_text("of an earlier evaluation")
     with pytest.raises(ValueError, match=f"{tmp_path}: no space left for model: free some"):
         save_model(
             tmp_path / "model", policy.hf, policy.hf.state_dict(), load_tokenizer(make_model())
         )
+    assert (tmp_path / "model" / "model.safetensors").read_text() == "of an earlier evaluation"
+
+
+@pytest.mark.parametrize(("kind", "tied"), FAMILIES)
+def test_a_model_exported_in_many_files_loads_in_transformers(
+    make_model, tmp_path, monkeypatch, kind, tied
+):
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 30_000)
+    policy = load_policy(make_model(kind, tied=tied), dtype="fp32")
+    save_model(tmp_path, policy.hf, policy.hf.named_parameters(), load_tokenizer(make_model()))
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    largest = max(p.nbytes for p in policy.parameters())
+    assert len(files) > 3
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) < max(30_000, largest) + 4000
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    own = dict(policy.hf.named_parameters())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in own.values())
+    assert index["weight_map"].keys() == own.keys()
+    model = plain(tmp_path)
+    assert all(torch.equal(p, own[name]) for name, p in model.named_parameters())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_stacked_experts_are_exported_as_they_were_stored(tmp_path, make_model):
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "a")
+    policy = load_policy(str(tmp_path / "a"), dtype="fp32")
+    save_model(
+        tmp_path / "b", policy.hf, policy.hf.named_parameters(), load_tokenizer(make_model())
+    )
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in "ab")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any("experts.3" in name for name in after)
 
 
 def test_an_exported_classifier_loads_again_with_equal_logits(make_model, tmp_path):
