@@ -49,7 +49,7 @@ def test_equal_ranks_pass():
     [
         ("clocks", "warning", {"clock": 1042.0}, "rank 1 (b) is 42 s ahead of rank 0 (a)"),
         ("output folder", "FAILED", {"sees_output": False}, "rank 1 (b) cannot read what rank 0"),
-        ("options", "FAILED", {"options": {"lam": 0.5}}, "lam is 0.95 on rank 0 and 0.5 on rank 1"),
+        ("options", "FAILED", {"options": {"lam": 0.5}}, "lam is 1.0 on rank 0 and 0.5 on rank 1"),
         ("versions", "FAILED", {"versions": {"torch": "2.9"}}, "torch is 2.13 on rank 0 and 2.9"),
         ("files", "FAILED", {"files": {"d.json": "bb"}}, "d.json is aa on rank 0 and bb on rank 1"),
     ],
@@ -104,7 +104,7 @@ def test_two_ranks_name_what_differs_between_them(two_ranks, healthy, tmp_path):
     done = two_ranks(str(script), json.dumps(options), timeout=900)
     assert done.returncode != 0
     text = done.stdout
-    assert "lam is 0.95 on rank 0 and 0.5 on rank 1" in text, text + done.stderr
+    assert "lam is 1.0 on rank 0 and 0.5 on rank 1" in text, text + done.stderr
     assert "cannot read what rank 0 writes there" in text
     assert " s ahead of rank 0" in text
     assert text.count("MASTER_PORT: ") == 1
