@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -283,7 +284,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         ValueError: an item is over the capacity.
     """
-    room_of: list[list[int]] = [[] for _ in range(capacity + 1)]  # room left -> bins with it
+    room_of: defaultdict[int, list[int]] = defaultdict(list)  # room left -> bins with it
     open_rooms: list[int] = []  # room left in some bin, ascending
     bins: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
