@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 GROUPS = {
-    "model": "model policy critic critic_head critic_freeze reference baseline llm dtype",
+    "model": """
+        model policy critic critic_head critic_freeze reference baseline lora llm dtype""",
     "data": """
         data eval_data eval_fraction limit columns question_key answer_key system_prompt
         max_prompt_tokens max_seq_len overlong tokenize_workers wrong_per_question language
