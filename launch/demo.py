@@ -28,9 +28,8 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
         return ablate(config, folder)
     seconds: dict[str, float] = {}
     prepare(config, folder, seconds)
-    ppo = folder / "ppo"
     with timed("ppo", seconds):
-        train(ppo_config(config, folder), resolved=resolved)
+        ppo = train(ppo_config(config, folder), resolved=resolved)
     stages: dict[str, Any] = stage_table(ppo, TASKS[config.task].note) | {"seconds": seconds}
     (ppo / "stages.json").write_text(json.dumps(stages, indent=1))
     title = "verippo demo: SFT, verifier, PPO"

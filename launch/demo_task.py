@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from ..core.bounds import Bounds, CountingInt, NonNegativeInt, SeedInt, check_bounds
 from ..core.report.statistics import Interval, wilson_interval
 from ..rl.config import PPOConfig
+from ..rl.lora_config import PPOLoraConfig
 from ..search.calculations import generate, paraphrases, wrong_answers
 from ..sft.config import SFTConfig, VerifierTrainingConfig
 from ..sft.finetune import train as train_sft
@@ -39,6 +40,12 @@ KINDS = ("bishop", "apgar", "child_pugh")
 reasoning."""
 VERIFIER_TEMPLATE = "Answer: {response}\nReference: {reference}\nRight?"
 """Shorter than the built-in template, whose instruction would take most of a tiny model's time."""
+LORA: dict[str, Any] = {
+    "lora": PPOLoraConfig(rank=8, alpha=16.0),
+    "policy_learning_rate": 1.5e-3,
+    "critic_learning_rate": 5e-3,
+}
+"""Fields of PPO with adapters, whose learning rates are higher."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -99,6 +106,8 @@ class DemoConfig:
     """Steps of PPO; null: those of the task."""
     rollouts_per_step: CountingInt | None = None
     """Responses per PPO step; null: those of the task."""
+    lora: bool = False
+    """Train adapters of policy and critic in PPO, in ppo-lora/ (see ppo --lora.rank)."""
     ablation_seeds: NonNegativeInt = 0
     """Train every variant of the ablation from this many seeds instead of running the demo."""
     ablation_jobs: CountingInt = 1
@@ -301,6 +310,8 @@ def ppo_config(config: DemoConfig, folder: Path, **changes: Any) -> PPOConfig:
         "prompts_per_step": config.sizes.rollouts_per_step,
         "seed": config.seed,
     }
+    if config.lora:
+        settings |= LORA | {"output": str(folder / "ppo-lora")}
     name = f"{TASKS[config.task].configs}_ppo"
     return read_config(PPOConfig, name, folder, **(settings | changes))
 
