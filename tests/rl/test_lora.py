@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from verippo.core.sampling.sampler import SamplingParams
 from verippo.core.training.engine import FrozenEngine
 from verippo.core.training.lora import FrozenBase
-from verippo.core.training.pretrained import load_policy
 from verippo.rl.config import PPOConfig, VerifierConfig
 from verippo.rl.lora_config import PPOLoraConfig
 from verippo.rl.setup import set_up
@@ -104,13 +103,11 @@ def test_unknown_targets_are_refused(given):
 
 
 def test_resumed_run_ends_with_the_weights_of_one_that_never_stopped(given, policy, tmp_path):
-    unbroken = train(given(output=str(tmp_path / "unbroken")), resolved={})
     settings = {"output": str(tmp_path / "resumed"), "save_every": 1}
-    train(given(**settings, steps=2, warmup_ratio=0.0, schedule="constant"), resolved={})
-    expected = train(
-        given(output=str(tmp_path / "same"), warmup_ratio=0.0, schedule="constant"), resolved={}
-    )
-    resumed = train(given(**settings, warmup_ratio=0.0, schedule="constant"), resolved={})
+    constant = {"warmup_ratio": 0.0, "schedule": "constant"}
+    train(given(**settings, **constant, steps=2), resolved={})
+    resumed = train(given(**settings, **constant), resolved={})
+    expected = train(given(output=str(tmp_path / "unbroken"), **constant), resolved={})
     first, second = (
         load_file(folder / "model/model.safetensors") for folder in (expected, resumed)
     )
@@ -119,7 +116,6 @@ def test_resumed_run_ends_with_the_weights_of_one_that_never_stopped(given, poli
     start = load_file(f"{policy}/model.safetensors")
     moved = {key for key in start if not torch.equal(start[key], first[key])}
     assert len(moved) == 2 * 7
-    assert load_policy(str(unbroken / "model"), dtype="fp32")
 
 
 def test_adapters_cannot_change_within_a_run(given, tmp_path):
