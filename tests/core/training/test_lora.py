@@ -283,3 +283,24 @@ def test_options_out_of_bounds_are_refused():
         LoraConfig(rank=-1)
     with pytest.raises(ValueError, match=r"lora\.alpha=0: must be above 0"):
         LoraConfig(rank=1, alpha=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_checkpoint_of_adapters_is_loaded_under_another_stage(
+    make_model, job, tmp_path, before, after
+):
+    def trained(engine):
+        batch = job["experience"].batch
+        engine.backward(-engine(batch).sum(), batch.num_response_tokens, last=True)
+        engine.step(1e-2)
+        return engine.full_state()
+
+    path = make_model(seed=9)
+    first, second = engine_of(path, before), engine_of(path, after)
+    saved = trained(first)
+    first.save(tmp_path / "checkpoints" / "step", "policy")
+    expected = trained(first)
+    second.load(tmp_path / "checkpoints" / "step", "policy")
+    assert all(torch.equal(saved[key], value) for key, value in second.full_state().items())
+    for key, value in trained(second).items():
+        torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=0)
