@@ -21,7 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from ..core.bounds import Bounds, CountingInt, NonNegativeInt, SeedInt, check_bounds
-from ..core.report.statistics import Interval, wilson_interval
 from ..rl.config import PPOConfig
 from ..rl.lora_config import PPOLoraConfig
 from ..search.calculations import generate, paraphrases, wrong_answers
@@ -328,27 +327,6 @@ def read_config(config_class: type[Config], name: str, folder: Path, **changes: 
 def read_rows(path: Path) -> list[Record]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def stage_table(ppo_folder: Path, note: str) -> dict[str, Any]:
-    """Contents of stages.json: held-out evaluations before and after PPO, with 95 % intervals."""
-    evals = read_rows(ppo_folder / "eval.jsonl")
-    rows = []
-    for stage, row in (("after SFT", evals[0]), ("after PPO", evals[-1])):
-        num = row["num"]
-        score = row["score_mean"]
-        half = 1.96 * row["score_std"] / num**0.5
-        rates = {
-            key: Interval(row[key], *wilson_interval(round(row[key] * num), num))._asdict()
-            for key in ("exact_rate", "reasoned_rate")
-        }
-        measures = {
-            "score_mean": Interval(score, score - half, score + half)._asdict(),
-            "response_length_mean": row["response_length_mean"],
-            "turns_mean": row["turns_mean"],
-        }
-        rows.append({"stage": stage, "num": num} | rates | measures)
-    return {"rows": rows, "notes": [note]}
 
 
 TASKS = {
