@@ -183,13 +183,41 @@ verippo doctor ppo --config launch/configs/ppo_tiny_cpu.yaml --policy DIR --dry_
         "verippo doctor verifier --config launch/configs/verifier_3b.yaml --dry_run",
         extends="verifier",
     ),
-    "bench": Command(
-        "measures the sampling speed of this process and of servers",
-        "verippo.launch.bench:BenchConfig",
-        "verippo.launch.bench:bench",
+    "bench packing": Command(
+        "time and memory of check, packing, balance and advantages of rollouts",
+        "verippo.launch.bench.packing_speed:PackingBenchConfig",
+        "verippo.launch.bench.packing_speed:bench",
         """
-verippo bench --model DIR --dtype fp32
-verippo bench --model DIR --sampler.urls http://127.0.0.1:30000
+verippo bench packing
+verippo bench packing --sizes 4096x2000 --ranks 16
+""",
+    ),
+    "bench logprobs": Command(
+        "time, memory and operations of log-probs, beside those of full logits",
+        "verippo.launch.bench.logprob_speed:LogprobBenchConfig",
+        "verippo.launch.bench.logprob_speed:bench",
+        """
+verippo bench logprobs
+verippo bench logprobs --vocabulary 128256 --hidden_size 4096 --num_tokens 8192 --dtype bf16
+""",
+    ),
+    "bench attention": Command(
+        "time, memory and operations of attention over packed sequences",
+        "verippo.launch.bench.attention_speed:AttentionBenchConfig",
+        "verippo.launch.bench.attention_speed:bench",
+        """
+verippo bench attention
+verippo bench attention --heads 32 --kv_heads 8 --head_dim 128 --lengths 4096,2048,2048 \\
+    --dtype bf16
+""",
+    ),
+    "bench sampler": Command(
+        "measures the sampling speed of this process and of servers",
+        "verippo.launch.bench.sampling_speed:SamplerBenchConfig",
+        "verippo.launch.bench.sampling_speed:bench",
+        """
+verippo bench sampler --model DIR --dtype fp32
+verippo bench sampler --model DIR --sampler.urls http://127.0.0.1:30000
 """,
     ),
     "demo": Command(

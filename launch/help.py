@@ -34,7 +34,7 @@ def usage(group: str = "") -> str:
     """Lists the commands, or those whose first word is `group`; empty if there are none."""
     start = f"{group} " if group else ""
     chosen = {name: each for name, each in COMMANDS.items() if name.startswith(start)}
-    lines = [f"  {name:<14}{command.summary}" for name, command in chosen.items()]
+    lines = [f"  {name:<17}{command.summary}" for name, command in chosen.items()]
     return USAGE.format(commands="\n".join(lines)) if lines else ""
 
 

@@ -12,12 +12,13 @@ import docstring_parser
 
 GROUPS = {
     "model": """
-        model policy critic critic_head critic_freeze reference baseline lora llm dtype""",
+        model policy critic critic_head critic_freeze reference baseline lora llm dtype
+        vocabulary hidden_size heads kv_heads head_dim""",
     "data": """
-        data eval_data eval_fraction limit columns question_key answer_key system_prompt
-        max_prompt_tokens max_seq_len overlong tokenize_workers wrong_per_question language
-        prompts min_length unique difficulty decontaminate mix split skip_bad first second
-        num_train num_eval task findings""",
+        data sizes num_tokens lengths eval_data eval_fraction limit columns question_key
+        answer_key system_prompt max_prompt_tokens max_seq_len overlong tokenize_workers
+        wrong_per_question language prompts min_length unique difficulty decontaminate mix split
+        skip_bad first second num_train num_eval task findings""",
     "optimisation": """
         steps episodes epochs minibatches target_kl critic_epochs critic_warmup_steps
         critic_warmup_settled max_steps
@@ -30,7 +31,7 @@ GROUPS = {
         ppo_steps""",
     "sampling": """
         prompts_per_step samples_per_prompt refill_groups staleness rollouts_per_step
-        bench/prompts prompt_tokens repeats sampling engine base_url endpoint prompt runs
+        bench_sampler/prompts prompt_tokens repeats sampling engine base_url endpoint prompt runs
         permutations temperature top_p max_new_tokens max_batch eval_temperature max_depth
         max_attempts label_guided min_monologue_length max_asks sampler server correction
         rollout_function max_logprob_gap""",
@@ -50,7 +51,8 @@ GROUPS = {
         connect_seconds""",
 }
 """Options under each heading, in the order of the help; nested ones go by the part before the dot.
-COMMAND/OPTION places one command's option elsewhere than that of the other commands."""
+COMMAND/OPTION places one command's option elsewhere than that of the other commands; a command of
+two words is written with an underscore."""
 HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names.split()}
 
 
@@ -77,7 +79,7 @@ def grouped_options(command: str, config_class: type) -> dict[str, list[Option]]
     ranked = []
     for option in options(config_class):
         name = option.name.removeprefix("--").partition(".")[0]
-        own = f"{command}/{name}"
+        own = f"{command.replace(' ', '_')}/{name}"
         ranked.append((order.index(own if own in HEADINGS else name), option))
     groups: dict[str, list[Option]] = {}
     for rank, option in sorted(ranked, key=lambda pair: pair[0]):

@@ -19,7 +19,7 @@ from .corrections import adaptive_lambda, sampler_correction
 from .experience import MicroBatch, MiniBatch
 from .hooks import describe, load_function
 from .policy_losses import SequenceLoss, TokenLoss
-from .rollout import Rollout
+from .rollout import Rollout, joined_logprobs
 
 AdvantageFunction = Callable[
     [Tensor, Tensor, PackedBatch, Sequence[Rollout]], tuple[Tensor, Tensor]
@@ -94,10 +94,7 @@ def loss_weights(
     metrics: dict[str, float] = {}
     if config.correction.level != "none":
         sampled = torch.zeros_like(logprobs)
-        sampled[mask] = torch.tensor(
-            [logprob for rollout in rollouts for logprob in rollout.sampler_logprobs],
-            dtype=logprobs.dtype,
-        )
+        sampled[mask] = joined_logprobs(rollouts).to(logprobs.dtype)
         correction = sampler_correction(
             logprobs,
             sampled,

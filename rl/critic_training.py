@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import compress, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -166,11 +166,9 @@ def with_returns(rollouts: Sequence[StoredRollout], *, gamma: float) -> Experien
     batch = pack(rollouts)
     mask = batch.response_mask
     nothing = torch.zeros(batch.num_tokens)
-    rewards = nothing.clone()
-    written = (rollout.response_mask or repeat(True) for rollout in rollouts)
-    rewards[mask] = torch.tensor(
-        [x for one, own in zip(rollouts, written, strict=True) for x in compress(one.rewards, own)]
-    )
+    parts = [part for one in rollouts for part in (np.zeros(len(one.prompt_ids)), one.rewards)]
+    rewards = torch.from_numpy(np.concatenate(parts, dtype=np.float32))
+    rewards = torch.where(mask, rewards, 0.0)
     _, returns = ppo.gae(rewards, nothing, mask, batch.cu_seqlens, gamma=gamma, lam=1.0)
     return Experience(
         batch=batch,

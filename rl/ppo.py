@@ -9,7 +9,8 @@ tokens of the whole mini-batch, over all its micro-batches and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,12 +34,16 @@ from .policy_losses import (  # noqa: F401
 from .token_masks import (
     LOG_RATIO_LIMIT,
     as_float,
+    check_bounds,
     check_mask,
     check_shapes,
     continues,
     response_tokens,
     select,
 )
+
+RUN_TOKENS = 2**16
+"""Tokens that advantages are computed of at a time: few enough for the processor's cache."""
 
 
 class PolicyLoss(NamedTuple):
@@ -199,38 +204,61 @@ def gae(
     Source: arXiv 1506.02438, eq. 16; lam by sequence as in arXiv 2504.05118; lam_critic as in
     arXiv 2503.01491, section 4.2.
     """
-    index, segment, num_seqs = response_tokens(rewards, response_mask, cu_seqlens)
+    mask = check_mask(rewards, response_mask)
+    bounds = check_bounds(mask, cu_seqlens)
     check_shapes(rewards, values=values)
-    reward = as_float(rewards[index])
-    value = as_float(values[index])
-    more = continues(segment)
-    next_value = torch.where(more, value.roll(-1), 0.0)  # more[-1] is False
-    delta = reward + gamma * next_value - value
-    trace = partial(_trace, delta, segment, num_seqs, gamma)
-    advantage = trace(lam)
-    returns = value + (advantage if lam_critic is None else trace(lam_critic))
-    nothing = torch.zeros_like(rewards, dtype=delta.dtype)
-    return nothing.index_copy(0, index, advantage), nothing.index_copy(0, index, returns)
+    dtype = torch.promote_types(as_float(rewards[:0]).dtype, as_float(values[:0]).dtype)
+    advantages = torch.zeros_like(rewards, dtype=dtype)
+    returns = torch.zeros_like(advantages)
+    decay_of = partial(_decay, gamma, like=advantages, num_seqs=len(bounds) - 1)
+    decay = decay_of(lam)
+    critic_decay = None if lam_critic is None else decay_of(lam_critic)
+    for first, last in _runs(bounds):
+        seqs = slice(first, last)
+        tokens = slice(bounds[first], bounds[last])
+        own_bounds = cu_seqlens[first : last + 1] - cu_seqlens[first]
+        index, segment, _ = response_tokens(rewards[tokens], mask[tokens], own_bounds)
+        value = as_float(values[tokens][index])
+        more = continues(segment)
+        next_value = torch.where(more, value.roll(-1), 0.0)  # more[-1] is False
+        delta = as_float(rewards[tokens][index]) + gamma * next_value - value
+        advantage = _trace(delta, segment, decay[seqs])
+        target = advantage if critic_decay is None else _trace(delta, segment, critic_decay[seqs])
+        advantages[tokens].index_copy_(0, index, advantage)
+        returns[tokens].index_copy_(0, index, value + target)
+    return advantages, returns
 
 
-def _trace(
-    delta: Tensor,
-    segment: Tensor,
-    num_seqs: int,
-    gamma: float,
-    lam: float | Tensor,
-) -> Tensor:
-    """The sums of `delta` discounted by gamma lam, along each sequence."""
-    lam_of = torch.as_tensor(lam, dtype=delta.dtype, device=delta.device)
+def _decay(gamma: float, lam: float | Tensor, *, like: Tensor, num_seqs: int) -> Tensor:
+    """gamma lam of each sequence: [num_seqs], of the dtype and on the device of `like`."""
+    lam_of = torch.as_tensor(lam, dtype=like.dtype, device=like.device)
     within = 0 <= gamma <= 1 and bool(((lam_of >= 0) & (lam_of <= 1)).all())
     if lam_of.shape not in ((), (num_seqs,)) or not within:
         raise ValueError(
             f"gamma={gamma} and lam={lam} must lie in 0..1, and lam must be a number or of shape "
             f"[{num_seqs}]"
         )
-    decay = torch.where(continues(segment), gamma * lam_of.expand(num_seqs)[segment], 0.0)
+    return (gamma * lam_of).expand(num_seqs)
+
+
+def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Divides sequences into runs of about RUN_TOKENS tokens, so that a pass stays in the cache.
+
+    Yields:
+        First sequence of a run, and the one after its last.
+    """
+    first = 0
+    while first < len(bounds) - 1:
+        last = bisect.bisect_right(bounds, bounds[first] + RUN_TOKENS) - 1
+        yield first, (last := max(last, first + 1))
+        first = last
+
+
+def _trace(delta: Tensor, segment: Tensor, decay: Tensor) -> Tensor:
+    """The sums of `delta` discounted by its sequence's decay, along each sequence."""
+    steps = torch.where(continues(segment), decay[segment], 0.0)
     longest = int(torch.bincount(segment).max()) if len(segment) > 0 else 0
-    return discounted_suffix_sums(delta, decay.to(delta.dtype), max_length=longest)
+    return discounted_suffix_sums(delta, steps.to(delta.dtype), max_length=longest)
 
 
 def policy_loss(

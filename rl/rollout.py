@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..core.sampling.sampler import Completion, Prompt, Sampler, SamplingParams, draw_seed
 from ..core.text.chat import parse_response, render_prompt
 from ..core.text.data import Problem
 from ..core.text.encoding import decode
+from ..core.training.number_array import NumberArray, convert_fields
 from .hooks import describe
 
 
@@ -46,6 +47,8 @@ class Rollout:
         response_ids      call  </s>  result  answer  </s>
         response_mask     True  True  False   True    True
         sampler_logprobs  -0.1  -0.2          -0.3    -0.4
+
+    Lists of numbers become a `NumberArray`, which reads like a list.
     """
 
     problem: Problem
@@ -64,10 +67,21 @@ class Rollout:
     version: int = 0
     """Version of the weights that sampled it."""
 
+    def __post_init__(self) -> None:
+        convert_fields(
+            self,
+            prompt_ids=np.int32,
+            response_ids=np.int32,
+            sampler_logprobs=np.float64,
+            response_mask=np.bool_,
+        )
+
     @property
     def num_trained(self) -> int:
         """Number of response tokens that the policy wrote."""
-        return len(self.response_ids) if self.response_mask is None else sum(self.response_mask)
+        if self.response_mask is None:
+            return len(self.response_ids)
+        return int(np.count_nonzero(self.response_mask))
 
     @property
     def num_context(self) -> int:
@@ -79,7 +93,8 @@ class Rollout:
         """Number of stretches that the policy wrote, with context between them."""
         if self.response_mask is None:
             return 1
-        return sum(own and not before for before, own in pairwise([False, *self.response_mask]))
+        mask = np.asarray(self.response_mask, dtype=bool)
+        return int(mask[0]) + int(np.count_nonzero(mask[1:] & ~mask[:-1]))
 
     @property
     def final(self) -> str | None:
@@ -92,6 +107,12 @@ class Rollout:
         """Whether the format holds and the part under `## Thinking` is not empty."""
         parsed = parse_response(self.text)
         return bool(parsed and parsed.thinking)
+
+
+def joined_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
+    """The sampler's log-probs of all trained tokens: [tokens] float32, sequence after sequence."""
+    parts = [np.empty(0), *(rollout.sampler_logprobs for rollout in rollouts)]
+    return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
 
 
 class RolloutFunction(Protocol):
@@ -229,15 +250,16 @@ def _check_response_mask(rollout: Rollout, *, name: str) -> None:
     mask: Any = rollout.response_mask
     if mask is None:
         return
-    if not isinstance(mask, (list, tuple, np.ndarray)):
+    if not isinstance(mask, (NumberArray, list, tuple, np.ndarray)):
         raise ValueError(f"{name} response_mask is {describe(mask)}: expected a list of booleans")
-    wrong = [value for value in mask if not isinstance(value, (bool, np.bool_))]
-    if wrong:
+    if not isinstance(mask, NumberArray):  # not all of them are booleans
+        wrong = [value for value in mask if not isinstance(value, (bool, np.bool_))]
         raise ValueError(f"{name} response_mask holds {describe(wrong[0])}: expected booleans")
-    if len(mask) != len(rollout.response_ids) or not any(mask):
+    if len(mask) != len(rollout.response_ids) or not rollout.num_trained:
         raise ValueError(
-            f"{name} response_mask has {len(mask)} booleans, {sum(mask)} of them True, for "
-            f"{len(rollout.response_ids)} response tokens: expected one for each, at least one True"
+            f"{name} response_mask has {len(mask)} booleans, {rollout.num_trained} of them True, "
+            f"for {len(rollout.response_ids)} response tokens: expected one for each, at least one "
+            "True"
         )
 
 
@@ -247,6 +269,8 @@ def _check_tokens(ids: Any, logprobs: Any, *, name: str) -> None:
         ("token ids", ids, numbers.Integral),
         ("log-probs", logprobs, numbers.Real),
     ):
+        if isinstance(values, NumberArray):
+            continue
         is_array = isinstance(values, np.ndarray) and values.ndim == 1
         if not is_array and (not isinstance(values, Sequence) or isinstance(values, (str, bytes))):
             raise ValueError(f"{name} has {describe(values)} as {what}: expected a list")
@@ -271,16 +295,16 @@ def check_rollouts(rollouts: Sequence[Rollout], *, vocabulary: int, version: int
                 f"rollout {number} was sampled with weight version {rollout.version}, "
                 f"the trainer's is {version}"
             )
-        ids = rollout.response_ids
-        logprobs = rollout.sampler_logprobs
+        logprobs = np.asarray(rollout.sampler_logprobs)
         num = rollout.num_trained
-        if num != len(logprobs) or not all(map(math.isfinite, logprobs)):
+        if num != len(logprobs) or not np.isfinite(logprobs).all():
             tokens = "response tokens" if rollout.response_mask is None else "trained tokens"
             raise ValueError(
                 f"rollout {number} has {num} {tokens} and {len(logprobs)} sampler log-probs: "
                 "each token needs a finite one, and context has none"
             )
-        if not all(0 <= token < vocabulary for token in (*rollout.prompt_ids, *ids)):
+        parts = map(np.asarray, (rollout.prompt_ids, rollout.response_ids))
+        if any(len(ids) and (ids.min() < 0 or ids.max() >= vocabulary) for ids in parts):
             raise ValueError(
                 f"rollout {number} has a token id outside the vocabulary of {vocabulary}"
             )

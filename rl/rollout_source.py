@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -152,7 +153,8 @@ class RolloutsAhead:
     def save(self, folder: Path, name: str) -> None:
         """Stores the waiting rollouts."""
         if dist.is_main():
-            torch.save(self.next, folder / f"{name}.pt")
+            # the default protocol of torch writes arrays as text
+            torch.save(self.next, folder / f"{name}.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL)
 
     def load(self, folder: Path, name: str) -> None:
         """Loads the waiting rollouts; a run that did not sample ahead has none."""

@@ -61,5 +61,5 @@ def save_rollouts(folder: Path, state: RunState, rollouts: Sequence[Rollout]) ->
     file = folder / f"rollouts-step-{state.step + 1}.json"
     if dist.is_main():
         rows = [vars(rollout) | {"problem": vars(rollout.problem)} for rollout in rollouts]
-        file.write_text(json.dumps(rows))
+        file.write_text(json.dumps(rows, default=list))
     return str(file)

@@ -15,7 +15,7 @@ from ..core.training.metrics import peak_memory_gib
 from ..core.training.packing import PackedBatch
 from . import ppo
 from .config import VerifierConfig
-from .rollout import Rollout
+from .rollout import Rollout, joined_logprobs
 from .token_masks import as_float, check_mask, check_shapes
 from .verifier import is_right
 
@@ -51,8 +51,7 @@ def step_metrics(
     """
     mask = batch.response_mask
     num = len(rollouts)
-    sampled = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprobs])
-    gap = (logprobs[mask] - sampled).abs()
+    gap = (logprobs[mask] - joined_logprobs(rollouts)).abs()
     return _of_rollouts(rollouts, scores, right_score, needs_format, prefix="score_") | {
         "kl_mean": float((logprobs - ref_logprobs)[mask].sum()) / num,
         "reward_mean": float(rewards[mask].sum()) / num,

@@ -19,7 +19,7 @@ from ..core.files import parse_json, read_file, replace_bytes
 from ..core.text.data import text_field
 from ..core.training.checkpoint import explain_full_disk
 from .experience import Experience
-from .rollout import Rollout
+from .rollout import Rollout, joined_logprobs
 
 FOLDER = "rollouts"
 """Folder of the files in a run's output."""
@@ -55,7 +55,7 @@ def stored_rows(
     rows = []
     for rollout, score in zip(rollouts, scores.tolist(), strict=True):
         number = numbers.get(id(rollout))
-        sampled = Tensor(list(rollout.sampler_logprobs))
+        sampled = joined_logprobs([rollout])
         row = {
             "problem": vars(rollout.problem),
             "prompt_ids": list(rollout.prompt_ids),

@@ -32,13 +32,23 @@ def response_tokens(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor
         ValueError: shapes disagree, or `cu_seqlens` does not rise from 0 to the last token.
     """
     index = check_mask(x, mask).nonzero().squeeze(1)
+    bounds = check_bounds(mask, cu_seqlens)
+    segment = torch.searchsorted(cu_seqlens.to(index.dtype), index, right=True) - 1
+    return index, segment, len(bounds) - 1
+
+
+def check_bounds(mask: Tensor, cu_seqlens: Tensor) -> list[int]:
+    """The boundaries of the packed sequences as integers.
+
+    Raises:
+        ValueError: they do not rise from 0 to the last token.
+    """
     bounds = cu_seqlens.tolist()
     if bounds[:1] != [0] or bounds[-1] != len(mask) or bounds != sorted(bounds):
         raise ValueError(
             f"cu_seqlens is {bounds}, must rise from 0 to the {len(mask)} tokens of the mask"
         )
-    segment = torch.searchsorted(cu_seqlens.to(index.dtype), index, right=True) - 1
-    return index, segment, len(bounds) - 1
+    return bounds
 
 
 def continues(segment: Tensor) -> Tensor:

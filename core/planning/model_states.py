@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..training.engine import EngineConfig
+from ..training.engine import BUCKET_ELEMENTS, EngineConfig
 
 BYTES = {"bf16": 2, "fp32": 4}
 """Size of a number, by dtype."""
-BUCKET = 500_000_000
-"""Numbers in DeepSpeed's gradient bucket (reduce_bucket_size)."""
 REUSE = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered for reuse (stage3_max_reuse_distance)."""
-SUBGROUP = 1_000_000_000
-"""Parameters that ZeRO-3 steps at once (sub_group_size)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +80,7 @@ def trained_states(
         largest: those of the largest matrix.
         engine: settings of the engine.
         ranks: number of ranks.
-        device: cuda; or cpu, where untouched parts of a bucket take no memory and AdamW is not
-            fused.
+        device: cuda; or cpu, where untouched parts of a bucket take no memory.
 
     Source: arXiv 1910.02054, section 5, with the fp32 gradients of DeepSpeed's step.
     """
@@ -93,19 +88,19 @@ def trained_states(
     stage = engine.zero_stage
     share = parameters / ranks
     cpu = device == "cpu"
-    bucket = size * (min(BUCKET, parameters) if cpu else BUCKET)
+    bucket = size * (min(BUCKET_ELEMENTS, parameters) if cpu else BUCKET_ELEMENTS)
     if stage == 0:
-        states = _unsharded(parameters, largest, size, bucket, cpu=cpu)
+        states = _unsharded(parameters, size, bucket)
     else:
         sharded_gradients = stage >= 2
-        stepped = min(share, SUBGROUP) if stage == 3 else share
+        stepped = min(share, BUCKET_ELEMENTS) if stage == 3 else share
         states = ModelStates(
             weights=size * (share if stage == 3 else parameters),
             optimizer=12 * share,
             gradients=size * (share if sharded_gradients else parameters),
             gradients_stay=stage == 3,
             bucket=bucket,
-            step=(12 if cpu else 4) * stepped,
+            step=4 * stepped,
             gathered=size * min(parameters, REUSE + largest) if stage == 3 and ranks > 1 else 0.0,
         )
     return _offloaded(states, engine, parameters, largest, ranks=ranks)
@@ -141,22 +136,14 @@ def adapted_states(
     )
 
 
-def _unsharded(
-    parameters: int,
-    largest: int,
-    size: int,
-    bucket: float,
-    *,
-    cpu: bool,
-) -> ModelStates:
+def _unsharded(parameters: int, size: int, bucket: float) -> ModelStates:
     mixed = size < 4
-    temporary = 8 * largest if cpu else 0
     return ModelStates(
         weights=size * parameters,
         optimizer=(12 if mixed else 8) * parameters,
         gradients=size * parameters,
         # gradients are flattened in buckets after the last backward pass
-        step=max((4 * parameters if mixed else 0) + temporary, min(bucket, size * parameters)),
+        step=max(4 * parameters if mixed else 0, min(bucket, size * parameters)),
     )
 
 

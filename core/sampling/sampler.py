@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from ..bounds import CountingInt, NonNegativeFloat, check_bounds
+from ..training.number_array import convert_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A response, with its stop token."""
+    """A response, with its stop token. Lists of numbers become a `NumberArray`."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float] = field(repr=False)
@@ -45,6 +47,9 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int = 0
     """Version of the weights that it was drawn with."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, token_ids=np.int32, logprobs=np.float64)
 
 
 class Sampler(Protocol):

@@ -21,6 +21,8 @@ from .shard_files import MAX_FILE_BYTES, read_weights, write_weights
 
 Offload = Literal["none", "optimizer", "all"]
 Dtype = Literal["bf16", "fp32"]
+BUCKET_ELEMENTS = 50_000_000
+"""Numbers that DeepSpeed reduces, gathers or updates at a time; its buffers hold as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +91,14 @@ def deepspeed_config(config: EngineConfig, *, world_size: int, train: bool) -> d
 
     Gradient accumulation is left to the caller, who marks the last micro-batch.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
     if config.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
+        zero["sub_group_size"] = BUCKET_ELEMENTS
     if train and config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload == "all":
@@ -382,4 +389,4 @@ def _adamw(module: nn.Module, config: EngineConfig) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
-    return torch.optim.AdamW(groups, **options, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, **options, fused=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,41 +130,51 @@ def pack(rows: Sequence[PromptAndResponse]) -> PackedBatch:
         ValueError: a row has an empty response, or an empty prompt, so that nothing predicts the
             first response token, or its mask does not fit; the message names the row.
     """
-    tokens: list[int] = []
-    mask: list[bool] = []
     for number, row in enumerate(rows):
         if not len(row.prompt_ids) or not len(row.response_ids):
             part = "response" if len(row.prompt_ids) else "prompt"
             raise ValueError(
                 f"row {number} has an empty {part}: nothing to train on; drop it before packing"
             )
-        tokens += row.prompt_ids
-        tokens += row.response_ids
-        mask += [False] * len(row.prompt_ids) + _response_mask(row, number)
+    parts = [part for row in rows for part in (row.prompt_ids, row.response_ids)]
+    cu_seqlens = _cu_seqlens([len(row.prompt_ids) + len(row.response_ids) for row in rows])
     return PackedBatch(
-        tokens=torch.tensor(tokens, dtype=torch.int64),
-        cu_seqlens=_cu_seqlens([len(row.prompt_ids) + len(row.response_ids) for row in rows]),
-        response_mask=torch.tensor(mask, dtype=torch.bool),
+        tokens=_end_to_end(parts),
+        cu_seqlens=cu_seqlens,
+        response_mask=_response_mask(rows, cu_seqlens),
     )
 
 
-def _response_mask(row: PromptAndResponse, number: int) -> list[bool]:
-    mask = getattr(row, "response_mask", None)
-    if mask is None:
-        return [True] * len(row.response_ids)
-    if len(mask) != len(row.response_ids) or not any(mask):
-        raise ValueError(
-            f"row {number} has {len(row.response_ids)} response tokens and a response_mask of "
-            f"{len(mask)}, {sum(mask)} of them True: it needs one for each, at least one True"
-        )
-    return [bool(trained) for trained in mask]
+def _end_to_end(parts: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids as one tensor: [tokens] int64."""
+    none = np.empty(0, np.int64)  # numpy wants at least one array
+    return torch.from_numpy(np.concatenate([none, *parts], dtype=np.int64))
+
+
+def _response_mask(rows: Sequence[PromptAndResponse], cu_seqlens: Tensor) -> Tensor:
+    """The responses without their context: [tokens] bool."""
+    lengths = [length for row in rows for length in (len(row.prompt_ids), len(row.response_ids))]
+    mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    for number, (row, end) in enumerate(zip(rows, cu_seqlens[1:].tolist(), strict=True)):
+        own = getattr(row, "response_mask", None)
+        if own is None:
+            continue
+        trained = np.asarray(own, dtype=bool)
+        num = len(row.response_ids)
+        if len(trained) != num or not trained.any():
+            raise ValueError(
+                f"row {number} has {num} response tokens and a response_mask of {len(trained)}, "
+                f"{trained.sum()} of them True: it needs one for each, at least one True"
+            )
+        mask[end - num : end] = trained
+    return torch.from_numpy(mask)
 
 
 def pack_token_rows(rows: Sequence[Sequence[int]]) -> PackedBatch:
     """Packs rows of token ids without response tokens; without rows, the same as `empty_batch`."""
     if not rows:
         return empty_batch()
-    tokens = torch.tensor([token for row in rows for token in row])
+    tokens = _end_to_end(rows)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     cu_seqlens = _cu_seqlens([len(row) for row in rows])
     return PackedBatch(
@@ -272,7 +284,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         ValueError: an item is over the capacity.
     """
-    room_of: list[list[int]] = [[] for _ in range(capacity + 1)]  # room left -> bins with it
+    room_of: defaultdict[int, list[int]] = defaultdict(list)  # room left -> bins with it
     open_rooms: list[int] = []  # room left in some bin, ascending
     bins: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -215,6 +215,13 @@ def _load(
         raise ValueError(f"model {path}: cannot be loaded: {_one_line(error)}") from None
     finally:
         hf_logging.set_verbosity(verbosity)
+    misses_head = _check_missing(hf, info, path, any_head=any_head)
+    _silence_dropout(hf)
+    return _Loaded(hf.eval(), misses_head, weights)
+
+
+def _check_missing(hf: Any, info: dict[str, Any], path: str, *, any_head: bool) -> bool:
+    """Whether the classification head is missing; any other missing weight is an error."""
     missing = set(info["missing_keys"])
     misshapen = {name for name, *_ in info["mismatched_keys"]}
     if any_head:
@@ -222,7 +229,7 @@ def _load(
         misshapen -= {HEAD}
     if missing - {HEAD} or misshapen:
         names = ", ".join(sorted(missing | misshapen)[:5])
-        critic = options.get("num_labels") == 1
+        critic = hf.config.num_labels == 1
         hint = (
             "; for a critic, critic_head=fresh replaces it"
             if critic and misshapen == {HEAD}
@@ -232,8 +239,7 @@ def _load(
             f"model {path}: weights are missing or of another shape than {hf.config.model_type} "
             f"needs: {names}{hint}"
         )
-    _silence_dropout(hf)
-    return _Loaded(hf.eval(), bool(missing), weights)
+    return bool(missing)
 
 
 def _with_stand_ins(

@@ -142,12 +142,13 @@ def test_sizes_shipped_for_hub_ids_are_the_published_ones(
 
 
 def test_commands_of_the_interface_exist() -> None:
-    names = "problems search sft verifier ppo critic eval bench demo".split()  # noqa: SIM905
+    names = "problems search sft verifier ppo critic eval demo".split()  # noqa: SIM905
     serve = ["serve start", "serve status", "serve stop"]
     extended = [
         f"{command} {name}" for command in ("plan", "doctor") for name in ("ppo", "sft", "verifier")
     ]
-    assert set(COMMANDS) == {*names, *serve, *extended, "eval compare"}
+    bench = [f"bench {name}" for name in ("packing", "logprobs", "attention", "sampler")]
+    assert set(COMMANDS) == {*names, *serve, *extended, *bench, "eval compare"}
 
 
 def test_ppo_8b_paper_holds_the_papers_numbers() -> None:

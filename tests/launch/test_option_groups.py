@@ -29,7 +29,7 @@ def test_every_name_in_the_groups_is_an_option():
     for name, command in COMMANDS.items():
         for option in options(import_name(command.config)):
             first = option.name.removeprefix("--").partition(".")[0]
-            known |= {first, f"{name}/{first}"}
+            known |= {first, f"{name.replace(' ', '_')}/{first}"}
     assert set(HEADINGS) <= known
 
 

@@ -547,6 +547,36 @@ def test_the_order_of_sequences_and_masked_slots_between_change_nothing(seed):
             torch.testing.assert_close(whole[start:stop][kept], alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("run_tokens", [1, 7, 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_gae_in_runs_of_sequences_equals_the_loop(run_tokens, seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 12, 9)
+    num = int(lengths.sum())
+    rewards, values = rng.normal(size=(2, num))
+    mask = rng.random(num) < 0.7
+    lam, lam_critic = rng.random((2, len(lengths)))
+    expected = np.zeros((2, num))
+    for row, lams in ((0, lam), (1, lam_critic)):
+        for start, length, decay in zip(lengths.cumsum() - lengths, lengths, lams, strict=True):
+            advantage = next_value = 0.0
+            for t in reversed(range(start, start + length)):
+                if mask[t]:
+                    delta = rewards[t] + 0.9 * next_value - values[t]
+                    advantage = delta + 0.9 * decay * advantage
+                    expected[row, t] = advantage + (values[t] if row else 0.0)
+                    next_value = values[t]
+    rewards[~mask] = math.nan
+    values[~mask] = math.inf
+    inputs = [torch.from_numpy(x) for x in (rewards, values, mask)]
+    options = {"lam": torch.from_numpy(lam), "lam_critic": torch.from_numpy(lam_critic)}
+    whole = ppo.gae(*inputs, cu(*lengths), gamma=0.9, **options)
+    monkeypatch.setattr(ppo, "RUN_TOKENS", run_tokens)
+    got = ppo.gae(*inputs, cu(*lengths), gamma=0.9, **options)
+    np.testing.assert_allclose(torch.stack(got).numpy(), expected, rtol=0, atol=1e-12)
+    assert torch.equal(torch.stack(got), torch.stack(whole))
+
+
 def test_losses_of_micro_batches_add_up_to_that_of_the_whole():
     s = random_step(5)
     new, old, white, mask = (torch.as_tensor(x) for x in (s.new, s.old, s.old_values, s.mask))

@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+import json
+import pickle
+import tracemalloc
+from array import array
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
 
 from verippo.core.sampling.local_sampler import LocalSampler
 from verippo.core.sampling.sampler import Completion, SamplingParams
 from verippo.core.text.chat import render_prompt, render_response
 from verippo.core.text.data import Problem
+from verippo.core.training.packing import pack
 from verippo.core.training.pretrained import load_causal_lm, load_tokenizer
-from verippo.rl.rollout import Rollout, prompt_ids, rollout, rollout_prompts
+from verippo.rl.rollout import (
+    Rollout,
+    check_rollouts,
+    prompt_ids,
+    rollout,
+    rollout_prompts,
+)
 
 PROBLEMS = [
     Problem(question=f"What is {n} plus one?", answer=str(n + 1), index=n) for n in range(4)
@@ -79,6 +94,51 @@ def test_each_prompt_gets_its_own_completion_field_by_field(tokenizer):
         ([7], prompts[1].seed),
     ]
     assert sampler.params is sampling
+
+
+def test_lists_and_arrays_make_equal_rollouts():
+    lists = Rollout(
+        problem=PROBLEMS[0],
+        prompt_ids=[5, 6],
+        response_ids=(7, 8, 2),
+        sampler_logprobs=[-0.1, -2],
+        response_mask=[True, False, True],
+        text="a",
+    )
+    arrays = replace(
+        lists,
+        prompt_ids=np.array([5, 6]),
+        response_ids=array("i", [7, 8, 2]),
+        sampler_logprobs=np.array([-0.1, -2.0]),
+        response_mask=np.array([True, False, True]),
+    )
+    assert lists == arrays == pickle.loads(pickle.dumps(arrays))
+    assert lists.prompt_ids == [5, 6]
+    assert lists.response_mask == [True, False, True]
+    assert json.dumps(list(arrays.sampler_logprobs)) == "[-0.1, -2.0]"
+    assert (arrays.num_trained, arrays.num_context, arrays.num_turns) == (2, 1, 2)
+
+
+def test_packing_and_checks_need_few_bytes_a_token():
+    ids = np.arange(1000, dtype=np.int32)
+    one = Rollout(
+        problem=PROBLEMS[0],
+        prompt_ids=ids[:200],
+        response_ids=ids[200:],
+        sampler_logprobs=-np.ones(800),
+        text="a",
+    )
+    tracemalloc.start()
+    try:
+        check_rollouts([one] * 1000, vocabulary=1000, version=0)
+        checked = tracemalloc.get_traced_memory()[1]
+        batch = pack([one] * 1000)
+        packed = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(batch.tokens, torch.arange(1000).repeat(1000))
+    assert checked < 0.1 * batch.num_tokens
+    assert packed < 10 * batch.num_tokens
 
 
 def test_a_completion_too_few_is_refused(tokenizer):

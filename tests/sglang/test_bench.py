@@ -1,4 +1,4 @@
-"""`verippo bench` with a real server."""
+"""`verippo bench sampler` with a real server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ def test_the_server_gets_the_weights_and_both_engines_draw(make_model, sglang_se
         "fp32",
     ]
     cli.main(
-        ["bench", "--model", str(make_model(seed=3)), "--sampler.urls", sglang_server.url, *sizes]
+        [
+            "bench",
+            "sampler",
+            "--model",
+            str(make_model(seed=3)),
+            "--sampler.urls",
+            sglang_server.url,
+            *sizes,
+        ]
     )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["figure"], row["engine"]) for row in rows] == [
@@ -35,5 +43,13 @@ def test_the_server_gets_the_weights_and_both_engines_draw(make_model, sglang_se
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows[1:])
     cli.main(
-        ["bench", "--model", sglang_server.model_path, "--sampler.urls", sglang_server.url, *sizes]
+        [
+            "bench",
+            "sampler",
+            "--model",
+            sglang_server.model_path,
+            "--sampler.urls",
+            sglang_server.url,
+            *sizes,
+        ]
     )  # as it was

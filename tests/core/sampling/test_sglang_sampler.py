@@ -708,7 +708,8 @@ def test_buckets_copy_tensors_up_to_their_size():
     assert [tensor[0].item() for portion in portions for _, tensor in portion] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("sync", ["disk", "tensor", "distributed"])
+# disk sync copies into one buffer: tests/core/training/test_sharded_memory.py
+@pytest.mark.parametrize("sync", ["tensor", "distributed"])
 def test_no_more_than_two_buckets_are_held_at_a_time(serve, connect, sync):
     sampler = connect(serve(), sync=sync, push=False)
     sampler.sync.bucket_bytes = 40

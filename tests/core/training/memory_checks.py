@@ -1,10 +1,11 @@
 """Peak memory of each rank while a model is loaded, held by an engine and exported.
 
     python tests/core/training/memory_checks.py make MODEL --hidden 2048 --layers 20 --files 6
-    python -m torch.distributed.run --nproc_per_node 2 tests/core/training/memory_checks.py \
-        measure MODEL --dtype bf16 --train true
+    MALLOC_MMAP_THRESHOLD_=65536 python -m torch.distributed.run --nproc_per_node 2 \
+        tests/core/training/memory_checks.py measure MODEL --dtype bf16 --train true
 
-`make` writes a random Llama. `measure` prints a JSON line for each rank; sizes are in MB of
+`make` writes a random Llama. glibc's threshold is fixed so that it returns freed tensors to the
+system, as a GPU's allocator reuses them. `measure` prints a JSON line for each rank; sizes are in MB of
 anonymous memory (RssAnon and RssShmem of /proc/self/status), which leaves the pages of mapped files
 out: the kernel drops those when memory is short, and ranks share them.
 """

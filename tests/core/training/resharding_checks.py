@@ -16,13 +16,14 @@ from types import SimpleNamespace
 
 import torch
 
-from verippo.core.training import dist
+from verippo.core.training import dist, engine
 from verippo.core.training.engine import EngineConfig, TrainEngine
 from verippo.core.training.packing import PackedBatch, pack
 from verippo.core.training.pretrained import load_policy
 
 NUM_ROWS = 4
 RESPONSE = 9
+engine.BUCKET_ELEMENTS = 2_000  # less than the largest weight, so that there are several buckets
 
 
 def own_batch(step: int) -> PackedBatch:
@@ -47,17 +48,17 @@ def run(model: str, folder: Path, stretch: str) -> None:
         adam_epsilon=1e-5,
         gradient_checkpointing=False,
     )
-    engine = TrainEngine(load_policy(model, dtype="fp32", engine=config), config)
+    trained = TrainEngine(load_policy(model, dtype="fp32", engine=config), config)
     start = 0
     if source:
-        engine.load(folder / source, "policy")
+        trained.load(folder / source, "policy")
         start = int((folder / source / "steps").read_text())
     end = start + int(steps)
     for step in range(start, end):
-        engine.backward(-engine(own_batch(step)).sum(), NUM_ROWS * RESPONSE, last=True)
-        assert engine.step(1e-2).applied
-    engine.save(folder / name, "policy")
-    weights = engine.full_state()
+        trained.backward(-trained(own_batch(step)).sum(), NUM_ROWS * RESPONSE, last=True)
+        assert trained.step(1e-2).applied
+    trained.save(folder / name, "policy")
+    weights = trained.full_state()
     if dist.is_main():
         (folder / name / "steps").write_text(str(end))
         torch.save(weights, folder / name / "weights.pt")

@@ -263,7 +263,13 @@ def test_the_deepspeed_configuration_is_these_literals():
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": 4,
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "sub_group_size": 50_000_000,
+        },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": True},
         "gradient_clipping": 0.7,
@@ -281,7 +287,7 @@ def test_the_deepspeed_configuration_is_these_literals():
         ]
         assert {key: value for key, value in zero.items() if "offload" in key} == expected
     plain = deepspeed_config(EngineConfig(zero_stage=0, dtype="fp32"), world_size=1, train=True)
-    assert plain["zero_optimization"] == {"stage": 0}
+    assert plain["zero_optimization"]["stage"] == 0
     assert plain["bf16"] == {"enabled": False}
 
 

@@ -40,7 +40,15 @@ def ranks(memory_checks, model, two_ranks):
     """What `measure` prints for each rank, in fp32: another data type than the files'."""
     script = memory_checks.__file__
     done = two_ranks(
-        script, "measure", str(model), "--dtype", "fp32", "--train", "true", timeout=500
+        script,
+        "measure",
+        str(model),
+        "--dtype",
+        "fp32",
+        "--train",
+        "true",
+        timeout=500,
+        env={"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

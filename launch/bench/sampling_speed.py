@@ -1,9 +1,7 @@
-"""`verippo bench`: sampling speed in this process and on servers, one JSON object per figure."""
+"""`verippo bench sampler`: sampling speed in this process and on servers."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
 import tempfile
@@ -15,18 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.bounds import CountingInt, SeedInt, check_bounds
-from ..core.sampling.local_sampler import LocalSampler, check_sampling
-from ..core.sampling.sampler import Prompt, Sampler, SamplingParams
-from ..core.sampling.sglang_sampler import SglangConfig, SglangSampler
-from ..core.text.stop_tokens import stop_token_ids
-from ..core.training import dist
-from ..core.training.metrics import environment
-from ..core.training.pretrained import context_length, load_causal_lm, load_tokenizer
+from ...core.bounds import CountingInt, SeedInt, check_bounds
+from ...core.sampling.local_sampler import LocalSampler, check_sampling
+from ...core.sampling.sampler import Prompt, Sampler, SamplingParams
+from ...core.sampling.sglang_sampler import SglangConfig, SglangSampler
+from ...core.text.stop_tokens import stop_token_ids
+from ...core.training import dist
+from ...core.training.metrics import environment
+from ...core.training.pretrained import context_length, load_causal_lm, load_tokenizer
+from .measure import load, print_row
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class SamplerBenchConfig:
     """Measures how fast responses to random prompts are sampled here and on running servers."""
 
     model: str
@@ -51,8 +50,8 @@ class BenchConfig:
         check_bounds(self)
 
 
-def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
-    """Runs the command `bench`.
+def bench(config: SamplerBenchConfig, *, resolved: dict[str, Any]) -> None:
+    """Runs the command `bench sampler`.
 
     Raises:
         ValueError: The model cannot be loaded, or no server answers.
@@ -60,10 +59,11 @@ def bench(config: BenchConfig, *, resolved: dict[str, Any]) -> None:
     model: Any = load_causal_lm(config.model, dtype=config.dtype)
     check_sampling(model.config, config.model)
     stops = stop_token_ids(config.model, load_tokenizer(config.model))
-    facts = environment(1) | {
+    facts = {
+        **environment(1),
+        **load(),
         "model": config.model,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "load": round(os.getloadavg()[0], 2),  # other programs distort a busy machine's figures
         "prompts": config.prompts,
         "prompt_tokens": config.prompt_tokens,
         "max_new_tokens": config.max_new_tokens,
@@ -134,8 +134,3 @@ def measure_sampling(sampler: Sampler, rounds: list[list[Prompt]], facts: dict[s
         "tokens": [tokens for tokens, _ in counted],
     }
     print_row(figures | facts)
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """Prints a figure with the facts about its machine as one JSON object."""
-    print(json.dumps(row), flush=True)
