@@ -44,6 +44,32 @@ ShareFloat = Annotated[
     ),
 ]
 """A share of rows to hold out: 0 or more and under 1."""
+ClipFloat = Annotated[
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        low_excluded=True,
+        rule="must be above 0 and at most 1",
+    ),
+]
+UnderOneFloat = Annotated[
+    float,
+    Bounds(
+        low=0,
+        high=1,
+        high_excluded=True,
+        rule="must be 0 or more and under 1",
+    ),
+]
+OverOneFloat = Annotated[
+    float,
+    Bounds(
+        low=1,
+        low_excluded=True,
+        rule="must be above 1",
+    ),
+]
 PortInt = Annotated[int, Bounds(low=0, high=65535, rule="must be 0 (any free one) to 65535")]
 SeedInt = Annotated[
     int,

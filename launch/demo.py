@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.report.run_report import write_report
+from ..core.report.statistics import Interval, wilson_interval
 from ..core.training.checkpoint import prepare_output
 from ..rl.train import train
 from .ablation import ablate
-from .demo_task import TASKS, DemoConfig, ppo_config, prepare, stage_table, timed
+from .demo_task import TASKS, DemoConfig, ppo_config, prepare, read_rows, timed
 
 
 def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
@@ -28,9 +29,8 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
         return ablate(config, folder)
     seconds: dict[str, float] = {}
     prepare(config, folder, seconds)
-    ppo = folder / "ppo"
     with timed("ppo", seconds):
-        train(ppo_config(config, folder), resolved=resolved)
+        ppo = train(ppo_config(config, folder), resolved=resolved)
     stages: dict[str, Any] = stage_table(ppo, TASKS[config.task].note) | {"seconds": seconds}
     (ppo / "stages.json").write_text(json.dumps(stages, indent=1))
     title = "verippo demo: SFT, verifier, PPO"
@@ -47,3 +47,24 @@ def demo(config: DemoConfig, *, resolved: dict[str, Any]) -> Path:
         )
     print(f"report: {report}")
     return report
+
+
+def stage_table(ppo_folder: Path, note: str) -> dict[str, Any]:
+    """Contents of stages.json: held-out evaluations before and after PPO, with 95 % intervals."""
+    evals = read_rows(ppo_folder / "eval.jsonl")
+    rows = []
+    for stage, row in (("after SFT", evals[0]), ("after PPO", evals[-1])):
+        num = row["num"]
+        score = row["score_mean"]
+        half = 1.96 * row["score_std"] / num**0.5
+        rates = {
+            key: Interval(row[key], *wilson_interval(round(row[key] * num), num))._asdict()
+            for key in ("exact_rate", "reasoned_rate")
+        }
+        measures = {
+            "score_mean": Interval(score, score - half, score + half)._asdict(),
+            "response_length_mean": row["response_length_mean"],
+            "turns_mean": row["turns_mean"],
+        }
+        rows.append({"stage": stage, "num": num} | rates | measures)
+    return {"rows": rows, "notes": [note]}

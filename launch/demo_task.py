@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from ..core.bounds import Bounds, CountingInt, NonNegativeInt, SeedInt, check_bounds
-from ..core.report.statistics import Interval, wilson_interval
 from ..rl.config import PPOConfig
+from ..rl.lora_config import PPOLoraConfig
 from ..search.calculations import generate, paraphrases, wrong_answers
 from ..sft.config import SFTConfig, VerifierTrainingConfig
 from ..sft.finetune import train as train_sft
@@ -39,6 +39,12 @@ KINDS = ("bishop", "apgar", "child_pugh")
 reasoning."""
 VERIFIER_TEMPLATE = "Answer: {response}\nReference: {reference}\nRight?"
 """Shorter than the built-in template, whose instruction would take most of a tiny model's time."""
+LORA: dict[str, Any] = {
+    "lora": PPOLoraConfig(rank=8, alpha=16.0),
+    "policy_learning_rate": 1.5e-3,
+    "critic_learning_rate": 5e-3,
+}
+"""Fields of PPO with adapters, whose learning rates are higher."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -99,6 +105,8 @@ class DemoConfig:
     """Steps of PPO; null: those of the task."""
     rollouts_per_step: CountingInt | None = None
     """Responses per PPO step; null: those of the task."""
+    lora: bool = False
+    """Train adapters of policy and critic in PPO, in ppo-lora/ (see ppo --lora.rank)."""
     ablation_seeds: NonNegativeInt = 0
     """Train every variant of the ablation from this many seeds instead of running the demo."""
     ablation_jobs: CountingInt = 1
@@ -301,6 +309,8 @@ def ppo_config(config: DemoConfig, folder: Path, **changes: Any) -> PPOConfig:
         "prompts_per_step": config.sizes.rollouts_per_step,
         "seed": config.seed,
     }
+    if config.lora:
+        settings |= LORA | {"output": str(folder / "ppo-lora")}
     name = f"{TASKS[config.task].configs}_ppo"
     return read_config(PPOConfig, name, folder, **(settings | changes))
 
@@ -317,27 +327,6 @@ def read_config(config_class: type[Config], name: str, folder: Path, **changes: 
 def read_rows(path: Path) -> list[Record]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def stage_table(ppo_folder: Path, note: str) -> dict[str, Any]:
-    """Contents of stages.json: held-out evaluations before and after PPO, with 95 % intervals."""
-    evals = read_rows(ppo_folder / "eval.jsonl")
-    rows = []
-    for stage, row in (("after SFT", evals[0]), ("after PPO", evals[-1])):
-        num = row["num"]
-        score = row["score_mean"]
-        half = 1.96 * row["score_std"] / num**0.5
-        rates = {
-            key: Interval(row[key], *wilson_interval(round(row[key] * num), num))._asdict()
-            for key in ("exact_rate", "reasoned_rate")
-        }
-        measures = {
-            "score_mean": Interval(score, score - half, score + half)._asdict(),
-            "response_length_mean": row["response_length_mean"],
-            "turns_mean": row["turns_mean"],
-        }
-        rows.append({"stage": stage, "num": num} | rates | measures)
-    return {"rows": rows, "notes": [note]}
 
 
 TASKS = {

@@ -12,8 +12,8 @@ import docstring_parser
 
 GROUPS = {
     "model": """
-        model policy critic critic_head critic_freeze reference baseline llm dtype vocabulary
-        hidden_size heads kv_heads head_dim""",
+        model policy critic critic_head critic_freeze reference baseline lora llm dtype
+        vocabulary hidden_size heads kv_heads head_dim""",
     "data": """
         data sizes num_tokens lengths eval_data eval_fraction limit columns question_key
         answer_key system_prompt max_prompt_tokens max_seq_len overlong tokenize_workers

@@ -113,7 +113,10 @@ def _models(config: PlanConfig) -> dict[str, str]:
     """The models of a run: role -> folder or hub id."""
     if not isinstance(config, PPOPlanConfig):
         return {"model": config.model}
-    models = {"policy": config.policy, "reference": config.reference or config.policy}
+    models = {"policy": config.policy}
+    reference = config.reference or config.policy
+    if not config.lora.rank or reference != config.policy:  # else it is the policy's own base
+        models["reference"] = reference
     if config.advantage == "gae":
         models["critic"] = config.critic or config.policy
     if config.verifier.kind == "classifier":

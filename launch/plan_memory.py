@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..core.planning.activations import (
     forward_activations,
@@ -13,8 +14,14 @@ from ..core.planning.activations import (
     logprob_memory,
     training_activations,
 )
-from ..core.planning.model_shape import ModelShape
-from ..core.planning.model_states import BYTES, ModelStates, frozen_states, trained_states
+from ..core.planning.model_shape import ModelShape, adapter_parameters
+from ..core.planning.model_states import (
+    BYTES,
+    ModelStates,
+    adapted_states,
+    frozen_states,
+    trained_states,
+)
 from .plan_config import MachineConfig, PlanConfig, PPOPlanConfig, SFTPlanConfig
 
 GIB = 2**30
@@ -108,14 +115,25 @@ def _per_rank(config: MachineConfig, part: Part) -> float:
     return part.host / ranks_per_host(config) / config.host_overhead
 
 
+def num_adapters(config: PlanConfig, shape: ModelShape, *, head: bool) -> int:
+    """Parameters of the adapters of a model that is trained; 0 if its weights are trained.
+
+    Args:
+        config: the run.
+        shape: sizes of the model.
+        head: whether it has a language-model head; else it is a critic or classifier.
+    """
+    if isinstance(config, PPOPlanConfig):
+        return adapter_parameters(shape, config.lora) if head or config.lora.critic else 0
+    return adapter_parameters(shape, config.lora) if isinstance(config, SFTPlanConfig) else 0
+
+
 def _states(config: PlanConfig, shape: ModelShape, *, head: bool) -> ModelStates:
-    return trained_states(
-        shape.parameters if head else shape.decoder_parameters,
-        shape.embedding,
-        config.engine,
-        ranks=config.gpus,
-        device=config.device,
-    )
+    parameters = shape.parameters if head else shape.decoder_parameters
+    how: dict[str, Any] = {"ranks": config.gpus, "device": config.device}
+    if adapters := num_adapters(config, shape, head=head):
+        return adapted_states(parameters, adapters, config.engine, **how)
+    return trained_states(parameters, shape.embedding, config.engine, **how)
 
 
 def _host(config: MachineConfig, states: ModelStates) -> float:
@@ -159,9 +177,17 @@ def _trained_parts(
         phase=train,
     )
     if head:
+        frozen = num_adapters(config, shape, head=True) > 0
         yield Part(
-            name=f"{name}: log-probs and head gradient",
-            gpu=logprob_memory(shape, tokens, size=size, backward=True, device=config.device),
+            name=f"{name}: log-probs" if frozen else f"{name}: log-probs and head gradient",
+            gpu=logprob_memory(
+                shape,
+                tokens,
+                size=size,
+                backward=True,
+                frozen_head=frozen,
+                device=config.device,
+            ),
             phase=train,
         )
     yield Part(name=f"{name}: gathered weights", gpu=states.gathered, phase=train)
@@ -184,7 +210,8 @@ def _supervised_parts(config: PlanConfig, shape: ModelShape) -> Iterator[Part]:
 def _ppo_parts(config: PPOPlanConfig, shapes: Mapping[str, ModelShape]) -> Iterator[Part]:
     size = BYTES[config.dtype]
     policy = shapes["policy"]
-    frozen = {"reference": shapes["reference"].parameters}
+    reference = shapes.get("reference")
+    frozen = {"reference": reference.parameters} if reference else {}
     if "verifier" in shapes:
         frozen["verifier"] = shapes["verifier"].decoder_parameters
     gathered: dict[str, float] = {}
@@ -199,10 +226,10 @@ def _ppo_parts(config: PPOPlanConfig, shapes: Mapping[str, ModelShape]) -> Itera
         yield Part(name="verifier: activations", gpu=passed, phase="score")
         yield Part(name="verifier: gathered weights", gpu=gathered["verifier"], phase="score")
     trained = {"policy": policy} | ({"critic": shapes["critic"]} if "critic" in shapes else {})
-    yield from _forward_parts(config, policy, trained, gathered["reference"])
+    yield from _forward_parts(config, policy, trained, gathered.get("reference", 0.0))
     for name, shape in trained.items():
         yield from _trained_parts(config, name, shape, head=name == "policy")
-    loaded = [policy, shapes["reference"]]
+    loaded = [policy, reference] if reference else [policy]
     yield Part(name="loading with conversion", host=_loading(config, loaded), phase="load")
 
 

@@ -11,7 +11,7 @@ from ..core.planning.duration import Speed
 from ..core.planning.model_shape import ModelShape
 from ..core.planning.model_states import BYTES
 from .plan_config import MachineConfig, PlanConfig, PPOPlanConfig, SFTPlanConfig
-from .plan_memory import ranks_per_host, server_cache_tokens
+from .plan_memory import num_adapters, ranks_per_host, server_cache_tokens
 
 GIGA = 1e9
 SERVER_SLOTS = 256
@@ -102,7 +102,8 @@ def _trained_phases(
     passes = micro_batches * (3 if checkpointing else 2)
     gathered = duration.gather_bytes(parameters, **sharding, passes=passes)
     reductions = micro_batches if config.zero_stage >= 2 else epochs * steps
-    reduced = reductions * duration.reduce_bytes(parameters, **sharding)
+    trained = num_adapters(config, shape, head=head) or parameters
+    reduced = reductions * duration.reduce_bytes(trained, **sharding)
     compute = flops / config.gpus / machine.flops
     exchange = (gathered + reduced) / machine.link
     # ZeRO-3 communicates while it computes
@@ -111,7 +112,7 @@ def _trained_phases(
         seconds = max(seconds, passes * size * parameters / config.gpus / machine.pcie)
     yield Phase(name=f"train {name}", flops=flops, traffic=gathered + reduced, seconds=seconds)
     step = duration.optimizer_seconds(
-        parameters,
+        trained,
         ranks=1 if config.zero_stage == 0 else config.gpus,
         ranks_per_host=ranks_per_host(config),
         offloaded=config.offload != "none",
@@ -157,7 +158,7 @@ def _ppo_phases(config: PPOPlanConfig, shapes: Mapping[str, ModelShape]) -> Iter
         scored = config.rollouts_per_step * read
         verifier = [(shapes["verifier"], False)]
         yield _frozen_phase(config, "score", verifier, tokens=scored, context=read)
-    models = [(policy, True), (shapes["reference"], True)]
+    models = [(policy, True), (shapes.get("reference", policy), True)]
     models += [(shapes["critic"], False)] if "critic" in shapes else []
     yield _frozen_phase(config, "forward", models, tokens=tokens, context=context)
     trained = [("policy", config.epochs), ("critic", config.critic_epochs or config.epochs)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 from ..core.bounds import (
-    Bounds,
+    ClipFloat,
     CountingInt,
     NonNegativeFloat,
     NonNegativeInt,
+    OverOneFloat,
     PositiveFloat,
     PositiveInt,
+    UnderOneFloat,
     UnitFloat,
     check_bounds,
 )
@@ -21,34 +23,8 @@ from ..core.sampling.sampler import SamplingParams
 from ..core.sampling.sglang_sampler import SglangConfig
 from ..core.text.data import ANSWER_KEY, QUESTION_KEY
 from ..core.training.run_config import RunConfig
+from .lora_config import PPOLoraConfig, check_lora
 from .loss_config import CorrectionConfig, KLConfig
-
-ClipFloat = Annotated[
-    float,
-    Bounds(
-        low=0,
-        high=1,
-        low_excluded=True,
-        rule="must be above 0 and at most 1",
-    ),
-]
-UnderOneFloat = Annotated[
-    float,
-    Bounds(
-        low=0,
-        high=1,
-        high_excluded=True,
-        rule="must be 0 or more and under 1",
-    ),
-]
-OverOneFloat = Annotated[
-    float,
-    Bounds(
-        low=1,
-        low_excluded=True,
-        rule="must be above 1",
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +93,8 @@ class PPOConfig(RunConfig):
     """Frozen model that the KL penalty refers to; default: the policy as it starts."""
     reference_refresh_steps: CountingInt | None = None
     """Steps after which the reference takes the policy's weights, again and again; null: never."""
+    lora: PPOLoraConfig = field(default_factory=PPOLoraConfig)
+    """Low-rank adapters of policy and critic."""
     baseline: str | None = None
     """Model that is evaluated once, and with which every evaluation is compared."""
 
@@ -315,6 +293,11 @@ class PPOConfig(RunConfig):
                 f"critic_freeze={self.critic_freeze}: advantage={self.advantage} trains no critic: "
                 "leave it out"
             )
+        check_lora(
+            self.lora,
+            critic_freeze=self.critic_freeze,
+            reference_refresh_steps=self.reference_refresh_steps,
+        )
         kind = self.verifier.kind
         if self.critic == "verifier" and kind != "classifier":
             raise ValueError(
@@ -348,6 +331,7 @@ class PPOConfig(RunConfig):
             "critic_freeze",
             "reference",
             "reference_refresh_steps",
+            "lora",
             "advantage",
             "staleness",
             "question_key",

@@ -21,6 +21,7 @@ from ..core.text.stop_tokens import stop_token_ids
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
 from ..core.training.engine import FrozenEngine, TrainEngine, weight_shapes
+from ..core.training.lora import FrozenBase, with_adapters
 from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
@@ -143,8 +144,12 @@ def set_up(config: PPOConfig) -> Components:
     critic = _critic(config, tokenizer)
     # one after another: under ZeRO-3 no rank then ever holds a whole model
     load = functools.partial(load_policy, dtype=config.dtype, engine=config.engine)
-    policy = TrainEngine(load(config.policy), config.engine)
-    reference = FrozenEngine(load(reference_path), config.engine)
+    policy_module = with_adapters(load(config.policy), config.lora, seed=config.seed)
+    policy = TrainEngine(policy_module, config.engine)
+    if policy.adapted and reference_path == config.policy:
+        reference: FrozenEngine = FrozenBase(policy)
+    else:
+        reference = FrozenEngine(load(reference_path), config.engine)
     if config.reference_refresh_steps:
         check_same_shapes(
             policy.module,
@@ -285,6 +290,8 @@ def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TrainEngin
         engine=config.engine,
     )
     check_embedding(module.hf.config, tokenizer, config.critic_path)
+    if config.lora.critic:
+        with_adapters(module, config.lora, seed=config.seed)
     return TrainEngine(module, config.engine)
 
 

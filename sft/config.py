@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..core.bounds import CountingInt, NonNegativeFloat, PositiveInt, UnitFloat
 from ..core.llm.client import LLMConfig
+from ..core.training.lora import LoraConfig
 from ..core.training.run_config import RunConfig
 from ..core.training.schedule import ScheduleKind
 from .conversations import AnswerColumns, Columns
@@ -87,6 +88,8 @@ class SFTConfig(TrainingConfig):
 
     columns: Columns = field(default_factory=Columns)
     """Keys of question, reasoning and response in a data row."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters of the model."""
     system_prompt: str | None = None
     """System turn of rows that have none of their own."""
     tokenize_workers: CountingInt = 1
@@ -94,7 +97,7 @@ class SFTConfig(TrainingConfig):
 
     @property
     def fixed(self) -> tuple[str, ...]:
-        return (*super().fixed, "columns", "system_prompt")
+        return (*super().fixed, "columns", "lora", "system_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from ..core.text.stop_tokens import stop_token_ids
 from ..core.training import checkpoint, dist
 from ..core.training.engine import TrainEngine
 from ..core.training.export import save_model
+from ..core.training.lora import with_adapters
 from ..core.training.packing import PackedBatch, empty_batch, pack, share_out
 from ..core.training.pretrained import check_embedding, load_policy, load_tokenizer
 from ..core.training.run import print_next_commands
@@ -67,6 +68,7 @@ def train(config: SFTConfig, *, resolved: dict[str, Any]) -> Path:
         rows, eval_rows = train_and_eval_rows(config, load, lambda row: row.num_tokens)
         policy = load_policy(config.model, dtype=config.dtype, engine=config.engine)
         check_embedding(policy.hf.config, tokenizer, config.model)
+        policy = with_adapters(policy, config.lora, seed=config.seed)
         engine = TrainEngine(policy, config.engine)
         task = _task(config, tokenizer)
         try:

@@ -90,6 +90,7 @@ def logprob_memory(
     *,
     size: int,
     backward: bool,
+    frozen_head: bool = False,
     entropy: bool = False,
     device: str = "cuda",
 ) -> float:
@@ -103,6 +104,7 @@ def logprob_memory(
         tokens: response tokens of the micro-batch.
         size: bytes of a number.
         backward: whether gradients are computed.
+        frozen_head: whether the head is not trained and has no gradient.
         entropy: whether entropies are, which takes a second chunk.
         device: cuda or cpu.
     """
@@ -110,7 +112,8 @@ def logprob_memory(
     memory = chunk + tokens * size * shape.hidden
     if backward:
         cast = size if size < 4 else 0
-        memory += (4 + cast) * shape.embedding + tokens * size * shape.hidden
+        head = 0 if frozen_head else (4 + cast) * shape.embedding
+        memory += head + tokens * size * shape.hidden
     if device == "cpu" and size < 4:
         memory += 4 * shape.embedding
     return memory

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from ..training.lora import ALL_LINEAR, LoraConfig, target_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class ModelShape:
     """Whether queries and keys are normalised, as in Qwen3."""
     dtype: str = "bf16"
     """Data type of the weights in the model's files."""
+    linear: Mapping[str, int] = field(default_factory=dict)
+    """Name of a linear layer -> inputs and outputs of all layers of that name."""
 
     @property
     def embedding(self) -> int:
@@ -53,6 +58,17 @@ class ModelShape:
     def kv_size(self) -> int:
         """Size of a token's keys, all heads together; its values have the same."""
         return self.kv_heads * self.head_dim
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
+    """Parameters of a model's adapters: rank (inputs + outputs) of each linear layer that has them.
+
+    Args:
+        shape: sizes of the model.
+        lora: the adapters; rank 0 has none.
+    """
+    names = shape.linear if lora.targets == ALL_LINEAR else lora.targets.split(",")
+    return lora.rank * sum(shape.linear.get(name.strip(), 0) for name in names)
 
 
 def model_shape(config: PretrainedConfig, name: str) -> ModelShape:
@@ -91,7 +107,17 @@ def model_shape(config: PretrainedConfig, name: str) -> ModelShape:
         tied=bool(text.tie_word_embeddings),
         qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         dtype="fp32" if "float32" in dtype else "bf16",
+        linear=_linear_sizes(model),
     )
+
+
+def _linear_sizes(model: Any) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name in target_names(model, ALL_LINEAR):
+        own = name.rpartition(".")[2]
+        layer = model.get_submodule(name)
+        sizes[own] = sizes.get(own, 0) + layer.in_features + layer.out_features
+    return sizes
 
 
 def _num_experts(text: Any) -> int:

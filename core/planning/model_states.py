@@ -106,6 +106,36 @@ def trained_states(
     return _offloaded(states, engine, parameters, largest, ranks=ranks)
 
 
+def adapted_states(
+    parameters: int,
+    adapters: int,
+    engine: EngineConfig,
+    *,
+    ranks: int,
+    device: str = "cuda",
+) -> ModelStates:
+    """States of a frozen model whose adapters are trained with AdamW.
+
+    The model's weights are those of `frozen_states`; the rest is that of `trained_states` for the
+    adapters alone.
+
+    Args:
+        parameters: number of frozen parameters.
+        adapters: number of trained parameters.
+        engine: settings of the engine.
+        ranks: number of ranks.
+        device: as for `trained_states`.
+    """
+    base = frozen_states(parameters, engine, ranks=ranks)
+    own = trained_states(adapters, adapters, engine, ranks=ranks, device=device)
+    return replace(
+        own,
+        weights=base.weights + own.weights,
+        gathered=base.gathered + own.gathered,
+        host=base.host + own.host,
+    )
+
+
 def _unsharded(parameters: int, size: int, bucket: float) -> ModelStates:
     mixed = size < 4
     return ModelStates(

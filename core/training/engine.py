@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dist
+from .merging import adapted_layers, check_base_digest, stored_weights, write_base_digest
 from .resharding import Layout, load_resharded
 from .shard_files import MAX_FILE_BYTES, read_weights, write_weights
 
@@ -181,6 +182,7 @@ class TrainEngine:
             dist_init_required=False,
         )
         self.engine.train()
+        self.adapted = bool(adapted_layers(self.module.hf))
 
     @property
     def module(self) -> Any:
@@ -236,8 +238,15 @@ class TrainEngine:
         return full_state(self.module)
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes this rank's weights, optimizer states and counters under folder/name."""
-        self.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+        """Writes this rank's weights, optimizer states and counters under folder/name.
+
+        Of a model with adapters, it writes what is trained and a digest of the other weights.
+        """
+        self.engine.save_checkpoint(
+            str(folder), tag=name, save_latest=False, exclude_frozen_parameters=self.adapted
+        )
+        if self.adapted:
+            write_base_digest(folder / name, self.module.hf, _gathered, write=dist.is_main())
 
     def load(self, folder: Path, name: str) -> None:
         """Loads what `save` wrote.
@@ -245,8 +254,11 @@ class TrainEngine:
         It may have been saved by another number of ranks, or under another ZeRO stage of 1 to 3.
 
         Raises:
-            ValueError: it is missing or damaged, or one of the two stages is 0.
+            ValueError: it is missing or damaged, or one of the two stages is 0; or its adapters
+                belong to other weights.
         """
+        if self.adapted and (folder / name).is_dir():
+            check_base_digest(folder / name, self.module.hf, _gathered)
         own = Layout.of_engine(self.config.zero_stage)
         if (found := Layout.of_checkpoint(folder / name)) != own and (folder / name).is_dir():
             from deepspeed.checkpoint import ds_to_universal
@@ -254,7 +266,9 @@ class TrainEngine:
             load_resharded(self.engine, folder / name, found, own, convert=ds_to_universal.main)
             return
         try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=name)
+            path, _ = self.engine.load_checkpoint(
+                str(folder), tag=name, load_module_strict=not self.adapted
+            )
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or f"incomplete ({type(error).__name__})"
             raise ValueError(f"checkpoint {folder / name}: {reason}") from None
@@ -320,14 +334,14 @@ class FrozenEngine:
 def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields every Hugging Face weight in full, one at a time; tied weights once.
 
-    Every rank must iterate to the end.
+    Adapters are merged into the weights they belong to. Every rank must iterate to the end.
 
     Args:
         module: a module whose `hf` attribute is the Hugging Face model.
     """
-    for name, parameter in module.hf.named_parameters():
-        with _gathered(parameter):
-            yield name, parameter.detach()
+    for weight in stored_weights(module.hf):
+        with _gathered(*weight.parts):
+            yield weight.name, weight.value()
 
 
 def full_state(module: Any) -> dict[str, Tensor]:
@@ -341,15 +355,15 @@ def full_state(module: Any) -> dict[str, Tensor]:
 
 def weight_shapes(module: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the Hugging Face weights in full, by name."""
-    parameters = module.hf.named_parameters()
-    return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters}
+    return {weight.name: weight.shape for weight in stored_weights(module.hf)}
 
 
-def _gathered(parameter: nn.Parameter, *, modifier_rank: int | None = None) -> Any:
-    """Context in which a parameter is whole; changes by `modifier_rank` are kept on every rank."""
-    if not hasattr(parameter, "ds_id"):
+def _gathered(*parameters: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    """Context in which parameters are whole; changes by `modifier_rank` are kept on every rank."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
         return nullcontext()
-    return _deepspeed().zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
+    return _deepspeed().zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from . import dist
 from .checkpoint import explain_full_disk, follow_umask
+from .merging import stored_weights
 from .shard_files import MAX_FILE_BYTES, write_weights
 
 
@@ -72,9 +73,6 @@ def _write(folder: Path, hf: PreTrainedModel, pairs: Iterable[tuple[str, Tensor]
 
 def _is_stored_as_held(hf: PreTrainedModel) -> bool:
     """Whether the files hold the same tensors as the model; experts, for one, are stacked in it."""
-    held = {
-        name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
-        for name, parameter in hf.named_parameters()
-    }
+    held = {weight.name: torch.empty(weight.shape, device="meta") for weight in stored_weights(hf)}
     stored = revert_weight_conversion(hf, dict(held))
     return stored.keys() == held.keys() and all(stored[name] is x for name, x in held.items())

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+from ...core.planning.model_shape import adapter_parameters, model_shape
+from ...core.training.pretrained import load_config
 from ...core.training.run_config import RunConfig
 from ...rl.config import PPOConfig
+from ...sft.config import SFTConfig
 from .findings import Caution, Report
 from .models import num_parameters, roles
 
@@ -17,7 +21,11 @@ MARGIN = 1.2
 """Share of the needed space under which there is a warning."""
 
 
-def needed_bytes(config: RunConfig, parameters: Mapping[str, int]) -> dict[str, int]:
+def needed_bytes(
+    config: RunConfig,
+    parameters: Mapping[str, int],
+    adapters: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, int]:
     """Bytes on disk that a run needs at most, by purpose.
 
     A checkpoint holds, for each parameter of a trained model, two fp32 moments, the fp32 master
@@ -27,10 +35,11 @@ def needed_bytes(config: RunConfig, parameters: Mapping[str, int]) -> dict[str, 
     Args:
         config: the run's configuration.
         parameters: number of parameters by role.
+        adapters: number of trained parameters of those roles whose weights are frozen.
     """
     size = 2 if config.dtype == "bf16" else 4
     master = 0 if config.dtype == "fp32" and config.zero_stage == 0 else 4
-    trained = {role: num for role, num in parameters.items() if role in TRAINED}
+    trained = {role: num for role, num in parameters.items() if role in TRAINED} | {**adapters}
     weight = 0 if config.zero_stage == 3 else size
     checkpoint = sum(trained.values()) * (weight + master + 8)
     evaluates = bool(config.eval_data or config.eval_fraction)
@@ -64,11 +73,23 @@ def check_disk(report: Report, config: RunConfig, problem: str | None) -> None:
     report.check("space", lambda: _space(config))
 
 
+def _adapters(config: RunConfig) -> dict[str, int]:
+    """Parameters of the adapters by role; empty where weights are trained."""
+    if not isinstance(config, (PPOConfig, SFTConfig)) or not config.lora.rank:
+        return {}
+    whole = {"critic"} if isinstance(config, PPOConfig) and not config.lora.critic else set()
+    return {
+        role.name: adapter_parameters(model_shape(load_config(role.path), role.path), config.lora)
+        for role in roles(config)
+        if role.name in TRAINED and role.name not in whole
+    }
+
+
 def _space(config: RunConfig) -> str:
     folder = Path(config.output).expanduser()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     parameters = {role.name: num_parameters(role) for role in roles(config)}
-    needed = needed_bytes(config, parameters)
+    needed = needed_bytes(config, parameters, _adapters(config))
     parts = ", ".join(f"{name} {amount / GIB:.2f}" for name, amount in needed.items())
     # an earlier start's files are replaced
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from verippo.core.sampling.sampler import SamplingParams
+from verippo.core.training.lora import LoraConfig
 from verippo.launch import cli
 from verippo.launch.plan import make_plan
 from verippo.launch.plan_config import PPOPlanConfig, SFTPlanConfig
@@ -16,6 +17,7 @@ from verippo.launch.plan_memory import GIB
 from verippo.launch.plan_stage import name_stage
 from verippo.launch.plan_table import plan_text
 from verippo.rl.config import SamplerConfig, VerifierConfig
+from verippo.rl.lora_config import PPOLoraConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs"
 LLAMA_8B = "meta-llama/Llama-3.1-8B"
@@ -47,6 +49,25 @@ def test_ppo_has_a_part_for_every_model():
     assert "verifier: weights" in parts(make_plan(config))
     without = replace(PPO, advantage="reinforce++")
     assert not [name for name in parts(make_plan(without)) if name.startswith("critic")]
+
+
+def test_adapters_alone_are_trained_and_the_reference_is_the_policy():
+    # rank (inputs + outputs) of q, k, v, o and three matrices of the MLP, in 32 layers
+    adapters = 16 * 32 * (8192 + 2 * 5120 + 8192 + 3 * 18432)
+    lora = PPOLoraConfig(rank=16)
+    found = parts(make_plan(replace(PPO, lora=lora)))
+    assert found["policy: weights"].gpu == 2 * (8_030_261_248 + adapters) / 8
+    for name in ("policy", "critic"):
+        assert found[f"{name}: optimizer states"].gpu == 12 * adapters / 8
+        assert found[f"{name}: gradients"].gpu == 2 * adapters / 8
+    assert "reference: weights" not in found
+    assert "policy: log-probs and head gradient" not in found
+    own = parts(make_plan(replace(PPO, lora=lora, reference="meta-llama/Llama-3.1-70B")))
+    assert own["reference: weights"].gpu > 0
+    whole = parts(make_plan(replace(PPO, lora=replace(lora, critic=False))))
+    assert whole["critic: gradients"].gpu == parts(make_plan(PPO))["critic: gradients"].gpu
+    two = make_plan(replace(SFT, lora=LoraConfig(rank=16, targets="q_proj, v_proj")))
+    assert parts(two)["model: gradients"].gpu == 2 * 16 * 32 * (8192 + 5120) / 8
 
 
 def test_peak_is_the_largest_phase():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from verippo.core.planning.model_states import frozen_states, trained_states
+from verippo.core.planning.model_states import adapted_states, frozen_states, trained_states
 from verippo.core.training.engine import EngineConfig
 
 P, LARGEST = 1000, 100
@@ -124,3 +124,14 @@ def test_zero_3_against_deepspeeds_table():
     # 16 bytes a parameter and half as much again; the bf16 gradients are not counted there
     host = offloaded.host - 2 * T5_3B / 8
     assert host * 8 * 1.5 / GIB == pytest.approx(63.72, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 2200, 200, 1200), (2, 2200, 50, 300), (3, 550, 50, 300)],
+)
+def test_adapters_alone_have_gradients_and_optimizer_states(stage, weights, gradients, optimizer):
+    engine = EngineConfig(zero_stage=stage)
+    found = adapted_states(P, 100, engine, ranks=4)
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
+    assert found.gathered == (2200 if stage == 3 else 0)

@@ -178,6 +178,26 @@ def test_after_every_step_the_server_holds_the_trainers_weights(
         client.ask(flush_request(10), timeout_seconds=20)
 
 
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_server_takes_the_merged_weights_of_a_policy_with_adapters(
+    sglang_server, command, start, tmp_path, sync
+):
+    changes = {"sampler.sync": sync, "lora.rank": 4, "policy_learning_rate": 3e-2}
+    run = start(command(TORCHRUN, sglang_server.model_path, sglang_server.url, **changes))
+    try:
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors[-3000:]
+        check_run(tmp_path / "run", sglang_server.url)
+        held = AutoModelForCausalLM.from_pretrained(sglang_server.model_path).state_dict()
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+        moved = {name for name in held if not torch.equal(held[name], after[name])}
+        assert moved == {name for name in held if "_proj.weight" in name}
+    finally:
+        client = SglangServer(sglang_server.url)
+        client.ask(disk_request(sglang_server.model_path, "default"), timeout_seconds=60)
+        client.ask(flush_request(10), timeout_seconds=20)
+
+
 def test_a_run_whose_only_server_is_killed_ends_with_its_address_and_goes_on_with_a_new_one(
     make_model, start_sglang, command, start, tmp_path
 ):
