@@ -202,6 +202,26 @@ def start_ranks(
 
 
 @pytest.fixture(scope="session")
+def wait_for_handler() -> Callable[[int, signal.Signals], None]:
+    """Waits until a process handles a signal; before, Python's own start would end by it."""
+
+    def wait(pid: int, number: signal.Signals) -> None:
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline:
+            status = Path(f"/proc/{pid}/status").read_text()
+            found = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+            assert found
+            caught = int(found[1], 16)
+            # Python itself handles SIGINT from its start on
+            if all(caught >> (each - 1) & 1 for each in (number, signal.SIGTERM)):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"process {pid} does not handle {number.name}")
+
+    return wait
+
+
+@pytest.fixture(scope="session")
 def wait_for_steps(rows_of: Callable[..., Any]) -> Callable[..., None]:
     """Waits until a run has written a number of steps."""
 

@@ -175,21 +175,10 @@ def test_signal_from_outside_at_any_moment(
     check_same(tmp_path / "run", unbroken(stage))
 
 
-def wait_for_handler(pid, number):
-    """Waits until a process handles a signal; before, Python's own start would end by it."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        status = Path(f"/proc/{pid}/status").read_text()
-        caught = int(re.search(r"SigCgt:\s*([0-9a-f]+)", status)[1], 16)
-        # Python itself handles SIGINT from its start on
-        if all(caught >> (each - 1) & 1 for each in (number, signal.SIGTERM)):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} does not handle {number.name}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signal_while_loading_ends_at_once_with_a_line(number, runs, start, tmp_path):
+def test_signal_while_loading_ends_at_once_with_a_line(
+    number, runs, start, wait_for_handler, tmp_path
+):
     argv = runs.arguments("ppo", tmp_path / "run")
     process = start("-m", "verippo.launch.cli", *argv)
     wait_for_handler(process.pid, number)

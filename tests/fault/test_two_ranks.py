@@ -102,9 +102,10 @@ def test_signal_to_one_rank_stops_both(runs, start_ranks, wait_for_steps, tmp_pa
     assert "is saved" not in results[1][0]
 
 
-def test_signals_while_two_ranks_load_end_both(runs, start_ranks, tmp_path):
+def test_signals_while_two_ranks_load_end_both(runs, start_ranks, wait_for_handler, tmp_path):
     ranks = start_ranks(runs.arguments("sft", tmp_path / "run", max_steps=400))
-    time.sleep(2)
+    for rank in ranks:
+        wait_for_handler(rank.pid, signal.SIGTERM)
     ranks[0].send_signal(signal.SIGTERM)
     ranks[1].send_signal(signal.SIGTERM)
     results = [rank.communicate(timeout=60) for rank in ranks]
