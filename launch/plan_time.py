@@ -94,15 +94,21 @@ def _trained_phases(
     machine = speed(config)
     checkpointing = config.gradient_checkpointing
     parameters = shape.parameters if head else shape.decoder_parameters
+    adapters = num_adapters(config, shape, head=head)
     flops = epochs * duration.training_flops(
-        shape, tokens, context=context, checkpointing=checkpointing, head=head
+        shape,
+        tokens,
+        context=context,
+        checkpointing=checkpointing,
+        head=head,
+        adapted=adapters > 0,
     )
     sharding = {"size": size, "stage": config.zero_stage, "ranks": config.gpus}
     micro_batches = epochs * steps * _passes(config, tokens / steps)
     passes = micro_batches * (3 if checkpointing else 2)
     gathered = duration.gather_bytes(parameters, **sharding, passes=passes)
     reductions = micro_batches if config.zero_stage >= 2 else epochs * steps
-    trained = num_adapters(config, shape, head=head) or parameters
+    trained = adapters or parameters
     reduced = reductions * duration.reduce_bytes(trained, **sharding)
     compute = flops / config.gpus / machine.flops
     exchange = (gathered + reduced) / machine.link

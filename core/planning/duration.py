@@ -51,9 +51,13 @@ def training_flops(
     context: float,
     checkpointing: bool,
     head: bool = True,
+    adapted: bool = False,
 ) -> float:
-    """Operations of forward and backward pass: 3 forward passes, 4 with recomputation."""
-    passes = 4 if checkpointing else 3
+    """Operations of forward and backward pass: 3 forward passes, 4 with recomputation.
+
+    One less where only adapters are trained: frozen weights have no gradients.
+    """
+    passes = (4 if checkpointing else 3) - adapted
     return passes * forward_flops(shape, tokens, context=context, head=head)
 
 

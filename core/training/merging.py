@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,17 +66,13 @@ def stored_weights(hf: nn.Module) -> Iterator[StoredWeight]:
         elif own != "weight":
             yield StoredWeight(f"{owner}.{own}", (parameter,), parameter.detach)
         else:
-            merge = _Merge(parameter, layers[owner])
+            merge = partial(_merged, parameter, layers[owner])
             yield StoredWeight(f"{owner}.{own}", (parameter, *factors[owner]), merge)
 
 
-class _Merge(NamedTuple):
-    weight: nn.Parameter
-    layer: Any
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        return self.weight + self.layer.get_delta_weight(ADAPTER)
+@torch.no_grad()
+def _merged(weight: nn.Parameter, layer: Any) -> Tensor:
+    return weight + layer.get_delta_weight(ADAPTER)
 
 
 def _factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:

@@ -73,7 +73,7 @@ def check_disk(report: Report, config: RunConfig, problem: str | None) -> None:
     report.check("space", lambda: _space(config))
 
 
-def _adapters(config: RunConfig) -> dict[str, int]:
+def trained_adapters(config: RunConfig) -> dict[str, int]:
     """Parameters of the adapters by role; empty where weights are trained."""
     if not isinstance(config, (PPOConfig, SFTConfig)) or not config.lora.rank:
         return {}
@@ -89,7 +89,7 @@ def _space(config: RunConfig) -> str:
     folder = Path(config.output).expanduser()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     parameters = {role.name: num_parameters(role) for role in roles(config)}
-    needed = needed_bytes(config, parameters, _adapters(config))
+    needed = needed_bytes(config, parameters, trained_adapters(config))
     parts = ", ".join(f"{name} {amount / GIB:.2f}" for name, amount in needed.items())
     # an earlier start's files are replaced
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

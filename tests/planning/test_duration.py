@@ -48,6 +48,7 @@ def test_training_is_three_passes_or_four():
     one = forward_flops(SHAPE, 7, context=50)
     assert training_flops(SHAPE, 7, **options) == 3 * one
     assert training_flops(SHAPE, 7, **options | {"checkpointing": True}) == 4 * one
+    assert training_flops(SHAPE, 7, **options, adapted=True) == 2 * one
 
 
 def test_llama_8b_needs_the_published_operations(config_folder):

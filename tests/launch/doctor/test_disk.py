@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoModelForCausalLM
 
 from verippo.launch import cli
-from verippo.launch.doctor.disk import needed_bytes
+from verippo.launch.doctor.disk import needed_bytes, trained_adapters
 from verippo.rl.config import PPOConfig, SamplerConfig, VerifierConfig
+from verippo.rl.lora_config import PPOLoraConfig
 from verippo.sft.config import SFTConfig
 
 
@@ -21,6 +24,21 @@ def test_bf16_checkpoints_hold_fourteen_bytes_a_parameter():
     needed = needed_bytes(config, {"policy": 100, "critic": 10, "verifier": 1000})
     # 110 x (2 + 4 + 8), two kept and one being written; 100 x 2 exported
     assert needed == {"checkpoints": 110 * 14 * 3, "exported models": 200}
+
+
+def test_checkpoints_of_adapters_hold_them_alone(make_model):
+    model = str(make_model("llama", seed=1))
+    # rank 2, hidden 32, keys and values 16, MLP 64, two layers
+    adapters = 2 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
+    config = replace(
+        ppo(save_total_limit=2, zero_stage=1, lora=PPOLoraConfig(rank=2)), policy=model
+    )
+    assert trained_adapters(config) == {"policy": adapters, "critic": adapters}
+    needed = needed_bytes(config, {"policy": 100, "critic": 10}, {"policy": 5, "critic": 1})
+    assert needed == {"checkpoints": 6 * 14 * 3, "exported models": 200}
+    config = replace(config, lora=PPOLoraConfig(rank=2, critic=False))
+    assert trained_adapters(config) == {"policy": adapters}
+    assert trained_adapters(replace(config, lora=PPOLoraConfig())) == {}
 
 
 def test_evaluation_adds_the_best_checkpoint_and_model():
