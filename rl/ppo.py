@@ -218,14 +218,14 @@ def gae(
         tokens = slice(bounds[first], bounds[last])
         own_bounds = cu_seqlens[first : last + 1] - cu_seqlens[first]
         index, segment, _ = response_tokens(rewards[tokens], mask[tokens], own_bounds)
-        value = as_float(values[tokens][index])
-        more = continues(segment)
-        next_value = torch.where(more, value.roll(-1), 0.0)  # more[-1] is False
-        delta = as_float(rewards[tokens][index]) + gamma * next_value - value
+        value = as_float(values[tokens].index_select(0, index))
+        next_value = torch.where(continues(segment), value.roll(-1), 0.0)  # the last has none
+        reward = as_float(rewards[tokens].index_select(0, index))
+        delta = reward + gamma * next_value - value
         advantage = _trace(delta, segment, decay[seqs])
         target = advantage if critic_decay is None else _trace(delta, segment, critic_decay[seqs])
-        advantages[tokens].index_copy_(0, index, advantage)
-        returns[tokens].index_copy_(0, index, value + target)
+        advantages[tokens].scatter_(0, index, advantage)
+        returns[tokens].scatter_(0, index, value + target)
     return advantages, returns
 
 
@@ -256,7 +256,7 @@ def _runs(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _trace(delta: Tensor, segment: Tensor, decay: Tensor) -> Tensor:
     """The sums of `delta` discounted by its sequence's decay, along each sequence."""
-    steps = torch.where(continues(segment), decay[segment], 0.0)
+    steps = torch.where(continues(segment), decay.index_select(0, segment), 0.0)
     longest = int(torch.bincount(segment).max()) if len(segment) > 0 else 0
     return discounted_suffix_sums(delta, steps.to(delta.dtype), max_length=longest)
 

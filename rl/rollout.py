@@ -111,7 +111,7 @@ class Rollout:
 
 def joined_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
     """The sampler's log-probs of all trained tokens: [tokens] float32, sequence after sequence."""
-    parts = [np.empty(0), *(rollout.sampler_logprobs for rollout in rollouts)]
+    parts: list[Any] = [np.empty(0), *(rollout.sampler_logprobs for rollout in rollouts)]
     return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
 
 

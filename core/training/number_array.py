@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-T = TypeVar("T", int, float, bool)
+T = TypeVar("T", bound=float)
 
 
 class NumberArray(Sequence[T], Generic[T]):

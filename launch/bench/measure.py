@@ -19,9 +19,9 @@ from ...core.training.metrics import environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Data types by the names that options have."""
-COPY_BYTES = 2**28
-"""Bytes copied to measure the bandwidth: far more than a cache holds."""
-GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
+"""Bytes copied to measure the bandwidth: more than a cache holds."""
+GEMM_SIZE = {"cpu": 512, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied to measure the rate."""
 
 
@@ -85,15 +85,19 @@ def _synchronise() -> None:
 
 
 class Machine:
-    """The machine's limits, by the fastest of several runs, and the facts of each row."""
+    """The machine's limits, and the facts that stand in each row.
 
-    def __init__(self, *, dtype: torch.dtype = torch.float32, repeats: int = 7) -> None:
+    Limits are the fastest of many short runs, some of which other programs leave alone.
+    """
+
+    def __init__(self, *, dtype: torch.dtype = torch.float32, repeats: int = 30) -> None:
         """Measures; `dtype` is that of the products."""
         device = dist.device()
-        source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+        size = COPY_BYTES[device.type]
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
         target = torch.ones_like(source)
         copying = measure(lambda: target.copy_(source), repeats=repeats)
-        self.bandwidth = 2 * COPY_BYTES / copying.fastest
+        self.bandwidth = 2 * size / copying.fastest
         """Bytes read and written per second, by a copy."""
         size = GEMM_SIZE[device.type]
         a = torch.randn(size, size, device=device).to(dtype)
