@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -11,6 +12,8 @@ from torch.autograd.function import once_differentiable
 # on a CPU a chunk should stay near the cache; on a GPU the product needs more rows
 _CHUNK_TOKENS = {"cpu": 128, "cuda": 512}
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+Slope = Callable[[Tensor, slice], Tensor]
+"""Log-probs [m] of some rows, and which rows -> derivative [m] of a loss by each of them."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -28,6 +31,7 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: Literal[False] = False,
+    slope: Slope | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor: ...
 @overload
@@ -38,6 +42,7 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: Literal[True],
+    slope: Slope | None = None,
     chunk_tokens: int | None = None,
 ) -> TokenLogprobs: ...
 def linear_logprobs(
@@ -47,6 +52,7 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    slope: Slope | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor | TokenLogprobs:
     """Log-probabilities of target tokens under a linear head, and optionally entropies.
@@ -57,12 +63,18 @@ def linear_logprobs(
     Works on `chunk_tokens` rows at a time; the backward pass recomputes each chunk's logits. Peak
     extra memory is one chunk of logits (two with entropy) and the weight's fp32 gradient.
 
+    A loss that is a sum over tokens can say its `slope`, and the gradients are then made from the
+    logits at hand, in the forward pass. The backward pass multiplies them by the factor between the
+    gradient that arrives and the slope; where they are not multiples of each other it recomputes.
+
     Args:
         hidden: [n, h], hidden states; n may be 0.
         weight: [v, h], the head's weight.
         targets: [n] int64, token ids.
         temperature: divides the logits.
         with_entropy: whether to return the entropies too.
+        slope: derivative of the loss to come by each log-prob, up to a factor that is the same for
+            all. Not used with entropies, or where no gradient is wanted.
         chunk_tokens: rows at a time; None: 128 on CPU, 512 on a GPU.
 
     Returns:
@@ -74,8 +86,10 @@ def linear_logprobs(
     """
     _check(hidden, weight, targets, temperature, chunk_tokens)
     chunk = chunk_tokens or _CHUNK_TOKENS.get(hidden.device.type, 512)
+    if with_entropy or not torch.is_grad_enabled():
+        slope = None
     logprobs, entropy = _LinearLogprobs.apply(
-        hidden, weight, targets, temperature, with_entropy, chunk
+        hidden, weight, targets, temperature, with_entropy, slope, chunk
     )
     return TokenLogprobs(logprobs, entropy) if with_entropy else logprobs
 
@@ -120,6 +134,7 @@ class _LinearLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         with_entropy: bool,
+        slope: Slope | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor | None]:
         head = _Head(hidden, weight, temperature, chunk)
@@ -127,6 +142,8 @@ class _LinearLogprobs(torch.autograd.Function):
         top = torch.empty_like(logprobs)
         total = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else None
+        slopes = None if slope is None else torch.empty_like(logprobs)
+        sums = _Gradients(hidden, weight, head, ctx.needs_input_grad if slope else (False, False))
         for rows in _chunks(hidden.shape[0], chunk):
             z = head.logits(rows)
             top[rows] = z.amax(dim=1)
@@ -137,9 +154,16 @@ class _LinearLogprobs(torch.autograd.Function):
             logprobs[rows] = target - total[rows].log()
             if entropy is not None:
                 entropy[rows] = total[rows].log() - exps.mul_(z).sum(dim=1) / total[rows]
+            if slope is not None and slopes is not None:
+                slopes[rows] = slope(logprobs[rows], rows)
+                g = (slopes[rows] / temperature)[:, None]
+                exps.mul_(-g / total[rows, None]).scatter_add_(1, targets[rows, None], g)
+                sums.add(exps, rows)
         # top and total, not the log-sum-exp: rounded at the size of the largest logit, it would
         # cost digits of the gradient
-        ctx.save_for_backward(hidden, weight, targets, top, total, entropy)
+        ctx.save_for_backward(
+            hidden, weight, targets, top, total, entropy, slopes, sums.hidden, sums.weight
+        )
         ctx.temperature = temperature
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)  # an unused output then costs nothing in backward
@@ -150,14 +174,17 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, top, total, entropy = ctx.saved_tensors
-        head = _Head(hidden, weight, ctx.temperature, ctx.chunk)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            torch.zeros_like(weight, dtype=head.dtype) if ctx.needs_input_grad[1] else None
-        )
+        hidden, weight, targets, top, total, entropy, slopes, *made = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(top)
+        factor = None if slopes is None else _factor(grad_logprobs, slopes)
+        if factor is not None:
+            grad_hidden, grad_weight = (None if x is None else x * factor for x in made)
+            if grad_weight is not None:
+                grad_weight = grad_weight.to(weight.dtype)
+            return grad_hidden, grad_weight, None, None, None, None, None
+        head = _Head(hidden, weight, ctx.temperature, ctx.chunk)
+        sums = _Gradients(hidden, weight, head, ctx.needs_input_grad)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
             # d becomes, in place, the gradient of hidden @ weight.T
             d = head.logits(rows).sub_(top[rows, None])
@@ -174,19 +201,41 @@ class _LinearLogprobs(torch.autograd.Function):
                 )
                 d.sub_(g / total[rows, None]).mul_(exps)
             d.scatter_add_(1, targets[rows, None], g)
-            d = d.to(head.weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = d @ head.weight
-            if grad_weight is not None:
-                _add_product(grad_weight, d.t(), hidden[rows].to(d.dtype))
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+            sums.add(d, rows)
+        return sums.hidden, sums.of_weight(weight.dtype), None, None, None, None, None
+
+
+def _factor(gradient: Tensor, slopes: Tensor) -> Tensor | None:
+    """The number that makes the slopes the gradient; None if there is none."""
+    if not len(slopes):
+        return slopes.new_ones(())
+    largest = slopes.abs().argmax()
+    factor = torch.where(slopes[largest] == 0, 0.0, gradient[largest] / slopes[largest])
+    gap = (gradient - factor * slopes).abs().max()
+    return factor if bool(gap <= 1e-5 * gradient.abs().max()) else None
+
+
+class _Gradients:
+    """Gradients of hidden states and weight, summed over chunks of rows."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, head: _Head, needed: tuple[bool, ...]
+    ) -> None:
+        self.inputs = hidden
+        self.head = head
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=head.dtype) if needed[1] else None
+
+    def add(self, d: Tensor, rows: slice) -> None:
+        """Adds what follows from the gradient `d` [m, v] of hidden @ weight.T in some rows."""
+        d = d.to(self.head.weight.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = d @ self.head.weight
+        if self.weight is not None:
+            _add_product(self.weight, d.t(), self.inputs[rows].to(d.dtype))
+
+    def of_weight(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(dtype)
 
 
 class _Head:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.training.engine import StepResult
 from ..core.training.packing import PackedBatch
+from ..kernels.logprob import Slope
 from . import ppo
 from .config import PPOConfig
 from .corrections import adaptive_lambda, sampler_correction
@@ -59,6 +60,45 @@ def policy_loss_function(config: PPOConfig) -> PolicyLossFunction:
     if config.entropy_coef > 0:
         loss = partial(_with_entropy, loss, config)
     return loss
+
+
+def policy_slope(
+    config: PPOConfig, loss: PolicyLossFunction
+) -> Callable[[MicroBatch], Slope | None]:
+    """How the policy loss changes with each log-prob, for `Policy`'s `slope`.
+
+    Args:
+        config: the run's configuration.
+        loss: its policy loss.
+
+    Returns:
+        Function of a micro-batch; None where a token's loss depends on others or on its entropy.
+    """
+    by_token = config.policy_loss != "gspo" and not config.policy_loss_function
+    if not by_token or config.entropy_coef > 0:
+        return lambda micro: None
+    return lambda micro: partial(loss_slope, loss, micro)
+
+
+def loss_slope(
+    loss: PolicyLossFunction,
+    micro: MicroBatch,
+    logprobs: Tensor,
+    rows: slice,
+) -> Tensor:
+    """Derivatives [m] of a loss that is a sum over tokens.
+
+    Args:
+        loss: the policy loss.
+        micro: the micro-batch.
+        logprobs: [m], of some of its response tokens.
+        rows: which of them.
+    """
+    own = micro.response_tokens(rows)
+    with torch.enable_grad():
+        at = logprobs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(at, own).loss_sum, at)
+    return slope
 
 
 def length_penalties(config: PPOConfig, rollouts: Sequence[Rollout]) -> Tensor:

@@ -133,6 +133,23 @@ class MicroBatch:
         """[tokens] bool, response tokens."""
         return self.batch.response_mask
 
+    def response_tokens(self, rows: slice) -> MicroBatch:
+        """Some of the response tokens, as one sequence of their own."""
+        at = self.batch.response_positions[rows]
+        return replace(
+            self,
+            batch=PackedBatch(
+                tokens=self.batch.tokens[at],
+                cu_seqlens=torch.tensor([0, len(at)], dtype=torch.int32, device=at.device),
+                response_mask=torch.ones_like(at, dtype=torch.bool),
+            ),
+            logprobs=self.logprobs[at],
+            values=self.values[at],
+            advantages=self.advantages[at],
+            returns=self.returns[at],
+            ref_logprobs=self.ref_logprobs[at],
+        )
+
 
 def _micro(experience: Experience, seqs: Sequence[int], *, last: bool) -> MicroBatch:
     device = dist.device()

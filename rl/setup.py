@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -32,14 +32,17 @@ from ..core.training.pretrained import (
     load_tokenizer,
 )
 from ..core.training.schedule import learning_rate
+from ..kernels.logprob import Slope
 from .advantages import (
     AdvantageFunction,
     NoCritic,
     PolicyLossFunction,
     advantage_function,
     policy_loss_function,
+    policy_slope,
 )
 from .config import PPOConfig
+from .experience import MicroBatch
 from .hooks import check_sampler, load_function
 from .judge_verifier import share_of_limits
 from .rollout import (
@@ -111,6 +114,7 @@ class Components:
     rollout: RolloutFunction
     advantages: AdvantageFunction
     policy_loss: PolicyLossFunction
+    policy_slope: Callable[[MicroBatch], Slope | None]
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     """Ids that end a response, in sampling and in the exported model."""
@@ -162,6 +166,7 @@ def set_up(config: PPOConfig) -> Components:
         function = load_function(config.rollout_function, option="rollout_function")
         name = f"rollout_function={config.rollout_function}"
         rollout_function = functools.partial(checked_rollout, function, name)
+    policy_loss = policy_loss_function(config)
     return Components(
         policy=policy,
         critic=critic,
@@ -170,7 +175,8 @@ def set_up(config: PPOConfig) -> Components:
         verifier=verifier,
         rollout=rollout_function,
         advantages=advantage_function(config),
-        policy_loss=policy_loss_function(config),
+        policy_loss=policy_loss,
+        policy_slope=policy_slope(config, policy_loss),
         tokenizer=tokenizer,
         stop_token_ids=stops,
         train_set=train_set,

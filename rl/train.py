@@ -70,6 +70,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
     policy = run.parts.policy
     critic = run.parts.critic
     policy_loss = run.parts.policy_loss
+    slope = run.parts.policy_slope
     temperature = config.sampling.temperature
     outputs = partial(policy, temperature=temperature, with_entropy=config.entropy_coef > 0)
     run.begin()
@@ -86,7 +87,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("train"):
             for mini in run.policy_minibatches(experience, step, meter):
                 for micro in run.microbatches(mini, meter):
-                    pg = policy_loss(outputs(micro.batch), micro)
+                    pg = policy_loss(outputs(micro.batch, slope=slope(micro)), micro)
                     policy.backward(pg.loss_sum, loss_divisor(config, mini), last=micro.last)
                     meter.add_policy(pg, first_minibatch=mini.number == 0)
                 run.step_policy(mini, meter)

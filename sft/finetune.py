@@ -138,11 +138,16 @@ def _within_length(
     return [row for row in rows if length(row) <= config.max_seq_len]
 
 
+def _slope(logprobs: Tensor, rows: slice) -> Tensor:
+    """The loss is the negative sum of the log-probs."""
+    return torch.full_like(logprobs, -1.0)
+
+
 def _task(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Task[Example]:
     stops = stop_token_ids(config.model, tokenizer)
 
     def loss_sum(engine: TrainEngine, rows: Sequence[Example]) -> Tensor:
-        return -engine(packed(rows)).sum()
+        return -engine(packed(rows), slope=_slope).sum()
 
     def evaluate(engine: TrainEngine, rows: Sequence[Example]) -> dict[str, Any]:
         return _evaluate(engine, rows, config.max_tokens_per_gpu)

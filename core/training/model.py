@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ...kernels.attention import varlen_attention
-from ...kernels.logprob import linear_greedy, linear_logprobs
+from ...kernels.logprob import Slope, linear_greedy, linear_logprobs
 from .packing import PackedBatch
 
 ATTENTION = "verippo_varlen"
@@ -96,6 +96,7 @@ class LogprobHead(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         with_greedy: bool = False,
+        slope: Slope | None = None,
     ) -> Any:
         """Log-probs of the targets without ever holding all logits; without targets, the logits.
 
@@ -105,6 +106,7 @@ class LogprobHead(nn.Module):
             temperature: divides the logits.
             with_entropy: return the entropies too.
             with_greedy: return too whether each target is the most likely token.
+            slope: as for `linear_logprobs`.
         """
         if targets is None:
             return F.linear(hidden, self.weight) * self.scale
@@ -115,7 +117,7 @@ class LogprobHead(nn.Module):
                 hidden, weight, targets, temperature=temperature, with_entropy=True
             )
             return tuple(both)
-        logprobs = linear_logprobs(hidden, weight, targets, temperature=temperature)
+        logprobs = linear_logprobs(hidden, weight, targets, temperature=temperature, slope=slope)
         if with_greedy:
             return logprobs, linear_greedy(hidden, weight, targets).float()
         return logprobs
@@ -136,7 +138,9 @@ class Policy(nn.Module):
         Args:
             batch: packed sequences.
             options: `temperature` of the sampling; `with_entropy` for a pair with the entropies
-                (nats); `with_greedy` for a pair with 1.0 where a token is the most likely one.
+                (nats); `with_greedy` for a pair with 1.0 where a token is the most likely one;
+                `slope` of the loss to come by the log-probs of some response tokens, which makes
+                training faster (see `linear_logprobs`).
 
         Returns:
             [tokens] fp32, 0 off the mask, or a pair of them.

@@ -286,3 +286,73 @@ def test_gpu_equals_dense_float64_twin(dtype):
         strict=True,
     ):
         assert relative_error(a, b) < tolerance
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 9),
+    chunk=st.integers(1, 10),
+    temperature=st.sampled_from([1.0, 0.6]),
+    factor=st.sampled_from([1.0, -0.25, 0.0, 1e-4]),
+    seed=st.integers(0, 99),
+)
+def test_gradients_made_in_the_forward_pass_are_those_of_the_backward_pass(
+    n, chunk, temperature, factor, seed
+):
+    """The loss is the sum of a_i exp(logprob_i): its slope depends on the log-probs."""
+    hidden, weight, targets = inputs(n, 5, 11, seed=seed)
+    advantages = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    advantages[0] = 0.0
+    asked = []
+
+    def slope(logprobs, rows):
+        asked.append(rows)
+        return advantages[rows] * logprobs.exp()
+
+    def gradients_of(**options):
+        logprobs = linear_logprobs(
+            hidden, weight, targets, temperature=temperature, chunk_tokens=chunk, **options
+        )
+        return torch.autograd.grad((advantages * logprobs.exp()).sum() * factor, (hidden, weight))
+
+    expected = gradients_of()
+    for got, known in zip(gradients_of(slope=slope), expected, strict=True):
+        torch.testing.assert_close(got, known, rtol=1e-6, atol=1e-7)
+    assert len(asked) == -(-n // chunk)
+
+
+def test_a_slope_that_is_not_the_losss_changes_no_gradient():
+    hidden, weight, targets = inputs(6, 4, 9)
+    g = torch.tensor([1.0, 2.0, 0.0, -1.0, 0.5, 3.0])
+
+    def gradients_of(**options):
+        logprobs = linear_logprobs(hidden, weight, targets, chunk_tokens=4, **options)
+        return torch.autograd.grad((g * logprobs).sum(), (hidden, weight))
+
+    wrong = g.clone()
+    wrong[3] = 1.0
+    zero = torch.zeros(6)
+    for other in (wrong, zero):
+        made = gradients_of(slope=lambda logprobs, rows, other=other: other[rows])
+        for got, known in zip(made, gradients_of(), strict=True):
+            torch.testing.assert_close(got, known, rtol=0, atol=0)
+
+
+def test_the_slope_is_not_asked_where_no_gradient_is_wanted():
+    hidden, weight, targets = inputs(3, 4, 9)
+
+    def slope(logprobs, rows):
+        raise AssertionError
+
+    with torch.no_grad():
+        linear_logprobs(hidden, weight, targets, slope=slope)
+    linear_logprobs(hidden, weight, targets, slope=slope, with_entropy=True)
+
+
+def test_gradients_that_are_not_finite_stay_so():
+    hidden, weight, targets = inputs(3, 4, 9)
+    logprobs = linear_logprobs(
+        hidden, weight, targets, slope=lambda logprobs, rows: torch.ones_like(logprobs)
+    )
+    (grad,) = torch.autograd.grad((logprobs * math.nan).sum(), weight)
+    assert grad.isnan().all()

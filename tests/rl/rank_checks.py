@@ -33,7 +33,8 @@ from verippo.core.training.engine import (
 from verippo.core.training.packing import pack
 from verippo.core.training.pretrained import load_critic, load_policy
 from verippo.rl import ppo
-from verippo.rl.experience import Experience, MiniBatch, compute
+from verippo.rl.advantages import loss_slope
+from verippo.rl.experience import Experience, MicroBatch, MiniBatch, compute
 
 TEMPERATURE = 0.7
 RATE = 0.05
@@ -206,19 +207,18 @@ def update(
         )
     mini = MiniBatch(experience=experience, seqs=what.seqs)
     for micro in mini.microbatches(what.max_tokens):
-        pg = ppo.policy_loss(
-            policy(micro.batch, temperature=TEMPERATURE),
-            micro.logprobs,
-            micro.advantages,
-            micro.mask,
-            **CLIPS,
-        )
+        slope = partial(loss_slope, clipped_loss, micro)
+        pg = clipped_loss(policy(micro.batch, temperature=TEMPERATURE, slope=slope), micro)
         vf = ppo.value_loss(
             critic(micro.batch), micro.values, micro.returns, micro.mask, clip=VALUE_CLIP
         )
         policy.backward(pg.loss_sum, mini.num_response_tokens, last=micro.last)
         critic.backward(vf.loss_sum, mini.num_response_tokens, last=micro.last)
     return policy.step(RATE), critic.step(RATE)
+
+
+def clipped_loss(logprobs: torch.Tensor, micro: MicroBatch) -> ppo.PolicyLoss:
+    return ppo.policy_loss(logprobs, micro.logprobs, micro.advantages, micro.mask, **CLIPS)
 
 
 def weights(policy: TrainEngine, critic: TrainEngine) -> dict[str, dict[str, torch.Tensor]]:

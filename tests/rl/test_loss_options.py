@@ -13,9 +13,10 @@ from verippo.rl.advantages import (
     loss_divisor,
     loss_weights,
     policy_loss_function,
+    policy_slope,
 )
 from verippo.rl.config import CorrectionConfig, KLConfig, PPOConfig
-from verippo.rl.experience import Experience
+from verippo.rl.experience import Experience, MicroBatch
 from verippo.rl.rollout import Rollout
 
 LN2 = math.log(2)
@@ -174,6 +175,54 @@ def test_ratio_mask_holds_for_every_loss(options):
     found = gradient_of(logprobs, policy_loss_function(config(**options))(logprobs, a_micro()))
     assert found[0] != 0
     assert found[1:] == [0.0, 0.0, 0.0]
+
+
+def a_packed_micro():
+    """Two responses of 2 and 4 tokens, with advantages of both signs."""
+    batch = pack(rollouts())
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(batch.num_tokens, generator=generator)
+
+    return MicroBatch(
+        batch=batch,
+        logprobs=draw() - 2,
+        values=draw(),
+        advantages=draw(),
+        returns=draw(),
+        ref_logprobs=draw() - 2,
+        kl_coef=0.1,
+        last=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dual_clip": 3.0},
+        {"policy_loss": "cispo"},
+        {"kl": KLConfig(place="loss"), "ratio_mask_low": 0.5, "ratio_mask_high": 1.5},
+    ],
+)
+def test_slope_of_a_stretch_is_the_gradient_of_the_whole_loss_there(options):
+    settings = config(**options)
+    loss = policy_loss_function(settings)
+    micro = a_packed_micro()
+    logprobs = (micro.logprobs + torch.linspace(-1, 1, len(micro.logprobs))).requires_grad_()
+    loss(logprobs, micro).loss_sum.backward()
+    at = micro.batch.response_positions
+    slope = policy_slope(settings, loss)(micro)
+    parts = [slope(logprobs.detach()[at[rows]], rows) for rows in (slice(0, 3), slice(3, 6))]
+    assert torch.cat(parts).tolist() == pytest.approx(logprobs.grad[at].tolist())
+    assert logprobs.grad.any()
+
+
+@pytest.mark.parametrize("options", [{"policy_loss": "gspo"}, {"entropy_coef": 0.1}])
+def test_losses_that_are_no_sums_over_log_probs_have_no_slope(options):
+    settings = config(**options)
+    assert policy_slope(settings, policy_loss_function(settings))(a_packed_micro()) is None
 
 
 def test_entropy_bonus_is_part_of_the_loss():
