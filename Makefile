@@ -1,11 +1,11 @@
-# make demo, make test, make test-fault, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
+# make demo, make test, make test-fault, make test-cluster, make test-sglang: each works as the first command on a machine with Python 3.10-3.13, and is quick when run again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-fault test-sglang lint docs clean
+.PHONY: demo test test-fault test-slow test-cluster test-sglang lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/verippo demo --output demo
@@ -17,6 +17,11 @@ test-fault: $(VENV)/.installed
 	@echo "runs that are killed, stopped, damaged and starved: 6 to 11 minutes ..."
 	$(BIN)/python -m pytest -m fault tests/fault
 
+# Hosts are network namespaces: needs root and iproute2; skipped, with the reason, where they cannot be made.
+test-cluster: $(VENV)/.installed
+	@echo "several hosts, links that are cut, hosts that are stopped: about 6 minutes ..."
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
 lint: $(VENV)/.installed links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,6 +32,7 @@ lint: $(VENV)/.installed links
 docs: $(VENV)/.installed
 	$(BIN)/python -m verippo.launch.document
 	$(BIN)/python -m verippo.launch.families
+	$(BIN)/python -m verippo.launch.plan_page
 
 # torch goes first, by itself: asked for by another package, pip takes the newest build with gigabytes of CUDA.
 # Without a GPU, PyTorch's own CPU index (PIP_EXTRA_INDEX_URL) gives the small build; TORCH picks another version.
@@ -62,6 +68,10 @@ $(SGLANG_VENV)/.stubs: $(SGLANG_VENV)/.installed
 	@echo "$(CURDIR)/tests/sglang/stubs" > \
 	  "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/verippo-stubs.pth"
 	@touch $@
+
+test-slow: $(VENV)/.installed
+	@echo "measured memory and dry runs of every configuration: about 20 minutes ..."
+	$(BIN)/python -m pytest -m slow
 
 test-sglang: $(VENV)/.installed $(SGLANG_VENV)/.stubs
 	@echo "tests against a real sglang server, on CPU ..."

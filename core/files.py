@@ -116,8 +116,13 @@ def replace_file(path: Path, text: str) -> Path:
     Returns:
         `path`.
     """
+    return replace_bytes(path, text.encode(errors="replace"))
+
+
+def replace_bytes(path: Path, data: bytes) -> Path:
+    """Writes a file in one step, so that a reader never finds it incomplete; returns `path`."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
+    temporary.write_bytes(data)
     return temporary.replace(path)
 
 
@@ -132,29 +137,39 @@ def is_path(name: str) -> bool:
 
 
 @contextmanager
-def removing_traces(folder: Path) -> Iterator[None]:
+def removing_traces(folder: Path, *, always: bool = False) -> Iterator[None]:
     """When the body raises ValueError, removes what it made in the folder that holds nothing.
 
     That is: the lock, empty files and empty folders, and the folder itself with the parents that
     did not exist before. Files with content stay.
+
+    Args:
+        folder: the folder.
+        always: whether to remove it when the body succeeds too.
     """
     existed = [parent for parent in (folder, *folder.parents) if parent.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         yield
     except ValueError:
-        with suppress(OSError):
-            for path in set(folder.iterdir()) - before:
-                if path.is_dir():
-                    with suppress(OSError):
-                        path.rmdir()
-                elif path.name == ".lock" or not path.stat().st_size:
-                    path.unlink()
-            for made in (folder, *folder.parents):
-                if made in existed:
-                    break
-                made.rmdir()
+        _remove_traces(folder, existed, before)
         raise
+    if always:
+        _remove_traces(folder, existed, before)
+
+
+def _remove_traces(folder: Path, existed: list[Path], before: set[Path]) -> None:
+    with suppress(OSError):
+        for path in set(folder.iterdir()) - before:
+            if path.is_dir():
+                with suppress(OSError):
+                    path.rmdir()
+            elif path.name == ".lock" or not path.stat().st_size:
+                path.unlink()
+        for made in (folder, *folder.parents):
+            if made in existed:
+                break
+            made.rmdir()
 
 
 def is_main_process() -> bool:

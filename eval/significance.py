@@ -10,31 +10,13 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from ..core.report.statistics import wilson_interval
-
-NUM_RESAMPLES = 10_000
-"""Number of resamples of a bootstrap."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval, all None when nothing was measured."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Result of McNemar's exact test."""
-
-    only_first: int
-    """Number of items that only the first model answered correctly."""
-    only_second: int
-    """Number of items that only the second model answered correctly."""
-    p_value: float
-    """Exact two-sided p-value."""
+from ..core.report.statistics import (  # noqa: F401 as the statistics of evaluations
+    Estimate,
+    McNemar,
+    bootstrap_difference,
+    mcnemar,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -129,68 +111,6 @@ def majority_vote(letters: Sequence[str | None]) -> str | None:
     """
     votes = Counter(letter for letter in letters if letter is not None)
     return max(votes, key=votes.__getitem__, default=None)
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Performs McNemar's exact test of two models on the same items.
-
-    Under the null hypothesis, the number of items that only the first model answers correctly is
-    Binomial(b + c, 1/2), where b + c items are answered correctly by exactly one of the models. The
-    p-value is two-sided, and 1 when b + c is 0.
-
-    Args:
-        first: [items], whether the first model's answer is correct.
-        second: [items], the same for the second model.
-
-    Returns:
-        The numbers of items that only one model answers correctly, and the p-value.
-
-    Raises:
-        ValueError: the numbers of items differ.
-
-    Source: Q. McNemar, Psychometrika 12 (1947).
-    """
-    pairs = Counter(zip(first, second, strict=True))
-    only_first = pairs[True, False]
-    only_second = pairs[False, True]
-    num = only_first + only_second
-    p_value = float(stats.binomtest(only_first, num).pvalue) if num else 1.0
-    return McNemar(only_first, only_second, p_value)
-
-
-def bootstrap_difference(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    seed: int,
-) -> Estimate:
-    """Estimates the mean of first - second over the same items by the percentile bootstrap.
-
-    Items with equal differences are interchangeable, so a resample is one multinomial draw of how
-    often each distinct difference occurs; `scipy.stats.bootstrap` would draw every item.
-
-    Args:
-        first: [items], whether the answer is correct, or its mean over runs.
-        second: [items], the same for the other model.
-        seed: Seed of the resampling.
-
-    Returns:
-        The mean difference and its 95 % interval.
-
-    Raises:
-        ValueError: there are no items, or the numbers of items differ.
-
-    Source: B. Efron, Annals of Statistics 7 (1979).
-    """
-    differences = np.array([a - b for a, b in zip(first, second, strict=True)])
-    if not len(differences):
-        raise ValueError("bootstrap_difference needs at least one item")
-    values, counts = np.unique(differences, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(differences), counts / len(differences), size=NUM_RESAMPLES
-    )
-    low, high = np.quantile(draws @ values / len(differences), (0.025, 0.975))
-    return Estimate(float(differences.mean()), float(low), float(high))
 
 
 def position_bias(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ..core.files import replace_file
 from ..core.report.statistics import wilson_interval
 from ..core.training import stopping
-from ..rl.config import CorrectionConfig, KLConfig, SamplerConfig
+from ..rl.config import SamplerConfig
+from ..rl.loss_config import CorrectionConfig, KLConfig
 from ..rl.train import train
 from .demo_task import DemoConfig, ppo_config, prepare, read_rows
 
@@ -97,28 +98,7 @@ def ablate(config: DemoConfig, folder: Path) -> Path:
         for number, name in enumerate(VARIANTS[config.task])
         for home in homes
     }
-    todo = [run for run, output in runs.items() if not (output / SUMMARY).exists()]
-    unprepared = list(dict.fromkeys(home for home, _ in todo))
-    with (
-        tqdm(total=len(unprepared) + len(todo), desc="ablation", unit="run") as bar,
-        _workers(config.ablation_jobs) as pool,
-    ):
-        for stages in as_completed(
-            [pool.submit(_prepare, homes[home], home) for home in unprepared]
-        ):
-            stages.result()
-            bar.update()
-        trainings: dict[Future[Measures], str] = {}
-        for home, name in todo:
-            future = pool.submit(_train, homes[home], home, name, runs[home, name])
-            trainings[future] = f"{home.name}: {name}"
-        for future in as_completed(trainings):
-            measures = future.result()
-            bar.update()
-            bar.write(
-                f"{trainings[future]}: exact answers {measures['exact_before']:.3f} to "
-                f"{measures['exact_after']:.3f}"
-            )
+    _finish(runs, homes, num_jobs=config.ablation_jobs)
     results: dict[str, list[Measures]] = {name: [] for name in VARIANTS[config.task]}
     for (_, name), output in runs.items():
         results[name].append(json.loads((output / SUMMARY).read_text()))
@@ -127,6 +107,41 @@ def ablate(config: DemoConfig, folder: Path) -> Path:
     replace_file(table, markdown_table(results))
     print(table.read_text())
     return table
+
+
+def _finish(
+    runs: dict[tuple[Path, str], Path],
+    homes: dict[Path, DemoConfig],
+    *,
+    num_jobs: int,
+) -> None:
+    """Trains what is not finished, each seed after its stage 1 and verifier.
+
+    Args:
+        runs: (folder of a seed, variant) -> output folder.
+        homes: folder of a seed -> its configuration.
+        num_jobs: runs at once.
+    """
+    todo = [run for run, output in runs.items() if not (output / SUMMARY).exists()]
+    unprepared = list(dict.fromkeys(home for home, _ in todo))
+    with (
+        tqdm(total=len(unprepared) + len(todo), desc="ablation", unit="run") as bar,
+        _workers(num_jobs) as pool,
+    ):
+        jobs: dict[Future[Any], tuple[Path, str]] = {
+            pool.submit(_prepare, homes[home], home): (home, "") for home in unprepared
+        }
+        while jobs:
+            for future in wait(jobs, return_when=FIRST_COMPLETED).done:
+                home, variant = jobs.pop(future)
+                measures = future.result()
+                bar.update()
+                if variant:
+                    rates = f"{measures['exact_before']:.3f} to {measures['exact_after']:.3f}"
+                    bar.write(f"{home.name}: {variant}: exact answers {rates}")
+                    continue
+                for run in (run for run in todo if run[0] == home):
+                    jobs[pool.submit(_train, homes[home], *run, runs[run])] = run
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from ..core.files import is_main_process, removing_traces
 from ..core.messages import mask_credentials, printable
@@ -23,6 +23,7 @@ from .help import command_help, usage
 from .offline import check_servers, go_offline_if_asked
 from .option_check import check_names, check_texts, read_config_files
 from .option_groups import options
+from .plan_stage import name_stage
 
 # keeps child processes started in the repository from importing its kernels/ instead of the
 # package of that name
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with contextlib.suppress(BrokenPipeError):  # `| head`
             print(usage(), flush=True)
         sys.exit(0 if arguments else 2)
+    if arguments[0] == "plan":
+        arguments = ["plan", *_planned(arguments[1:])]
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1  # `serve start` is one command
     name = " ".join(arguments[:words])
     if name not in COMMANDS and arguments[1:2] in (["-h"], ["--help"]) and usage(name):
@@ -85,6 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.errno not in USER_ERRNOS:
             raise
         fail(f"{name}: {error}")
+
+
+def _planned(arguments: list[str]) -> list[str]:
+    """The arguments of `plan` with the stage that they are for."""
+    try:
+        return name_stage(arguments)
+    except ValueError as error:
+        fail(f"plan: {error}")
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -188,7 +199,7 @@ def complete_switches(config_class: type, arguments: list[str]) -> list[str]:
     return completed
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Prints a message to stderr, on one line, and exits with status 2."""
     print(f"verippo: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -18,6 +18,8 @@ class Command(NamedTuple):
     """Shell commands, run from the repository's folder."""
     positional: tuple[str, ...] = ()
     """Fields that may be given by position, before the options."""
+    extends: str = ""
+    """A command all of whose options this one takes too; help and documents list the others."""
 
 
 def import_name(spec: str) -> Any:
@@ -81,6 +83,17 @@ deepspeed --no_local_rank --module verippo.launch.cli ppo --config launch/config
     --data runs/problems/problems_rl.json --output runs/ppo-8b
 """,
     ),
+    "critic": Command(
+        "pre-trains PPO's critic on kept rollouts",
+        "verippo.rl.critic_config:CriticConfig",
+        "verippo.rl.critic_training:train",
+        """
+verippo critic --model runs/sft/model --data runs/ppo/rollouts --eval_fraction 0.1 \\
+    --output runs/critic
+deepspeed --no_local_rank --module verippo.launch.cli critic --model runs/sft-8b/model \\
+    --data runs/ppo-8b/rollouts --eval_fraction 0.1 --output runs/critic-8b
+""",
+    ),
     "eval": Command(
         "measures a model's accuracy on multiple-choice questions",
         "verippo.eval.config:EvalConfig",
@@ -121,6 +134,54 @@ verippo serve start --model runs/sft/model --num 2 --tp 2 --gpus 4,5,6,7
 verippo serve stop
 verippo serve stop --port 30000
 """,
+    ),
+    "plan ppo": Command(
+        "memory and time of a PPO run on a machine, from configurations alone",
+        "verippo.launch.plan_config:PPOPlanConfig",
+        "verippo.launch.plan:plan",
+        """
+verippo plan ppo --config launch/configs/ppo_8b.yaml --gpus 8 --gpu_memory 80
+verippo plan ppo --config launch/configs/ppo_8b.yaml --policy DIR --offload optimizer --gpus 4
+""",
+        extends="ppo",
+    ),
+    "plan sft": Command(
+        "the same for stage 1; plain `plan --config FILE` finds the stage",
+        "verippo.launch.plan_config:SFTPlanConfig",
+        "verippo.launch.plan:plan",
+        "verippo plan sft --config launch/configs/sft_8b.yaml --gpus 8 --gpu_memory 80",
+        extends="sft",
+    ),
+    "plan verifier": Command(
+        "the same for the verifier's training",
+        "verippo.launch.plan_config:VerifierPlanConfig",
+        "verippo.launch.plan:plan",
+        "verippo plan verifier --config launch/configs/verifier_3b.yaml --gpus 4 --gpu_memory 40",
+        extends="verifier",
+    ),
+    "doctor ppo": Command(
+        "checks machine, servers, models, data and batches of a PPO run before it starts",
+        "verippo.launch.doctor.config:PPODoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        """
+verippo doctor ppo --config launch/configs/ppo_8b.yaml --ranks 8
+verippo doctor ppo --config launch/configs/ppo_tiny_cpu.yaml --policy DIR --dry_run
+""",
+        extends="ppo",
+    ),
+    "doctor sft": Command(
+        "the same for stage 1",
+        "verippo.launch.doctor.config:SFTDoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        "verippo doctor sft --config launch/configs/sft_8b.yaml --ranks 8 --dry_run",
+        extends="sft",
+    ),
+    "doctor verifier": Command(
+        "the same for the verifier's training",
+        "verippo.launch.doctor.config:VerifierDoctorConfig",
+        "verippo.launch.doctor.command:doctor",
+        "verippo doctor verifier --config launch/configs/verifier_3b.yaml --dry_run",
+        extends="verifier",
     ),
     "bench": Command(
         "measures the sampling speed of this process and of servers",

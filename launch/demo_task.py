@@ -361,7 +361,7 @@ TASKS = {
     "long": Task(
         sizes=Sizes(
             findings=5,
-            sft_steps=400,
+            sft_steps=250,
             sft_loss=0.0,
             ppo_steps=12,
             rollouts_per_step=64,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from .commands import COMMANDS, Command, import_name
-from .option_groups import options
+from .help import own_options
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
@@ -30,7 +30,7 @@ def section(name: str, command: Command) -> str:
     config_class = import_name(command.config)
     lines = [f"\n## verippo {name}\n", inspect.getdoc(config_class) or "", ""]
     lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
-    for option in options(config_class):
+    for option in own_options(command):
         cells = [f"`{option.name}`", option.type, option.default or "(empty)", option.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

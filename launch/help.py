@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import textwrap
 
-from .commands import COMMANDS, import_name
-from .option_groups import Option, grouped_options
+from .commands import COMMANDS, Command, import_name
+from .option_groups import Option, grouped_options, options
 
 NAME_WIDTH = 32
 USAGE = """\
@@ -42,9 +42,11 @@ def command_help(name: str) -> str:
     """Examples, description and options of a command."""
     command = COMMANDS[name]
     config_class = import_name(command.config)
+    own = {option.name for option in own_options(command)}
     groups = [
-        "\n".join([f"{heading}:", *map(option_text, options)])
-        for heading, options in grouped_options(name, config_class).items()
+        "\n".join([f"{heading}:", *(option_text(option) for option in listed)])
+        for heading, group in grouped_options(name, config_class).items()
+        if (listed := [option for option in group if option.name in own])
     ]
     return COMMAND_HELP.format(
         examples=textwrap.indent(command.examples.strip(), "  "),
@@ -52,6 +54,16 @@ def command_help(name: str) -> str:
         description=inspect.getdoc(config_class),
         options="\n\n".join(groups),
     )
+
+
+def own_options(command: Command) -> list[Option]:
+    """A command's options without those of the command that it extends."""
+    config_class = import_name(command.config)
+    inherited = set()
+    if command.extends:
+        base = import_name(COMMANDS[command.extends].config)
+        inherited = {option.name for option in options(base)}
+    return [option for option in options(config_class) if option.name not in inherited]
 
 
 def option_text(option: Option) -> str:

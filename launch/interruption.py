@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.training import stopping
 
-TRAINING = ("sft", "verifier", "ppo", "demo")
+TRAINING = ("sft", "verifier", "ppo", "critic", "demo")
 """Commands that SIGTERM and SIGUSR1 end in order, as SIGINT does."""
 RESUMABLE = ("problems", "search", "eval", "demo")
 """Commands that keep what is finished and take it up again."""

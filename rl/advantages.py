@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,11 @@ AdvantageFunction = Callable[
 ]
 """(rewards, values, batch, rollouts) -> (advantages, returns): [tokens] each, 0 off the mask."""
 
-PolicyLossFunction = Callable[[Tensor, MicroBatch], ppo.PolicyLoss]
-"""(log-probs [tokens] of the policy being trained, the micro-batch) -> loss to minimise."""
+PolicyLossFunction = Callable[[Any, MicroBatch], ppo.PolicyLoss]
+"""(log-probs [tokens] of the policy being trained, the micro-batch) -> loss to minimise.
+
+With `entropy_coef`, the first argument is a pair: log-probs and entropies, [tokens] each.
+"""
 
 
 def advantage_function(config: PPOConfig) -> AdvantageFunction:
@@ -47,7 +52,13 @@ def policy_loss_function(config: PPOConfig) -> PolicyLossFunction:
     else:
         losses = {"ppo": _ppo_loss, "gspo": _gspo_loss, "cispo": _cispo_loss}
         loss = partial(losses[config.policy_loss], config=config)
-    return partial(_with_kl, loss) if config.kl.place == "loss" else loss
+    if config.kl.place == "loss":
+        loss = partial(_with_kl, loss)
+    if config.ratio_mask_low > 0 or config.ratio_mask_high is not None:
+        loss = partial(_with_ratio_mask, loss, config)
+    if config.entropy_coef > 0:
+        loss = partial(_with_entropy, loss, config)
+    return loss
 
 
 def length_penalties(config: PPOConfig, rollouts: Sequence[Rollout]) -> Tensor:
@@ -169,6 +180,37 @@ def _with_kl(loss: PolicyLossFunction, logprobs: Tensor, micro: MicroBatch) -> p
     result = loss(logprobs, micro)
     kl = ppo.kl_loss(logprobs, micro.logprobs, micro.ref_logprobs, micro.mask)
     return result._replace(loss_sum=result.loss_sum + micro.kl_coef * kl.loss_sum)
+
+
+def _with_ratio_mask(
+    loss: PolicyLossFunction,
+    config: PPOConfig,
+    logprobs: Tensor,
+    micro: MicroBatch,
+) -> ppo.PolicyLoss:
+    """A policy loss to which tokens out of bounds give their value, but no gradient."""
+    masked = ppo.ratio_mask(
+        logprobs,
+        micro.logprobs,
+        micro.mask,
+        low=config.ratio_mask_low,
+        high=math.inf if config.ratio_mask_high is None else config.ratio_mask_high,
+    )
+    held = torch.where(masked.outside, logprobs.detach(), logprobs)
+    return loss(held, micro)._replace(masked_sum=masked.num_outside)
+
+
+def _with_entropy(
+    loss: PolicyLossFunction,
+    config: PPOConfig,
+    outputs: tuple[Tensor, Tensor],
+    micro: MicroBatch,
+) -> ppo.PolicyLoss:
+    """A policy loss less the entropy bonus."""
+    logprobs, entropy = outputs
+    result = loss(logprobs, micro)
+    bonus = ppo.entropy_loss(entropy, micro.mask)
+    return result._replace(loss_sum=result.loss_sum + config.entropy_coef * bonus.loss_sum)
 
 
 def _checked(

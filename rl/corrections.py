@@ -64,7 +64,7 @@ def sampler_correction(
                 mask: u if low <= u <= high else 0
 
     Args:
-        logprobs: [tokens], by the trainer's own forward, of the weights that sampled.
+        logprobs: [tokens], by the trainer's own forward before the update.
         sampler_logprobs: [tokens], as the sampler reported them.
         mask: [tokens] bool, response tokens; nothing else is read.
         cu_seqlens: [seqs + 1], boundaries of the packed sequences.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ class Experience:
     """Targets of the critic."""
     ref_logprobs: Tensor
     """Log-probs of the reference."""
+    rewards: Tensor
+    """Scores and KL penalties, of which the returns are made."""
     kl_coef: float = 0.0
     """Coefficient of the KL divergence as a loss."""
 
@@ -48,6 +50,17 @@ class Experience:
         order = np.random.default_rng(seed).permutation(self.batch.num_seqs)
         for number, seqs in enumerate(np.array_split(order, min(num, len(order)))):
             yield MiniBatch(experience=self, seqs=seqs.tolist(), number=number)
+
+    def epoch(self, number: int, num: int, *, seed: tuple[int, ...]) -> Iterator[MiniBatch]:
+        """The mini-batches of an epoch, which are numbered over all epochs of the step.
+
+        Args:
+            number: number of the epoch, from 0.
+            num: mini-batches of each epoch.
+            seed: seed of the step.
+        """
+        for mini in self.minibatches(num, seed=(*seed, number)):
+            yield replace(mini, number=number * num + mini.number)
 
 
 def judged(

@@ -1,4 +1,4 @@
-"""Policy losses other than PPO's, a KL divergence as a loss, and corrections of scores.
+"""Policy losses other than PPO's, what is added to them, and corrections of scores.
 
 Conventions are those of `rl.ppo`: [tokens] tensors, sums over the mask, nothing off it is read.
 """
@@ -61,6 +61,24 @@ class KLLoss(NamedTuple):
     """Sum of log pi - log pi_ref over the tokens, in nats, without gradient."""
     num_tokens: Tensor
     """Number of response tokens."""
+
+
+class EntropyLoss(NamedTuple):
+    """Result of `entropy_loss`: scalars, of which only `loss_sum` has a gradient."""
+
+    loss_sum: Tensor
+    """Minus the summed entropy."""
+    num_tokens: Tensor
+    """Number of response tokens."""
+
+
+class RatioMask(NamedTuple):
+    """Result of `ratio_mask`, without gradient."""
+
+    outside: Tensor
+    """[tokens] bool, response tokens whose ratio is out of bounds; false off the mask."""
+    num_outside: Tensor
+    """Their number."""
 
 
 def gspo_loss(
@@ -196,6 +214,68 @@ def kl_loss(
     log_ratio, _ = _log_ratio(current.detach(), select(old_logprobs, mask))
     distance = current.detach() - select(ref_logprobs.detach(), mask)
     return KLLoss((log_ratio.exp() * distance * current).sum(), distance.sum(), mask.sum())
+
+
+def entropy_loss(entropy: Tensor, mask: Tensor) -> EntropyLoss:
+    """Loss that rewards the policy's entropy, to be added to the policy loss.
+
+        loss_t = -H_t
+
+    Args:
+        entropy: [tokens], of the distribution that each token was drawn from, in nats; with a
+            gradient.
+        mask: [tokens], response tokens.
+
+    Returns:
+        Sums over the mask. The caller multiplies the loss by its coefficient.
+
+    Raises:
+        ValueError: shapes disagree.
+
+    Source: arXiv 1707.06347, eq. 9.
+    """
+    mask = check_mask(entropy, mask)
+    return EntropyLoss(-select(entropy, mask).sum(), mask.sum())
+
+
+@torch.no_grad()
+def ratio_mask(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    low: float,
+    high: float,
+) -> RatioMask:
+    """Tokens that must carry no gradient, since the policy has moved too far there.
+
+        outside_t = rho_t < low or rho_t > high      rho_t = exp(logprobs_t - old_logprobs_t)
+
+    PPO's clip stops the gradient on one side, by the sign of the advantage; this mask on both.
+
+    Args:
+        logprobs: [tokens], of the policy being trained.
+        old_logprobs: [tokens], of the policy that sampled.
+        mask: [tokens], response tokens.
+        low: lower bound of the ratio, in [0, 1).
+        high: upper bound, above 1; infinity sets none.
+
+    Returns:
+        The tokens out of bounds, and their number.
+
+    Raises:
+        ValueError: shapes disagree, or a bound is out of range.
+
+    Source: arXiv 2607.07508.
+    """
+    if not 0 <= low < 1 < high:
+        raise ValueError(f"low={low} must lie in [0, 1), high={high} be over 1")
+    mask = check_mask(logprobs, mask)
+    check_shapes(logprobs, old_logprobs=old_logprobs)
+    log_ratio, _ = _log_ratio(select(logprobs, mask), select(old_logprobs, mask))
+    ratio = log_ratio.exp()
+    outside = mask & ((ratio < low) | (ratio > high))
+    return RatioMask(outside, outside.sum())
 
 
 @torch.no_grad()

@@ -23,10 +23,12 @@ from .corrections import adaptive_lambda, sampler_correction  # noqa: F401
 from .normalisation import group_advantages, whiten  # noqa: F401
 from .policy_losses import (  # noqa: F401
     cispo_loss,
+    entropy_loss,
     gspo_loss,
     kl_loss,
     noise_corrected,
     overlong_penalty,
+    ratio_mask,
 )
 from .token_masks import (
     LOG_RATIO_LIMIT,
@@ -54,6 +56,8 @@ class PolicyLoss(NamedTuple):
     """Summed estimate of KL(old policy || policy) in nats."""
     ratio_max_abs_log: Tensor
     """Largest |log rho| before the clamp, in nats; 0 without tokens."""
+    masked_sum: Tensor = torch.zeros(())
+    """Number of tokens without gradient because of `ratio_mask`, which is applied outside."""
 
 
 class ValueLoss(NamedTuple):

@@ -7,9 +7,10 @@ import inspect
 import math
 import numbers
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -309,14 +310,16 @@ def rollout_prompts(
     seed: int,
     step: int,
     samples: int,
+    drawn: Mapping[int, int] = MappingProxyType({}),
 ) -> list[RolloutPrompt]:
     """Prompts for `samples` responses to each problem, problem after problem, with their seeds.
 
     A problem may occur twice, when a step ends one pass over the data and begins the next; its
-    sample numbers then continue, since equal seeds would draw equal responses.
+    sample numbers then continue, since equal seeds would draw equal responses. `drawn` is how many
+    samples of each problem, by its index, the step has drawn before.
     """
     prompts: list[RolloutPrompt] = []
-    drawn: Counter[int] = Counter()
+    drawn = Counter(drawn)
     for problem, ids in zip(problems, token_ids, strict=True):
         for sample in range(drawn[problem.index], drawn[problem.index] + samples):
             own_seed = draw_seed(seed, step, problem.index, sample)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,26 +10,26 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.sampling.local_sampler import LocalSampler
 from ..core.sampling.sampler import SamplingParams
-from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.training import dist
 from ..core.training.metrics import peak_memory_gib
-from ..core.training.pretrained import save_model
-from ..core.training.run import Metrics, RunState, TrainingRun
-from ..core.training.stopping import abortable
+from ..core.training.run import Metrics, Saveable, TrainingRun
+from ..core.training.watchdog import enter_phase
+from . import critic_warmup
 from .config import PPOConfig
 from .experience import Experience, MicroBatch, MiniBatch, judged
-from .rollout import Rollout, RolloutPrompt, check_rollouts, rollout
+from .held_out import HeldOutRecord, evaluate_baseline, right_answers
+from .refill import Sampled, refill
+from .rollout import Rollout, RolloutPrompt
+from .rollout_source import RolloutSource, rollout_source
+from .sampling import roll_out, score
+from .saving import export_policy, save_rollouts, write_samples
 from .setup import Components, announce
-from .step_metrics import UpdateMeter, evaluation_metrics, sample_row
+from .step_metrics import UpdateMeter, evaluation_metrics
+from .stored_rollouts import FOLDER, discard_after, stored_rows, write_step
 from .weight_push import close, push_weights, sleep
-
-NUM_LOGGED_SAMPLES = 4
-"""Sampled texts written to samples.jsonl each time."""
 
 
 @dataclass(kw_only=True)
@@ -37,10 +37,16 @@ class PPORun(TrainingRun[PPOConfig]):
     """The parts of a PPO run around the algorithm: sampling, scoring, metrics, checkpoints."""
 
     parts: Components
+    held_out: HeldOutRecord
+    """Results of the start and the baseline on the held-out problems."""
+    rollouts: RolloutSource = field(init=False)
+    """Where each step's rollouts come from."""
     evaluation: Callable[[], Metrics] | None = None
     """Scores the held-out problems; None where there are none."""
     push_metrics: Metrics = field(default_factory=dict)
     """Metrics of the last weight update of the sampler."""
+    refill_metrics: Metrics = field(default_factory=dict)
+    """Metrics of the step's dropped and refilled groups."""
 
     @classmethod
     def open(
@@ -52,19 +58,38 @@ class PPORun(TrainingRun[PPOConfig]):
         resolved: dict[str, Any],
     ) -> PPORun:
         """Resumes from the newest checkpoint, if there is one, and opens the log."""
+        held_out = HeldOutRecord(num=len(parts.eval_set.problems))
+        engines: dict[str, Saveable] = {
+            "policy": parts.policy,
+            "critic": parts.critic,
+            "held_out": held_out,
+        }
+        if config.reference_refresh_steps:
+            engines["reference"] = parts.reference
         run = cls(
             config=config,
             folder=folder,
             parts=parts,
-            engines={"policy": parts.policy, "critic": parts.critic},
-            export=partial(_export, parts),
+            held_out=held_out,
+            engines=engines,
+            export=partial(export_policy, parts),
             better=lambda new, old: new["score_mean"] > old["score_mean"],
             save_when_best=True,
+            stop_early=lambda state: config.stop_below_baseline and held_out.fell,
         )
+        run.rollouts = rollout_source(
+            config,
+            parts,
+            prompts=run.next_prompts,
+            stop_if_asked=run.stop_if_asked,
+        )
+        run.engines = {**run.engines, "rollouts": run.rollouts}
         run.resume(resolved=resolved)
         announce(config, parts, folder)
         run.start(config.total_steps, resolved=resolved)
         parts.order.position = run.state.position
+        if dist.is_main():
+            discard_after(folder / FOLDER, run.state.step)
         if parts.eval_set.problems:
             run.evaluation = run._evaluate
         return run
@@ -72,8 +97,19 @@ class PPORun(TrainingRun[PPOConfig]):
     def begin(self) -> None:
         """Sends the weights to the sampler; at the start of a new run, evaluates once.
 
-        If a signal stopped the run before an evaluation, makes up for it.
+        A baseline that has no results yet is evaluated before. If a signal stopped the run before
+        an evaluation, makes up for it.
         """
+        if self.config.baseline not in (None, self.held_out.baseline_model):
+            enter_phase("evaluate")
+            self.seed_draws("baseline", 0)
+            evaluate_baseline(
+                self.config,
+                self.parts,
+                self.held_out,
+                lambda parts: self._answer_held_out(parts, split="baseline")[1],
+                version=self.state.step,
+            )
         self.push_weights()
         if self.evaluation and self.state.step == 0:
             self.seed_draws("evaluation", 0)
@@ -82,22 +118,29 @@ class PPORun(TrainingRun[PPOConfig]):
             self.is_best(metrics)
         self.resume_end(self.evaluation)
 
-    def next_prompts(self, step: int) -> list[RolloutPrompt]:
-        """The prompts of a step, the same on every rank."""
+    def next_prompts(
+        self,
+        step: int,
+        *,
+        count: int | None = None,
+        drawn: Sequence[Rollout] = (),
+    ) -> list[RolloutPrompt]:
+        """The prompts of a step, the same on every rank.
+
+        Args:
+            step: number of the step.
+            count: number of problems; None: `prompts_per_step`.
+            drawn: rollouts of the step so far.
+        """
         config = self.config
-        numbers = self.parts.order.take(config.prompts_per_step)
+        numbers = self.parts.order.take(count or config.prompts_per_step)
         return self.parts.train_set.prompts(
             numbers,
             seed=config.seed,
             step=step,
             samples=config.samples_per_prompt,
+            drawn=Counter(rollout.problem.index for rollout in drawn),
         )
-
-    def roll_out(self, prompts: Sequence[RolloutPrompt]) -> list[Rollout]:
-        """Samples the responses of a step; afterwards the sampler may release its memory."""
-        rollouts = self._roll_out(prompts, self.config.sampling)
-        sleep(self.config, self.parts.sampler)
-        return rollouts
 
     def score(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The verifier's scores: [rollouts] float64, the same on every rank; NaN: no verdict."""
@@ -105,16 +148,50 @@ class PPORun(TrainingRun[PPOConfig]):
         self.stop_if_asked()
         return scores
 
+    def refilled(
+        self,
+        step: int,
+        rollouts: list[Rollout],
+        scores: Tensor,
+    ) -> tuple[list[Rollout], Tensor]:
+        """With `refill_groups`, replaces groups of equal scores by further ones; see `refill`."""
+        config = self.config
+        if not config.refill_groups:
+            return rollouts, scores
+
+        def sample(count: int, drawn: Sequence[Rollout]) -> Sampled:
+            with self.watch("rollout"):
+                if config.sampler.sleep:  # it is asleep, and a push alone wakes it
+                    self.push_weights()
+                prompts = self.next_prompts(step, count=count, drawn=drawn)
+                more = self._sample(self.parts, prompts, config.sampling)
+                sleep(config, self.parts.sampler)
+            with self.watch("score"):
+                return more, self.score(more)
+
+        rollouts, scores, self.refill_metrics = refill(
+            rollouts,
+            scores,
+            sample,
+            rounds=config.refill_groups,
+            samples_per_prompt=config.samples_per_prompt,
+            right_score=config.verifier.right,
+        )
+        return rollouts, scores
+
     def judged(self, rollouts: Sequence[Rollout], scores: Tensor) -> tuple[list[Rollout], Tensor]:
         """The rollouts that can be trained on, and their scores; see `experience.judged`."""
-        config = self.config
-        compares = config.advantage != "gae" and not config.advantage_function
-        return judged(rollouts, scores, grouped=compares and config.samples_per_prompt > 1)
+        return judged(rollouts, scores, grouped=self.config.compares_samples)
 
     @property
     def kl_coef(self) -> float:
         """Coefficient of the KL divergence, which adapts if there is a target."""
         return self.state.extra.get("kl_coef", self.config.kl.coef)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps that train the critic alone: those planned, or fewer if the warm-up has settled."""
+        return int(self.state.extra.get(critic_warmup.STEPS, self.config.critic_warmup_steps))
 
     def policy_minibatches(
         self,
@@ -124,27 +201,18 @@ class PPORun(TrainingRun[PPOConfig]):
     ) -> Iterator[MiniBatch]:
         """The policy's mini-batches of all PPO epochs; none while the critic warms up."""
         config = self.config
-        if step <= config.critic_warmup_steps:
+        if step <= self.warmup_steps:
             return
         for epoch in range(config.epochs):
-            yield from self._epoch(experience, step, epoch)
+            yield from experience.epoch(epoch, config.minibatches, seed=(config.seed, step))
             if config.target_kl and meter.take_approx_kl() > 1.5 * config.target_kl:
                 return
 
     def critic_minibatches(self, experience: Experience, step: int) -> Iterator[MiniBatch]:
         """The critic's mini-batches of all its epochs."""
-        for epoch in range(self.config.critic_epochs or self.config.epochs):
-            yield from self._epoch(experience, step, epoch)
-
-    def _epoch(
-        self,
-        experience: Experience,
-        step: int,
-        epoch: int,
-    ) -> Iterator[MiniBatch]:
-        num = self.config.minibatches
-        for mini in experience.minibatches(num, seed=(self.config.seed, step, epoch)):
-            yield replace(mini, number=epoch * num + mini.number)
+        config = self.config
+        for epoch in range(config.critic_epochs or config.epochs):
+            yield from experience.epoch(epoch, config.minibatches, seed=(config.seed, step))
 
     def microbatches(self, mini: MiniBatch, meter: UpdateMeter) -> Iterator[MicroBatch]:
         """This rank's micro-batches. Until a weight has moved, a signal abandons the step."""
@@ -156,9 +224,10 @@ class PPORun(TrainingRun[PPOConfig]):
     def step_policy(self, mini: MiniBatch, meter: UpdateMeter) -> None:
         """Steps the policy's optimizer."""
         config = self.config
-        steps_before = self.state.step - config.critic_warmup_steps
-        number = steps_before * config.epochs * config.minibatches + mini.number
-        meter.policy_rate = self.parts.policy_rate(number)
+        per_step = config.epochs * config.minibatches
+        number = (self.state.step - self.warmup_steps) * per_step + mini.number
+        total = (config.total_steps - self.warmup_steps) * per_step
+        meter.policy_rate = self.parts.policy_rate(number, total_steps=total)
         meter.policy_results.append(self.parts.policy.step(meter.policy_rate))
 
     def step_critic(self, mini: MiniBatch, meter: UpdateMeter) -> None:
@@ -173,16 +242,15 @@ class PPORun(TrainingRun[PPOConfig]):
         step: int,
         meter: UpdateMeter,
         rollouts: Sequence[Rollout],
-        *,
-        kl: float,
+        row: Metrics,
     ) -> None:
-        """Records the finished update: skipped steps, position in the data, and the next beta.
+        """Records the finished update: skipped steps, position, next beta, the warm-up's progress.
 
         Args:
             step: number of the finished step.
             meter: results of the optimizer steps.
             rollouts: saved if the run stops because of skipped steps.
-            kl: KL divergence from the reference in nats per response.
+            row: metrics of the step's targets.
 
         Raises:
             RuntimeError: too many optimizer steps in a row were skipped.
@@ -193,13 +261,40 @@ class PPORun(TrainingRun[PPOConfig]):
             self.count_skipped(applied, save_failure=save_failure)
         self.state.step = step
         self.state.position = self.parts.order.position
+        if self.refill_metrics:
+            more = self.refill_metrics["responses_sampled"] - self.config.rollouts_per_step
+            self.state.extra["refills"] = self.state.extra.get("refills", 0) + more
         if target := self.config.kl.target:
-            error = min(0.2, max(-0.2, kl / target - 1))
+            error = min(0.2, max(-0.2, row["kl_mean"] / target - 1))
             self.state.extra["kl_coef"] = self.kl_coef * (1 + 0.1 * error)
+        patience = self.config.critic_warmup_settled
+        if patience and step <= self.warmup_steps:
+            explained = row["explained_variance"]
+            self.state.extra |= critic_warmup.follow_warmup(
+                self.state.extra, step=step, explained_variance=explained, patience=patience
+            )
 
     def push_weights(self) -> None:
         """Sends the policy's weights to the sampler, as the version of the finished step."""
         self.push_metrics = push_weights(self.config, self.parts, self.state.step)
+
+    def refresh_reference(self) -> None:
+        """With `reference_refresh_steps`, copies the policy's weights to the reference when due."""
+        every = self.config.reference_refresh_steps
+        if every and self.state.step % every == 0:
+            self.parts.reference.copy_weights(self.parts.policy.named_tensors())
+
+    def keep_rollouts(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Tensor,
+        experience: Experience,
+    ) -> None:
+        """Writes the rollouts of the finished step, if the run keeps them."""
+        if self.config.keep_rollouts and dist.is_main():
+            trained, _ = self.judged(rollouts, scores)
+            rows = stored_rows(rollouts, scores, trained, experience)
+            write_step(self.folder / FOLDER, self.state.step, rows)
 
     def record(
         self,
@@ -211,50 +306,76 @@ class PPORun(TrainingRun[PPOConfig]):
         """Writes the metrics of a finished step, and at intervals sampled texts with scores."""
         config, state, verifier = self.config, self.state, self.parts.verifier
         seconds = self.watch.take()
-        row |= meter.result() | seconds | self.push_metrics
+        row |= meter.result() | seconds | self.push_metrics | self.refill_metrics
+        num_tokens = row.get("tokens_sampled") or row["tokens_generated"]
         row |= {
-            "episodes": state.step * config.rollouts_per_step,
+            "rollout_staleness": state.step - 1 - rollouts[0].version,
+            "episodes": state.step * config.rollouts_per_step + state.extra.get("refills", 0),
             "lr_policy": meter.policy_rate,
             "lr_value": meter.critic_rate,
             "skipped_steps": state.skipped_steps,
             "verifier_inputs_cut": sum(dist.all_gather(verifier.num_cut)),
             "verifier_unjudged": sum(dist.all_gather(verifier.num_unjudged)),
             "peak_memory_gib": peak_memory_gib(),
-            "tokens_per_second": row["tokens_generated"] / sum(seconds.values()),
+            "tokens_per_second": num_tokens / sum(seconds.values()),
         }
+        if every := config.reference_refresh_steps:
+            row["reference_step"] = (state.step - 1) // every * every
         self.log_metrics(row)
         if state.step == 1 or self.is_due(config.log_samples_every):
             self._log_samples(rollouts, scores, split="train")
 
+    def finish(self) -> None:
+        """Exports the final model.
+
+        Raises:
+            RuntimeError: `stop_below_baseline` ended the run.
+        """
+        super().finish()
+        if self.stop_early(self.state):
+            raise RuntimeError(
+                f"step {self.state.step}: stop_below_baseline ended the run, because its held-out "
+                "rate is significantly below the start's or the baseline's (see the warning above)"
+            )
+
     def close(self) -> None:
-        """Releases the sampler and closes the log."""
+        """Ends sampling, releases the sampler and closes the log."""
+        self.rollouts.close()
         close(self.parts.sampler)
         super().close()
 
-    def _roll_out(
-        self, prompts: Sequence[RolloutPrompt], sampling: SamplingParams
+    def _evaluate(self) -> Metrics:
+        """Scores the held-out problems."""
+        right_score = self.config.verifier.right
+        rollouts, scores = self._answer_held_out(self.parts, split="eval")
+        metrics = evaluation_metrics(
+            *judged(rollouts, scores, grouped=False),
+            right_score,
+            needs_format=self.parts.verifier.needs_format,
+        )
+        results = right_answers(scores, right_score)
+        return metrics | self.held_out.compare(results, step=self.state.step)
+
+    def _answer_held_out(self, parts: Components, *, split: str) -> tuple[list[Rollout], Tensor]:
+        """Responses to the held-out problems, and their scores."""
+        config, held_out = self.config, parts.eval_set
+        numbers = list(range(len(held_out.problems)))
+        prompts = held_out.prompts(numbers, seed=config.seed, step=-1)
+        sampling = replace(config.sampling, temperature=config.eval_temperature)
+        rollouts = self._sample(parts, prompts, sampling)
+        scores = self.score(rollouts)
+        self._log_samples(rollouts, scores, split=split)
+        return rollouts, scores
+
+    def _sample(
+        self, parts: Components, prompts: Sequence[RolloutPrompt], sampling: SamplingParams
     ) -> list[Rollout]:
         return roll_out(
-            self.parts,
+            parts,
             prompts,
             sampling,
             version=self.state.step,
             stop_if_asked=self.stop_if_asked,
-        )
-
-    def _evaluate(self) -> Metrics:
-        """Scores the held-out problems."""
-        config, held_out = self.config, self.parts.eval_set
-        numbers = list(range(len(held_out.problems)))
-        prompts = held_out.prompts(numbers, seed=config.seed, step=-1)
-        sampling = replace(config.sampling, temperature=config.eval_temperature)
-        rollouts = self._roll_out(prompts, sampling)
-        scores = self.score(rollouts)
-        self._log_samples(rollouts, scores, split="eval")
-        return evaluation_metrics(
-            *judged(rollouts, scores, grouped=False),
-            config.verifier.right,
-            needs_format=self.parts.verifier.needs_format,
         )
 
     def _log_samples(
@@ -266,90 +387,12 @@ class PPORun(TrainingRun[PPOConfig]):
     ) -> None:
         if self.log is None:
             return
-        first = list(zip(rollouts, scores.tolist(), strict=True))[:NUM_LOGGED_SAMPLES]
-        for sampled, value in first:
-            row = sample_row(
-                sampled,
-                value,
-                self.config.verifier,
-                needs_format=self.parts.verifier.needs_format,
-                step=self.state.step,
-                split=split,
-            )
-            self.log.write_text("samples", row)
-
-
-def roll_out(
-    parts: Components,
-    prompts: Sequence[RolloutPrompt],
-    sampling: SamplingParams,
-    *,
-    version: int,
-    stop_if_asked: Callable[[], None] = lambda: None,
-) -> list[Rollout]:
-    """Samples one response per prompt, each rank its share.
-
-    Args:
-        parts: sampler and rollout function.
-        prompts: the prompts of all ranks.
-        sampling: temperature and length limit.
-        version: version of the weights.
-        stop_if_asked: called by every rank after its share, which a signal may have cut short.
-
-    Returns:
-        The rollouts of all ranks in the order of the prompts, the same on every rank.
-
-    Raises:
-        ValueError: the rollout function returned another number of rollouts, or rollouts that
-            cannot be trained on.
-        RuntimeError: a rollout was sampled with other weights than `version`.
-    """
-    rank = dist.rank()
-    world = dist.world_size()
-    share = prompts[rank::world]
-    call = partial(parts.rollout, parts.sampler, share, sampling, tokenizer=parts.tokenizer)
-    # a user's function may hold collectives, which no rank may leave alone
-    ours = parts.rollout is rollout and isinstance(parts.sampler, (LocalSampler, SglangSampler))
-    own = abortable(call) if ours else call()
-    stop_if_asked()
-    assert own is not None  # only a signal ends the call
-    if len(own) != len(share):
-        raise ValueError(
-            f"the rollout function returned {len(own)} rollouts for {len(share)} prompts: "
-            "it must return one for each"
-        )
-    shares = dist.all_gather(own)
-    rollouts = [shares[n % world][n // world] for n in range(len(prompts))]
-    vocabulary = parts.policy.module.hf.config.vocab_size
-    check_rollouts(rollouts, vocabulary=vocabulary, version=version)
-    return rollouts
-
-
-def score(parts: Components, rollouts: Sequence[Rollout]) -> Tensor:
-    """The verifier's scores, each rank computing its share: [rollouts] float64 on every rank."""
-    rank = dist.rank()
-    world = dist.world_size()
-    shares = dist.all_gather(parts.verifier.score(rollouts[rank::world]))
-    scores = [shares[n % world][n // world] for n in range(len(rollouts))]
-    return torch.tensor(scores, dtype=torch.float64)
-
-
-def save_rollouts(folder: Path, state: RunState, rollouts: Sequence[Rollout]) -> str:
-    """Writes the rollouts of a step whose update failed; returns the file's path."""
-    file = folder / f"rollouts-step-{state.step + 1}.json"
-    if dist.is_main():
-        rows = [vars(rollout) | {"problem": vars(rollout.problem)} for rollout in rollouts]
-        file.write_text(json.dumps(rows))
-    return str(file)
-
-
-def _export(parts: Components, folder: Path) -> None:
-    weights = parts.policy.full_state()
-    if dist.is_main():
-        save_model(
-            folder,
-            parts.policy.module.hf,
-            weights,
-            parts.tokenizer,
-            stop_token_ids=parts.stop_token_ids,
+        write_samples(
+            self.log,
+            rollouts,
+            scores,
+            self.config.verifier,
+            needs_format=self.parts.verifier.needs_format,
+            step=self.state.step,
+            split=split,
         )

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..core.sampling.local_sampler import LocalSampler, check_sampling
+from ..core.sampling.local_sampler import LocalSampler, check_sampling, load_sampler
+from ..core.sampling.process_sampler import ProcessSampler
 from ..core.sampling.sampler import Sampler
 from ..core.sampling.sglang_sampler import SglangSampler
 from ..core.text.data import Order, Problem, load_problems, split
 from ..core.text.stop_tokens import stop_token_ids
 from ..core.text.verifier_text import Tiers, load_template
 from ..core.training import dist
-from ..core.training.engine import FrozenEngine, TrainEngine
+from ..core.training.engine import FrozenEngine, TrainEngine, weight_shapes
 from ..core.training.pretrained import (
     check_embedding,
     check_same_vocabulary,
     context_length,
-    load_causal_lm,
     load_config,
     load_critic,
     load_policy,
@@ -77,8 +77,9 @@ class ProblemSet:
         seed: int,
         step: int,
         samples: int = 1,
+        drawn: Mapping[int, int] = MappingProxyType({}),
     ) -> list[RolloutPrompt]:
-        """The prompts of some problems, `samples` for each, with the seeds of their draws."""
+        """The prompts of some problems, with their seeds; see `rollout_prompts`."""
         problems = [self.problems[n] for n in numbers]
         ids = [self.token_ids[n] for n in numbers]
         return rollout_prompts(
@@ -87,7 +88,14 @@ class ProblemSet:
             seed=seed,
             step=step,
             samples=samples,
+            drawn=drawn,
         )
+
+
+class Rate(Protocol):
+    """A learning-rate schedule; `total_steps` replaces the planned number of optimizer steps."""
+
+    def __call__(self, step: int, *, total_steps: int = ...) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +116,9 @@ class Components:
     train_set: ProblemSet
     eval_set: ProblemSet
     order: Order
-    policy_rate: Callable[[int], float]
+    policy_rate: Rate
     """Optimizer step of the policy, the first being 0 -> learning rate."""
-    critic_rate: Callable[[int], float]
+    critic_rate: Rate
     gate: dict[str, Any] = field(default_factory=dict)
     """Log-probs in the parity gate of the last weight update, by copy of the weights."""
 
@@ -121,23 +129,27 @@ def set_up(config: PPOConfig) -> Components:
     Raises:
         ValueError: models, data and settings do not fit together.
     """
-    if config.rollouts_per_step % dist.world_size():
-        raise ValueError(
-            f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) "
-            f"do not divide over {dist.world_size()} ranks: choose a multiple"
-        )
-    critic_path = config.critic or config.policy
+    check_divides(config, dist.world_size())
+    critic_path = config.critic_path
     reference_path = config.reference or config.policy
-    for other in {critic_path, reference_path} - {config.policy}:
+    others = {critic_path, reference_path, config.baseline or config.policy}
+    for other in others - {config.policy}:
         check_same_vocabulary(config.policy, other)
     tokenizer = load_tokenizer(config.policy)
-    train_set, eval_set = _problem_sets(config, tokenizer)
+    train_set, eval_set = problem_sets(config, tokenizer)
     verifier = _verifier(config)
     stops = stop_token_ids(config.policy, tokenizer)
     sampler = _sampler(config, tokenizer, stops)
-    critic = _critic(config, critic_path, tokenizer)
+    critic = _critic(config, tokenizer)
     policy = load_policy(config.policy, dtype=config.dtype)
     reference = load_policy(reference_path, dtype=config.dtype)
+    if config.reference_refresh_steps:
+        check_same_shapes(
+            policy,
+            reference,
+            f"reference {reference_path}",
+            needed_by="reference_refresh_steps",
+        )
     rollout_function: RolloutFunction = rollout
     if config.rollout_function:
         function = load_function(config.rollout_function, option="rollout_function")
@@ -162,6 +174,32 @@ def set_up(config: PPOConfig) -> Components:
     )
 
 
+def check_divides(config: PPOConfig, ranks: int) -> None:
+    """Checks that the rollouts of a step divide over the ranks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if config.rollouts_per_step % ranks:
+        raise ValueError(
+            f"{config.rollouts_per_step} rollouts a step (prompts_per_step x samples_per_prompt) "
+            f"do not divide over {ranks} ranks: choose a multiple"
+        )
+
+
+def check_same_shapes(policy: Any, other: Any, name: str, *, needed_by: str) -> None:
+    """Checks that the policy's weights fit into another model's, or the other way round.
+
+    Raises:
+        ValueError: a weight is missing in one of them, or differs in shape.
+    """
+    if differing := sorted(weight_shapes(policy).items() ^ weight_shapes(other).items()):
+        raise ValueError(
+            f"{name}: its weight {differing[0][0]} is not of the policy's shape: {needed_by} "
+            "needs models of the same architecture"
+        )
+
+
 def announce(config: PPOConfig, parts: Components, folder: Path) -> None:
     """Prints which problems were dropped and puts the verifier's calibration beside the log."""
     if not dist.is_main():
@@ -177,7 +215,7 @@ def announce(config: PPOConfig, parts: Components, folder: Path) -> None:
         shutil.copy(calibration, folder)
 
 
-def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Callable[[int], float]:
+def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Rate:
     return functools.partial(
         learning_rate,
         peak=peak,
@@ -187,9 +225,14 @@ def _schedule(config: PPOConfig, peak: float, total_steps: int) -> Callable[[int
     )
 
 
-def _problem_sets(
+def problem_sets(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ProblemSet, ProblemSet]:
+    """The problems to train on and those held out, without over-long ones.
+
+    Raises:
+        ValueError: a row cannot be used, or too few are left for a step.
+    """
     load = functools.partial(
         load_problems,
         limit=config.limit,
@@ -228,13 +271,17 @@ def _problem_set(
     )
 
 
-def _critic(
-    config: PPOConfig, path: str, tokenizer: PreTrainedTokenizerBase
-) -> TrainEngine | NoCritic:
+def _critic(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> TrainEngine | NoCritic:
     if config.advantage != "gae":
         return NoCritic()
-    module = load_critic(path, dtype=config.dtype)
-    check_embedding(module.hf.config, tokenizer, path)
+    head = "fresh" if config.critic == "verifier" else config.critic_head
+    module = load_critic(
+        config.critic_path,
+        dtype=config.dtype,
+        head=head,
+        freeze=config.critic_freeze,
+    )
+    check_embedding(module.hf.config, tokenizer, config.critic_path)
     return TrainEngine(module, config.engine)
 
 
@@ -272,13 +319,7 @@ def _sampler(
 ) -> Sampler:
     model = load_config(config.policy)
     check_embedding(model, tokenizer, config.policy)
-    context = context_length(model)
-    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
-    if context and longest > context:
-        raise ValueError(
-            f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of "
-            f"{config.policy} ({context}): lower one of them"
-        )
+    context = check_context(config, model)
     if config.sampler.kind == "factory":
         assert config.sampler.factory
         factory = load_function(config.sampler.factory, option="sampler.factory")
@@ -290,14 +331,52 @@ def _sampler(
             vocabulary=model.vocab_size,
             context=context,
             folder=Path(config.output) / "sync",
-            progress=dist.is_main(),
+            progress=dist.is_main() and not config.staleness,
         )
-    check_sampling(model, config.policy)
-    hf: Any = load_causal_lm(config.policy, dtype=config.dtype)
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    return LocalSampler(
-        hf.to(dist.device(), dtype),
-        stop_token_ids=stops,
-        max_batch=config.sampler.max_batch,
-        progress=dist.is_main(),
-    )
+    if config.staleness:
+        check_sampling(model, config.policy)
+        return ProcessSampler(config.policy, **_local_options(config, stops))
+    return local_sampler(config, config.policy, stops)
+
+
+def check_context(config: PPOConfig, model: PretrainedConfig) -> int | None:
+    """Checks that the longest prompt and response fit into the policy's context.
+
+    Returns:
+        The policy's context in tokens, if its configuration says.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    context = context_length(model)
+    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
+    if context and longest > context:
+        raise ValueError(
+            f"max_prompt_tokens + sampling.max_new_tokens = {longest}, over the context of "
+            f"{config.policy} ({context}): lower one of them"
+        )
+    return context
+
+
+def local_sampler(config: PPOConfig, path: str, stops: tuple[int, ...]) -> LocalSampler:
+    """Loads a model into a sampler of this process.
+
+    Args:
+        config: dtype and batch size.
+        path: the model.
+        stops: ids that end a response.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its samples would not be transformers' own.
+    """
+    check_sampling(load_config(path), path)
+    return load_sampler(path, **_local_options(config, stops), progress=dist.is_main())
+
+
+def _local_options(config: PPOConfig, stops: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "dtype": config.dtype,
+        "device": dist.device(),
+        "stop_token_ids": stops,
+        "max_batch": config.sampler.max_batch,
+    }

@@ -209,7 +209,7 @@ class UpdateMeter:
     """Sums over the micro-batches of a step's update, averaged over all tokens of all ranks."""
 
     def __init__(self) -> None:
-        self.policy_sums = torch.zeros(5, dtype=torch.float64, device=dist.device())
+        self.policy_sums = torch.zeros(6, dtype=torch.float64, device=dist.device())
         self.critic_sums = torch.zeros(2, dtype=torch.float64, device=dist.device())
         self.first_gap = torch.zeros(1, device=dist.device())
         self.policy_results: list[StepResult] = []
@@ -217,11 +217,18 @@ class UpdateMeter:
         self.policy_rate = 0.0
         """Learning rate of the policy at its last optimizer step."""
         self.critic_rate = 0.0
-        self._seen = torch.zeros(5, dtype=torch.float64)
+        self._seen = torch.zeros(6, dtype=torch.float64)
 
     def add_policy(self, pg: ppo.PolicyLoss, *, first_minibatch: bool) -> None:
         """Adds a micro-batch's loss; `first_minibatch`: the policy has not moved yet."""
-        parts = (pg.loss_sum, pg.clip_sum, pg.dual_clip_sum, pg.approx_kl_sum, pg.num_tokens)
+        parts = (
+            pg.loss_sum,
+            pg.clip_sum,
+            pg.dual_clip_sum,
+            pg.masked_sum.to(pg.loss_sum.device),
+            pg.approx_kl_sum,
+            pg.num_tokens,
+        )
         self.policy_sums += torch.stack([part.detach().double() for part in parts])
         if first_minibatch:
             self.first_gap = torch.maximum(self.first_gap, pg.ratio_max_abs_log)
@@ -234,7 +241,7 @@ class UpdateMeter:
     def take_approx_kl(self) -> float:
         """Mean of `approx_kl` since the last call, over all ranks."""
         sums = dist.all_sum(self.policy_sums.clone()).cpu()
-        kl, num_tokens = (sums - self._seen)[3:].tolist()
+        kl, num_tokens = (sums - self._seen)[-2:].tolist()
         self._seen = sums
         return kl / max(num_tokens, 1)
 
@@ -244,12 +251,13 @@ class UpdateMeter:
         `ratio_first_minibatch_max` is the largest |log rho| before the first optimizer step: 0
         but for rounding. Gradient norms are means over the applied steps, before clipping.
         """
-        loss, clip, dual_clip, kl, num = dist.all_sum(self.policy_sums).tolist()
+        loss, clip, dual_clip, masked, kl, num = dist.all_sum(self.policy_sums).tolist()
         value_loss, num_values = dist.all_sum(self.critic_sums).tolist()
         return {
             "policy_loss": _ratio(loss, num),
             "clip_fraction": _ratio(clip, num),
             "dual_clip_fraction": _ratio(dual_clip, num),
+            "ratio_masked_fraction": _ratio(masked, num),
             "approx_kl": _ratio(kl, num),
             "value_loss": _ratio(value_loss, num_values),
             "ratio_first_minibatch_max": float(dist.all_max(self.first_gap)),

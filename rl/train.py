@@ -39,7 +39,10 @@ def train(config: PPOConfig, *, resolved: dict[str, Any]) -> Path:
         ValueError: configuration, data or models are invalid or do not fit together.
         RuntimeError: the run failed, such as by consecutive steps with non-finite gradients.
     """
-    dist.init(timeout_seconds=config.timeout_seconds)
+    dist.init(
+        timeout_seconds=config.timeout_seconds,
+        heartbeat_seconds=config.heartbeat_seconds,
+    )
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         parts = set_up(config)
@@ -68,12 +71,14 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
     critic = run.parts.critic
     policy_loss = run.parts.policy_loss
     temperature = config.sampling.temperature
+    outputs = partial(policy, temperature=temperature, with_entropy=config.entropy_coef > 0)
     run.begin()
     for step, bar in run.steps("ppo"):
         with run.watch("rollout"):
-            rollouts = run.roll_out(run.next_prompts(step))
+            rollouts = run.rollouts.take(step)
         with run.watch("score"):
             scores = run.score(rollouts)  # [rollouts], NaN without a verdict; equal on all ranks
+        rollouts, scores = run.refilled(step, rollouts, scores)
         with run.watch("forward"):
             experience, row = _targets(config, run, *run.judged(rollouts, scores))
 
@@ -81,7 +86,7 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
         with run.watch("train"):
             for mini in run.policy_minibatches(experience, step, meter):
                 for micro in run.microbatches(mini, meter):
-                    pg = policy_loss(policy(micro.batch, temperature=temperature), micro)
+                    pg = policy_loss(outputs(micro.batch), micro)
                     policy.backward(pg.loss_sum, loss_divisor(config, mini), last=micro.last)
                     meter.add_policy(pg, first_minibatch=mini.number == 0)
                 run.step_policy(mini, meter)
@@ -98,9 +103,13 @@ def _loop(config: PPOConfig, run: PPORun) -> None:
                     meter.add_critic(vf)
                 run.step_critic(mini, meter)
 
-        run.end_update(step, meter, rollouts, kl=row["kl_mean"])
+        run.end_update(step, meter, rollouts, row)
+        with run.watch("rollout"):
+            run.rollouts.finish()  # sampling of the next step, if it runs beside this one
         with run.watch("sync"):
             run.push_weights()
+            run.refresh_reference()
+        run.keep_rollouts(rollouts, scores, experience)
         run.record(row, meter, rollouts, scores)
         run.end_step(run.evaluation)
         bar.set_postfix(score=f"{row['score_mean']:.3f}", kl=f"{row['kl_mean']:.2f}")
@@ -142,6 +151,7 @@ def _targets(
         advantages=torch.where(mask, whitened * weights, 0.0),
         returns=returns,
         ref_logprobs=ref_logprobs,
+        rewards=rewards,
         kl_coef=kl_coef if config.kl.place == "loss" else 0.0,
     )
     metrics = step_metrics(

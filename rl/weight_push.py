@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..core.sampling.process_sampler import ProcessSampler
 from ..core.sampling.sampler import Sampler, ServedSampler
 from ..core.training.packing import PackedBatch, pack
 from .config import PPOConfig
@@ -132,6 +133,6 @@ def sleep(config: PPOConfig, sampler: Sampler) -> None:
 
 
 def close(sampler: Sampler) -> None:
-    """Releases what the run holds on the sampler's servers."""
-    if isinstance(sampler, ServedSampler):
+    """Releases what the run holds on the sampler's servers, and ends a sampling process."""
+    if isinstance(sampler, (ServedSampler, ProcessSampler)):
         sampler.close()

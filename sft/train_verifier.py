@@ -50,7 +50,10 @@ def train(config: VerifierTrainingConfig, *, resolved: dict[str, Any]) -> Path:
     Raises:
         ValueError: configuration, data or model are invalid or do not fit together.
     """
-    dist.init(timeout_seconds=config.timeout_seconds)
+    dist.init(
+        timeout_seconds=config.timeout_seconds,
+        heartbeat_seconds=config.heartbeat_seconds,
+    )
     with dist.fail_together():
         folder = checkpoint.prepare_output(config.output, resume=config.resume)
         tokenizer = load_tokenizer(config.model)

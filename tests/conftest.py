@@ -129,6 +129,12 @@ def make_model(
 
 
 @pytest.fixture(scope="session")
+def published_models() -> dict[str, dict[str, Any]]:
+    """Short name of a published model -> what its config.json says about sizes."""
+    return json.loads((ROOT / "tests" / "published_models.json").read_text())
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data and a real small model, beside the project; the test is skipped where they are not."""
     if not (SHARED / "data").is_dir():

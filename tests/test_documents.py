@@ -21,11 +21,13 @@ PACKAGES = ("kernels", "core", "rl", "sft", "search", "eval", "launch")
 SOURCES_OF_METRICS = [
     "rl/step_metrics.py",
     "rl/run.py",
+    "rl/refill.py",
     "rl/weight_push.py",
     "sft/train.py",
     "sft/finetune.py",
 ]
 NO_METRICS = {"prompt", "response", "answer", "verdict", "score", "split", "policy", "critic"}
+NO_METRICS |= {"held_out"}  # a part of the checkpoint, like the two before
 
 
 def read(name):

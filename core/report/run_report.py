@@ -35,6 +35,8 @@ MEASURES = {
     "response_length_mean": "Tokens per response",
     "turns_mean": "Turns per response",
     "accuracy": "Accuracy",
+    "explained_variance": "Explained variance",
+    "value_loss": "Value loss",
     "loss": "Loss (nats per token)",
     "token_accuracy": "Token accuracy",
 }
@@ -49,6 +51,16 @@ class Stage:
     num: object
     """Number of evaluated answers; None if it is unknown."""
     measures: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class RateComparison:
+    """The held-out rate beside that of the start or the baseline."""
+
+    text: str
+    """A sentence."""
+    is_fall: bool
+    """Whether the rate is, or was at some evaluation, significantly below the other one."""
 
 
 class RunFolder:
@@ -192,6 +204,37 @@ def compare_stages(stages: Row, evals: list[Row]) -> list[Stage]:
     return columns
 
 
+def compare_rates(evals: list[Row]) -> list[RateComparison]:
+    """Compares the last evaluation's held-out rate with those of the start and the baseline.
+
+    Args:
+        evals: Rows of eval.jsonl in the order of their steps.
+    """
+    comparisons = []
+    last = evals[-1] if evals else {}
+    for name in ("start", "baseline"):
+        if number(last.get(f"{name}_right_rate")) is None:
+            continue
+        below = [row for row in evals if row.get(f"below_{name}")]
+        is_below = bool(last.get(f"below_{name}"))
+        points = [
+            format_number(100 * value) if (value := number(last.get(key))) is not None else "–"
+            for key in (f"{name}_change", f"{name}_change_low", f"{name}_change_high")
+        ]
+        text = (
+            f"At step {format_number(last['step'])} the held-out rate is "
+            f"{format_number(last.get('right_rate'), True)}, "
+            f"{'significantly below' if is_below else 'beside'} the {name}'s "
+            f"{format_number(last[f'{name}_right_rate'], True)} (change {points[0]} points, "
+            f"95% interval {points[1]} to {points[2]})."
+        )
+        if below and not is_below:
+            steps = ", ".join(format_number(row["step"]) for row in below)
+            text += f" It was significantly below at step {steps}."
+        comparisons.append(RateComparison(text, bool(below)))
+    return comparisons
+
+
 def choose_samples(samples: list[Row]) -> list[Row]:
     """Selects the first MAX_SAMPLES samples of the first and of the last step of each split.
 
@@ -270,6 +313,7 @@ def write_report(
         stages=stages,
         measures=measures,
         stages_compared=compare_stages(stages, evals),
+        rates_compared=compare_rates(evals),
         samples=choose_samples(samples),
         num_samples=len(samples),
         absent=[name for name in expected if not (folder / name).is_file()],

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...kernels.attention import varlen_attention
 from ..training.model import decoder_pass, logit_scale
 from ..training.packing import PackedBatch
-from ..training.pretrained import context_length
+from ..training.pretrained import context_length, load_causal_lm
 from ..training.self_check import check_decoding, own_outputs
 from .sampler import Completion, Prompt, SamplingParams, check_prompts
 
@@ -120,6 +120,32 @@ class LocalSampler:
                         self.on_completion(item, done[item])
                     bar.update()
         return [done[i] for i in range(len(prompts))]
+
+
+def load_sampler(
+    path: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    stop_token_ids: Sequence[int],
+    max_batch: int,
+    progress: bool = False,
+) -> LocalSampler:
+    """A sampler with the weights of a model's folder or hub id.
+
+    Args:
+        path: the model.
+        dtype: data type of its weights, "fp32" or "bf16".
+        device: where it samples.
+        stop_token_ids, max_batch, progress: as for `LocalSampler`.
+    """
+    model: Any = load_causal_lm(path, dtype=dtype)
+    return LocalSampler(
+        model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32),
+        stop_token_ids=stop_token_ids,
+        max_batch=max_batch,
+        progress=progress,
+    )
 
 
 def check_sampling(config: PretrainedConfig, path: str) -> None:

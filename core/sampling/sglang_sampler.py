@@ -101,10 +101,11 @@ class SglangSampler:
         self.config = config
         self.progress = progress
         self.version = 0
+        self.interrupted = False
         self.stop_token_ids = tuple(stop_token_ids)
         self.vocabulary = vocabulary
         self.context = context
-        self.fleet = Fleet(_connect(config), retries=config.retries)
+        self.fleet = Fleet(connect(config), retries=config.retries)
         self._initial_models: set[str] = set()  # emptied when an update has succeeded
         for result in call_each(self.fleet.servers, SglangServer.info).values():
             if isinstance(result, ServerError):
@@ -186,7 +187,7 @@ class SglangSampler:
         max_failures = (self.config.retries + 1) * len(self.fleet.servers)
         num_failures = 0
         delay = 0.0
-        while not stop.wait(delay):
+        while not (stop.wait(delay) or self.interrupted):
             request = generate_request(
                 prompt.token_ids,
                 params,
@@ -207,7 +208,7 @@ class SglangSampler:
                         version=self.version,
                     )
                 except ServerError as error:
-                    if error.kind == "refused" or stop.is_set():
+                    if error.kind == "refused" or stop.is_set() or self.interrupted:
                         raise
                     delay = self.fleet.record_failure(error, started)
                     num_failures += 1
@@ -217,6 +218,11 @@ class SglangSampler:
                     self.fleet.record_success(server)
                     return completion
         raise RuntimeError("the rollout was stopped")
+
+    def interrupt(self) -> None:
+        """Ends `generate` in another thread, for good: it raises RuntimeError."""
+        self.interrupted = True
+        call_each(self.fleet.servers, SglangServer.abort)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Sends weights to every server that answers; servers that are asleep are woken.
@@ -330,8 +336,8 @@ class SglangSampler:
             self.sync.close(self.fleet)
 
 
-def _connect(config: SglangConfig) -> list[SglangServer]:
-    """Clients of the servers at `config.urls`."""
+def connect(config: SglangConfig) -> list[SglangServer]:
+    """Clients of the servers at `config.urls`; ValueError without an address or its API key."""
     key = None
     if config.api_key_env:
         key = os.environ.get(config.api_key_env, "").strip()

@@ -8,9 +8,11 @@ import atexit
 import contextlib
 import datetime
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as td
 from torch import Tensor
@@ -21,24 +23,25 @@ from .watchdog import Failure, Watchdog, waiting
 T = TypeVar("T")
 WATCHED_SHARE = 0.8
 """Share of the time-out after which a silent rank ends the run: before a collective gives up."""
-_timeout_seconds = 600.0
+_silence_seconds = 60.0
 
 
-def init(*, timeout_seconds: float = 600.0) -> None:
+def init(*, timeout_seconds: float = 600.0, heartbeat_seconds: float = 60.0) -> None:
     """Joins the process group described by the environment of deepspeed, torchrun or srun.
 
     Without such an environment the process is the only rank. The backend is NCCL on CUDA, gloo
     otherwise. Does nothing if a group exists already.
 
     Args:
-        timeout_seconds: a collective that waits longer ends the run, and so does a rank that gives
-            no sign of life.
+        timeout_seconds: a collective that waits longer ends the run.
+        heartbeat_seconds: a rank that gives no sign of life for longer ends the run; at most 0.8 of
+            `timeout_seconds` counts.
 
     Raises:
         ValueError: the environment is incomplete, or the ranks do not meet in time.
     """
-    global _timeout_seconds
-    _timeout_seconds = timeout_seconds
+    global _silence_seconds
+    _silence_seconds = min(heartbeat_seconds, WATCHED_SHARE * timeout_seconds)
     if td.is_initialized():
         return
     _adopt_slurm_environment()
@@ -242,23 +245,18 @@ class OuterGroup:
 def fail_together(*, poll_seconds: float = 1.0) -> Iterator[None]:
     """Ends all ranks when one fails, is stopped or cannot be reached, naming that rank.
 
-    After an error this takes seconds, without a sign of life the time-out given to `init`.
-    Otherwise the others would wait in a collective. Enter it after `init`, on every rank.
+    After an error this takes seconds, without a sign of life the `heartbeat_seconds` given to
+    `init`. Otherwise the others would wait in a collective. Enter it after `init`, on every rank.
     """
     if world_size() == 1:
         yield
         return
     watchdog = Watchdog(
-        td.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-        ),
+        _connect_to_store(),
         rank=rank(),
-        world_size=world_size(),
-        limit_seconds=WATCHED_SHARE * _timeout_seconds,
-        poll_seconds=min(poll_seconds, _timeout_seconds / 10),
+        hosts=all_gather(_host()),
+        limit_seconds=_silence_seconds,
+        poll_seconds=min(poll_seconds, _silence_seconds / 10),
     )
     watchdog.start()
     try:
@@ -277,10 +275,44 @@ def fail_together(*, poll_seconds: float = 1.0) -> Iterator[None]:
         else:
             failure = Failure(f"rank {rank()}: {type(error).__name__}: {error}")
         watchdog.done.set()
-        watchdog.publish(failure)
+        if not watchdog.publish(failure):
+            watchdog.end_cut_off(error)
         raise
     finally:
         watchdog.stop()
+
+
+def _connect_to_store() -> td.TCPStore:
+    """A connection of its own to the store, which the system ends when the store's host is lost."""
+    port = int(os.environ["MASTER_PORT"])
+    store = td.TCPStore(
+        os.environ["MASTER_ADDR"],
+        port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=_silence_seconds),
+    )
+    options = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 10, "TCP_USER_TIMEOUT": 1000 * _silence_seconds}
+    with contextlib.suppress(psutil.Error, OSError, AttributeError):  # not on every system
+        for connection in psutil.Process().net_connections("tcp"):
+            if connection.raddr and connection.raddr.port == port:
+                with socket.socket(fileno=os.dup(connection.fd)) as tcp:
+                    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for name, value in options.items():
+                        tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
+    return store
+
+
+def _host() -> str:
+    """Name of this host and, if they can be found out, its address in the network of the ranks."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    name = f"host {socket.gethostname()}"
+    with contextlib.suppress(OSError):
+        family = socket.getaddrinfo(*place)[0][0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect(place)
+            return f"{name}, {probe.getsockname()[0]}"
+    return name
 
 
 def _is_collective_error(error: Exception) -> bool:

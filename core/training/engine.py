@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import dist
@@ -182,23 +184,12 @@ class TrainEngine:
         return StepResult(True, float(self.engine.get_global_grad_norm()))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields every Hugging Face weight in full, one at a time; tied weights once.
-
-        Every rank must iterate to the end.
-        """
-        deepspeed = _deepspeed()
-        for name, parameter in self.module.hf.named_parameters():
-            sharded = hasattr(parameter, "ds_id")
-            with deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext():
-                yield name, parameter.detach()
+        """Yields every Hugging Face weight in full; see `named_tensors`."""
+        return named_tensors(self.module)
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights in the host memory of rank 0, for export; empty on the other ranks."""
-        state = {}
-        for name, tensor in self.named_tensors():
-            if dist.is_main():
-                state[name] = tensor.cpu().clone()
-        return state
+        return full_state(self.module)
 
     def save(self, folder: Path, name: str) -> None:
         """Writes this rank's weights, optimizer states and counters under folder/name."""
@@ -222,10 +213,10 @@ class TrainEngine:
 
 
 class FrozenEngine:
-    """A model that is never trained: the reference policy or a verifier. Sharded under ZeRO-3."""
+    """A model that no optimizer trains: the reference or a verifier. Sharded under ZeRO-3."""
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
-        module.requires_grad_(False).eval()
+        self.module: Any = module.requires_grad_(False).eval()
         if config.zero_stage < 3 or dist.world_size() == 1:
             self.engine: Any = module.to(dist.device())
             return
@@ -238,6 +229,73 @@ class FrozenEngine:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every Hugging Face weight in full; see `named_tensors`."""
+        return named_tensors(self.module)
+
+    @torch.no_grad()
+    def copy_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the weights by others of the same shapes, such as those of a `TrainEngine`.
+
+        Every rank must call it and iterate all tensors; under ZeRO-3 rank 0's values count.
+
+        Args:
+            tensors: Hugging Face names with full tensors, in the order of `named_tensors`.
+        """
+        parameters = self.module.hf.named_parameters()
+        for (name, parameter), (other, tensor) in zip(parameters, tensors, strict=True):
+            assert name == other, f"weights {name} and {other}"
+            with _gathered(parameter, modifier_rank=0):
+                if dist.is_main() or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(tensor)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes the weights to folder/name.safetensors."""
+        weights = full_state(self.module)
+        if dist.is_main():
+            save_file(weights, folder / f"{name}.safetensors")
+
+    def load(self, folder: Path, name: str) -> None:
+        """Loads what `save` wrote."""
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            names = [key for key, _ in self.module.hf.named_parameters()]
+            self.copy_weights((key, file.get_tensor(key)) for key in names)
+
+
+def named_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields every Hugging Face weight in full, one at a time; tied weights once.
+
+    Every rank must iterate to the end.
+
+    Args:
+        module: a module whose `hf` attribute is the Hugging Face model.
+    """
+    for name, parameter in module.hf.named_parameters():
+        with _gathered(parameter):
+            yield name, parameter.detach()
+
+
+def full_state(module: Any) -> dict[str, Tensor]:
+    """All weights in the host memory of rank 0; empty on the other ranks."""
+    state = {}
+    for name, tensor in named_tensors(module):
+        if dist.is_main():
+            state[name] = tensor.cpu().clone()
+    return state
+
+
+def weight_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the Hugging Face weights in full, by name."""
+    parameters = module.hf.named_parameters()
+    return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters}
+
+
+def _gathered(parameter: nn.Parameter, *, modifier_rank: int | None = None) -> Any:
+    """Context in which a parameter is whole; changes by `modifier_rank` are kept on every rank."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return _deepspeed().zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

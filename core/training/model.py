@@ -176,6 +176,30 @@ class Classifier(nn.Module):
         return self.hf.score(hidden_states(self.hf, batch)[last]).float()
 
 
+def freeze_attention(hf: PreTrainedModel) -> None:
+    """Leaves only MLPs, norms and head to be trained: attention and embeddings are frozen.
+
+    Norms inside attention, such as those of Qwen3's queries and keys, belong to it.
+
+    Args:
+        hf: the model, before an engine takes it.
+
+    Raises:
+        ValueError: the model has no module whose class is called attention.
+
+    Source: arXiv 2607.07508.
+    """
+    attention = [part for part in hf.modules() if type(part).__name__.endswith("Attention")]
+    if not attention:
+        raise ValueError(
+            f"model type {hf.config.model_type}: no attention modules were found to freeze: "
+            "leave critic_freeze at none"
+        )
+    embeddings = [part for part in hf.modules() if isinstance(part, nn.Embedding)]
+    for part in attention + embeddings:
+        part.requires_grad_(False)
+
+
 def hidden_states(hf: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Last hidden states [tokens, hidden] of a packed batch; no sequence sees another."""
     cu_seqlens = batch.boundaries if batch.tokens.device.type == "cpu" else batch.cu_seqlens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,14 @@ from transformers.utils import logging as hf_logging
 
 from ..files import is_path
 from .checkpoint import explain_full_disk, follow_umask
-from .model import ATTENTION, Classifier, Critic, Policy
+from .model import ATTENTION, Classifier, Critic, Policy, freeze_attention
 from .self_check import check_config, check_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HEAD = "score.weight"
+"""Name of the weight of a critic's or classifier's head."""
+CriticHead = Literal["auto", "fresh", "kept"]
+CriticFreeze = Literal["none", "attention"]
 
 
 def load_policy(path: str, *, dtype: str) -> Policy:
@@ -42,9 +46,36 @@ def load_causal_lm(path: str, *, dtype: str) -> PreTrainedModel:
     return _load(AutoModelForCausalLM, path, dtype=dtype)[0]
 
 
-def load_critic(path: str, *, dtype: str) -> Critic:
-    """Loads a critic from any decoder; its scalar head starts at zero unless the folder has one."""
-    return Critic(_load_scored(path, num_labels=1, dtype=dtype))
+def load_critic(
+    path: str,
+    *,
+    dtype: str,
+    head: CriticHead = "auto",
+    freeze: CriticFreeze = "none",
+) -> Critic:
+    """Loads a critic from any decoder.
+
+    Args:
+        path: Hugging Face folder or hub id.
+        dtype: "bf16" or "fp32".
+        head: "fresh" starts the head at zero, whatever the folder has; "kept" needs the folder's;
+            "auto" keeps it if there is one.
+        freeze: "attention" leaves only MLPs, norms and head to be trained.
+
+    Raises:
+        ValueError: it cannot be loaded, its head is to be kept and missing, or has several outputs.
+    """
+    hf, fresh = _load_scored(path, num_labels=1, dtype=dtype, any_head=head == "fresh")
+    if head == "kept" and fresh:
+        raise ValueError(
+            f"model {path}: critic_head=kept, but there is no head (score.weight) in it: give "
+            "critic_head=fresh, or a model that `verippo critic` wrote"
+        )
+    if head == "fresh" or fresh:
+        nn.init.zeros_(hf.score.weight)
+    if freeze == "attention":
+        freeze_attention(hf)
+    return Critic(hf)
 
 
 def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Classifier:
@@ -53,14 +84,15 @@ def load_classifier(path: str, *, dtype: str, fresh_head: bool = False) -> Class
     Raises:
         ValueError: the folder has no class head and `fresh_head` is false.
     """
-    return Classifier(
-        _load_scored(
-            path,
-            num_labels=2,
-            dtype=dtype,
-            need_head=not fresh_head,
-        )
-    )
+    hf, fresh = _load_scored(path, num_labels=2, dtype=dtype)
+    if fresh:
+        if not fresh_head:
+            raise ValueError(
+                f"model {path}: no classification head (score.weight) in it: "
+                "train one with `verippo verifier`"
+            )
+        nn.init.zeros_(hf.score.weight)
+    return Classifier(hf)
 
 
 def _load_scored(
@@ -68,8 +100,9 @@ def _load_scored(
     *,
     num_labels: int,
     dtype: str,
-    need_head: bool = False,
-) -> PreTrainedModel:
+    any_head: bool = False,
+) -> tuple[Any, bool]:
+    """The model, and whether the folder lacks its head, which then holds no useful numbers."""
     config = load_config(path)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
@@ -77,17 +110,13 @@ def _load_scored(
             "choose another model, or for a critic --advantage rloo, grpo or reinforce++, which "
             "need none"
         )
-    hf, missing = _load(
-        AutoModelForSequenceClassification, path, dtype=dtype, num_labels=num_labels
+    return _load(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype,
+        any_head=any_head,
+        num_labels=num_labels,
     )
-    if missing:
-        if need_head:
-            raise ValueError(
-                f"model {path}: no classification head (score.weight) in it: "
-                "train one with `verippo verifier`"
-            )
-        nn.init.zeros_(hf.score.weight)
-    return hf
 
 
 def _load(
@@ -95,11 +124,13 @@ def _load(
     path: str,
     *,
     dtype: str,
+    any_head: bool = False,
     **options: Any,
 ) -> tuple[Any, bool]:
     """The model in eval mode, and whether the folder lacks its classification head.
 
-    Any other missing weight is an error: transformers would fill it with random numbers.
+    Any other missing weight is an error: transformers would fill it with random numbers. With
+    `any_head`, a head of another shape counts as missing.
     """
     config = load_config(path)
     check_config(config, path)
@@ -122,11 +153,20 @@ def _load(
         hf_logging.set_verbosity(verbosity)
     missing = set(info["missing_keys"])
     misshapen = {name for name, *_ in info["mismatched_keys"]}
-    if missing - {"score.weight"} or misshapen:
+    if any_head:
+        missing |= misshapen & {HEAD}
+        misshapen -= {HEAD}
+    if missing - {HEAD} or misshapen:
         names = ", ".join(sorted(missing | misshapen)[:5])
+        critic = options.get("num_labels") == 1
+        hint = (
+            "; for a critic, critic_head=fresh replaces it"
+            if critic and misshapen == {HEAD}
+            else ""
+        )
         raise ValueError(
             f"model {path}: weights are missing or of another shape than {hf.config.model_type} "
-            f"needs: {names}"
+            f"needs: {names}{hint}"
         )
     _silence_dropout(hf)
     return hf.eval(), bool(missing)

@@ -74,8 +74,10 @@ class RunConfig:
     max_tokens_per_gpu: CountingInt = 8192
     """Maximum number of tokens in a micro-batch."""
     timeout_seconds: PositiveFloat = 600.0
-    """Seconds that a collective operation may wait, or a rank give no sign of life, before the run
-    ends with an error."""
+    """Seconds that a collective operation may wait before the run ends with an error."""
+    heartbeat_seconds: PositiveFloat = 60.0
+    """Seconds without a sign of life after which a rank is taken for lost, as by a cut link or a
+    stopped host, and the run ends with an error; at most 0.8 of `timeout_seconds` counts."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def _fault(
 
 
 def _description(config: PretrainedConfig) -> str:
-    return _small_config(config).to_json_string(use_diff=False)
+    return small_config(config, _SMALL).to_json_string(use_diff=False)
 
 
 def _packed_difference(model: Any, rows: list[list[int]]) -> Tensor:
@@ -160,9 +160,15 @@ def sample_rows(vocab_size: int) -> list[list[int]]:
     ]
 
 
-def _small_config(config: PretrainedConfig) -> PretrainedConfig:
+def small_config(config: PretrainedConfig, limits: Mapping[str, int]) -> PretrainedConfig:
+    """A copy of a configuration with smaller numbers, and without the ids of special tokens.
+
+    Args:
+        config: the configuration.
+        limits: upper bounds of its fields; those that it lacks are passed over.
+    """
     small = copy.deepcopy(config)
-    for name, limit in _SMALL.items():
+    for name, limit in limits.items():
         if isinstance(value := getattr(small, name, None), int):
             setattr(small, name, min(value, limit))
     for name in _LAYER_LISTS:

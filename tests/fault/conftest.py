@@ -206,7 +206,7 @@ def wait_for_steps(rows_of: Callable[..., Any]) -> Callable[..., None]:
     """Waits until a run has written a number of steps."""
 
     def wait(folder: Path, number: int, process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         file = folder / "metrics.jsonl"
         while not (file.exists() and file.read_text().count("\n") >= number):
             assert process.poll() is None, process.communicate()[1][-3000:]

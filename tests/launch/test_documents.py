@@ -1,4 +1,4 @@
-"""Commands in README.md and BENCHMARKS.md use commands and options that exist."""
+"""Commands in README.md, BENCHMARKS.md and docs/cluster.md use commands and options that exist."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from verippo.launch import plan_page
 from verippo.launch.commands import COMMANDS, import_name
 from verippo.launch.option_groups import options
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "BENCHMARKS.md")
+DOCUMENTS = ("README.md", "BENCHMARKS.md", "docs/cluster.md")
 
 
 def commands(text):
@@ -32,3 +33,14 @@ def test_commands_in_documents_use_existing_options(document):
         config_class = import_name(COMMANDS[stage].config)
         known = {option.name for option in options(config_class)}
         assert set(given) <= known | {"--config", "--help", "--print_config"}, stage
+
+
+def test_files_named_on_the_cluster_page_exist():
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    named = set(re.findall(r"launch/(?:configs|slurm)/[\w.]+\w", text))
+    assert len(named) > 8
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_tables_of_the_cluster_page_are_what_its_command_writes():
+    assert plan_page.main(["--check"]) == 0

@@ -111,6 +111,7 @@ def make_conversations(generator: torch.Generator) -> dict[str, Experience]:
             advantages=advantages,
             returns=returns,
             ref_logprobs=ref_logprobs,
+            rewards=returns,
         )
 
     return {"whole": experience(whole), "split": experience(split)}
@@ -147,6 +148,7 @@ def make_job(*, folder: Path, policy: str, critic: str, verifier: str) -> dict[s
         advantages=near(nothing, 1.0),
         returns=near(values, 0.5),
         ref_logprobs=logprobs,
+        rewards=nothing,
     )
     pairs = [
         ("Pneumonia", "pneumonia"),
@@ -292,6 +294,39 @@ def resumed(job: Job, stage: int) -> dict[str, Any]:
     }
 
 
+def refreshed(job: Job, stage: int) -> dict[str, Any]:
+    """Weights of a frozen engine that took those of a trained one, and of one that loads them."""
+    settings = config(stage)
+    policy, critic = engines(job, settings)
+    update(policy, critic, job.experience, UPDATES[0])
+    first, second = (
+        FrozenEngine(load_policy(job.policy, dtype="fp32"), settings) for _ in range(2)
+    )
+    first.copy_weights(policy.named_tensors())
+    folder = job.folder / f"reference-{dist.world_size()}-{stage}"
+    if dist.is_main():
+        folder.mkdir()
+    dist.barrier()
+    first.save(folder, "reference")
+    dist.barrier()
+    second.load(folder, "reference")
+    longest = max(job.experience.batch.lengths)
+    return {
+        "policy": policy.full_state(),
+        "weights": [dict(_cloned(engine)) for engine in (first, second)],
+        "logprobs": [
+            compute(partial(engine, temperature=TEMPERATURE), job.experience.batch, longest)[0]
+            for engine in (policy, first, second)
+        ],
+        "parameters_held": sum(p.numel() for p in first.engine.parameters()),
+    }
+
+
+def _cloned(engine: FrozenEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in engine.named_tensors():
+        yield name, tensor.clone()
+
+
 def verdicts(job: Job, stage: int) -> list[float]:
     """P(right) of the pairs, all of them on rank 0: the other rank has none and must still take
     part."""
@@ -322,6 +357,7 @@ def run(job: Job) -> dict[str, Any]:
         "conversations": {stage: conversation_updates(job, stage) for stage in (0, 3)},
         "forwards": forwards(job, 3),
         "resumed": {stage: resumed(job, stage) for stage in STAGES},
+        "refreshed": {stage: refreshed(job, stage) for stage in STAGES},
         "verdicts": verdicts(job, 3),
     }
 

@@ -10,7 +10,7 @@ import pytest
 from verippo.core.llm.client import LLMConfig
 from verippo.core.sampling.sampler import SamplingParams
 from verippo.core.training.engine import EngineConfig
-from verippo.rl.config import KLConfig, PPOConfig, SamplerConfig, VerifierConfig
+from verippo.rl.config import CorrectionConfig, KLConfig, PPOConfig, SamplerConfig, VerifierConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = VerifierConfig(kind="exact")
@@ -28,6 +28,15 @@ def config(**changes):
         ({"steps": None}, "give either steps or episodes; got steps=None, episodes=None"),
         ({"episodes": 5}, "give either steps or episodes; got steps=3, episodes=5"),
         ({"steps": 0}, "steps=0: must be above 0"),
+        ({"staleness": 1}, r"staleness=1 trains on responses of older weights.*correction\.level"),
+        (
+            {
+                "staleness": 1,
+                "correction": CorrectionConfig(level="token"),
+                "sampler": SamplerConfig(kind="sglang", urls="http://a", sleep=True),
+            },
+            r"sampler\.sleep releases the servers' memory during training",
+        ),
         ({"steps": None, "episodes": -1}, "episodes=-1: must be above 0"),
         ({"limit": 0}, "limit=0: must be above 0"),
         *[
@@ -111,6 +120,23 @@ def config(**changes):
             {"verifier": VerifierConfig(kind="function")},
             "verifier.kind=function needs verifier.function=module:name",
         ),
+        (
+            {"critic_warmup_settled": 5},
+            "critic_warmup_settled=5 ends the warm-up early: give critic_warmup_steps",
+        ),
+        (
+            {"critic_freeze": "attention", "advantage": "reinforce++"},
+            r"critic_freeze=attention: advantage=reinforce\+\+ trains no critic: leave it out",
+        ),
+        ({"critic": "verifier"}, "critic=verifier needs verifier.kind=classifier, got exact: give"),
+        (
+            {
+                "critic": "verifier",
+                "critic_head": "kept",
+                "verifier": VerifierConfig(model="v"),
+            },
+            "critic_head=kept: the head of critic=verifier has two classes",
+        ),
         ({"log_to": "jsonl,paper"}, "unknown logger 'paper'"),
         ({"offload": "all", "zero_stage": 2}, "offload=all needs zero_stage=3, got zero_stage=2"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0: must be above 0"),
@@ -176,9 +202,9 @@ def test_derived_sizes_worked_by_hand():
     assert config(steps=7).total_steps == 7
 
 
-def test_the_defaults_are_the_originals():
+def test_the_defaults_are_the_originals_except_lambda():
     made = config()
-    assert (made.epochs, made.minibatches, made.gamma, made.lam) == (3, 1, 1.0, 0.95)
+    assert (made.epochs, made.minibatches, made.gamma, made.lam) == (3, 1, 1.0, 1.0)
     assert (made.clip_low, made.clip_high, made.value_clip) == (0.2, 0.2, 0.2)
     assert (made.kl.coef, made.kl.estimator, made.verifier.threshold) == (0.03, "k1", 0.4)
     assert (made.verifier.right, made.verifier.wrong, made.verifier.unparsable) == (1.0, 0.1, 0.0)

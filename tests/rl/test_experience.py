@@ -36,6 +36,7 @@ def an_experience(lengths):
         advantages=count + 0.2,
         returns=count + 0.3,
         ref_logprobs=count + 0.4,
+        rewards=count + 0.5,
     )
 
 

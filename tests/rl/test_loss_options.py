@@ -97,6 +97,7 @@ def test_loss_is_a_mean_over_tokens_sequences_or_a_fixed_number(options, weights
         advantages=zeros,
         returns=zeros,
         ref_logprobs=zeros,
+        rewards=zeros,
     )
     (mini,) = experience.minibatches(1, seed=(0,))
     assert loss_divisor(config(**options), mini) == divisor
@@ -125,11 +126,90 @@ def test_kl_as_a_loss_adds_its_gradient():
     assert logprobs.grad.tolist() == pytest.approx([0.05, 0.0])
 
 
+def a_micro(**changes):
+    """Ratios 1, 2, 1/4 and garbage off the mask; advantages of both signs."""
+    fields = {
+        "logprobs": torch.tensor([-1.0, -1.0, -1.0, math.nan]).double(),
+        "ref_logprobs": torch.full((4,), -1.5).double(),
+        "advantages": torch.tensor([1.0, -3.0, 2.0, math.nan]).double(),
+        "mask": torch.tensor([True, True, True, False]),
+        "batch": SimpleNamespace(cu_seqlens=torch.tensor([0, 4])),
+        "kl_coef": 0.1,
+    }
+    return SimpleNamespace(**fields | changes)
+
+
+def new_logprobs():
+    return torch.tensor([-1.0, LN2 - 1, -2 * LN2 - 1, math.nan]).double().requires_grad_()
+
+
+def gradient_of(logprobs, loss):
+    loss.loss_sum.backward()
+    return logprobs.grad.tolist()
+
+
+def test_ratio_mask_stops_the_gradient_on_both_sides():
+    """PPO's clip would keep that of ratio 2 with A < 0 and that of 1/4 with A > 0."""
+    kept = new_logprobs()
+    loss = policy_loss_function(config())(kept, a_micro())
+    assert gradient_of(kept, loss) == pytest.approx([-1.0, 6.0, -0.5, 0.0])
+    assert loss.masked_sum.item() == 0
+    held = new_logprobs()
+    masked = policy_loss_function(config(ratio_mask_low=0.5, ratio_mask_high=1.5))(held, a_micro())
+    assert gradient_of(held, masked) == pytest.approx([-1.0, 0.0, 0.0, 0.0])
+    assert masked.masked_sum.item() == 2
+    assert masked.loss_sum.item() == loss.loss_sum.item()
+    low_alone = new_logprobs()
+    loss = policy_loss_function(config(ratio_mask_low=0.5))(low_alone, a_micro())
+    assert gradient_of(low_alone, loss) == pytest.approx([-1.0, 6.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"policy_loss": "gspo"}, {"policy_loss": "cispo"}, {"kl": KLConfig(place="loss")}],
+)
+def test_ratio_mask_holds_for_every_loss(options):
+    logprobs = new_logprobs()
+    options |= {"ratio_mask_low": 0.5, "ratio_mask_high": 1.5}
+    found = gradient_of(logprobs, policy_loss_function(config(**options))(logprobs, a_micro()))
+    assert found[0] != 0
+    assert found[1:] == [0.0, 0.0, 0.0]
+
+
+def test_entropy_bonus_is_part_of_the_loss():
+    logprobs = new_logprobs()
+    entropy = torch.tensor([0.5, 1.5, 2.0, math.nan]).double().requires_grad_()
+    plain = policy_loss_function(config())(logprobs, a_micro())
+    loss = policy_loss_function(config(entropy_coef=0.01))((logprobs, entropy), a_micro())
+    assert (loss.loss_sum - plain.loss_sum).item() == pytest.approx(-0.04)
+    loss.loss_sum.backward()
+    assert entropy.grad.tolist() == pytest.approx([-0.01, -0.01, -0.01, 0.0])
+    assert logprobs.grad.tolist() == pytest.approx([-1.0, 6.0, -0.5, 0.0])
+
+
+def test_entropy_bonus_does_not_depend_on_the_packing():
+    function = policy_loss_function(config(entropy_coef=0.5))
+    logprobs = new_logprobs()
+    entropy = torch.tensor([0.5, 1.5, 2.0, math.nan]).double()
+    micro = a_micro()
+    whole = function((logprobs, entropy), micro).loss_sum
+    parts = 0.0
+    for part in (slice(0, 1), slice(1, 4)):
+        tensors = ("logprobs", "ref_logprobs", "advantages", "mask")
+        own = a_micro(**{name: getattr(micro, name)[part] for name in tensors})
+        parts = parts + function((logprobs[part], entropy[part]), own).loss_sum
+    assert whole.item() == pytest.approx(parts.item())
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"policy_loss": "gspo", "loss_mean": "token"}, "policy_loss=gspo is a mean over"),
         ({"kl": KLConfig(place="loss"), "loss_mean": "sequence"}, "needs loss_mean=token"),
+        ({"entropy_coef": 0.1, "loss_mean": "fixed"}, "entropy_coef=0.1 needs loss_mean=token"),
+        ({"entropy_coef": 0.1, "policy_loss": "gspo"}, "entropy_coef=0.1 needs loss_mean=token"),
+        ({"ratio_mask_low": 1.0}, "ratio_mask_low=1.0: must be 0 or more and under 1"),
+        ({"ratio_mask_high": 1.0}, "ratio_mask_high=1.0: must be above 1"),
         ({"overlong_buffer": 5000}, "overlong_buffer=5000 is over"),
         ({"critic_warmup_steps": 4}, "leaves no step of 4 to train the policy"),
     ],
@@ -139,6 +219,8 @@ def test_options_that_do_not_fit_together_are_refused(options, reason):
         config(**options)
 
 
-def test_estimators_are_no_losses():
-    with pytest.raises(ValueError, match=r"kl.estimator=k3: .* wrong once the policy has moved"):
-        KLConfig(place="loss", estimator="k3")
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_estimators_are_no_losses(estimator):
+    reason = rf"kl.estimator={estimator}: .* wrong once the policy has moved: leave it at k1"
+    with pytest.raises(ValueError, match=reason):
+        KLConfig(place="loss", estimator=estimator)

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verippo.rl.ppo import cispo_loss, gspo_loss, kl_loss, noise_corrected, overlong_penalty
+from verippo.kernels.logprob import linear_logprobs
+from verippo.rl.ppo import (
+    cispo_loss,
+    entropy_loss,
+    gspo_loss,
+    kl_estimate,
+    kl_loss,
+    noise_corrected,
+    overlong_penalty,
+    ratio_mask,
+)
 
 LN2 = math.log(2)
 # two sequences of 4 and 3 tokens; the responses are tokens 1..3 and 5..6; garbage elsewhere
@@ -89,6 +99,92 @@ def test_kl_loss_has_the_gradient_of_the_divergence():
         ).loss_sum
         total += old.softmax(-1)[token] * torch.autograd.grad(loss, current)[0]
     assert torch.allclose(total, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("old_is_current", [True, False])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_differentiated_estimators_have_other_gradients(estimator, old_is_current):
+    """Why they are not offered as losses: only k2 gives KL(pi || pi_ref)'s, and on-policy only."""
+    torch.manual_seed(0)
+    logits, old, reference = torch.randn(3, 6, dtype=torch.float64)
+    current = leaf(logits)
+    weights = (logits if old_is_current else old).softmax(-1)  # of the policy that sampled
+    logp, ref = current.log_softmax(-1), reference.log_softmax(-1)
+    (right,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), current, retain_graph=True)
+    (forward,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), current, retain_graph=True)
+    loss = (weights * kl_estimate(logp, ref, estimator=estimator)).sum()
+    (found,) = torch.autograd.grad(loss, current)
+    assert torch.allclose(found, right, atol=1e-12) is (estimator == "k2" and old_is_current)
+    if old_is_current:
+        expected = {"k1": torch.zeros(6).double(), "k2": right, "k3": forward}[estimator]
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_entropy_loss_by_hand():
+    entropy = leaf(torch.tensor([math.nan, 0.5, 2.0, 0.0, math.inf, 1.0, 0.25]))
+    loss = entropy_loss(entropy, MASK)
+    assert (loss.loss_sum.item(), loss.num_tokens.item()) == (-3.75, 5)
+    loss.loss_sum.backward()
+    assert entropy.grad.tolist() == [0.0, -1.0, -1.0, -1.0, 0.0, -1.0, -1.0]
+
+
+@given(
+    st.integers(1, 9), st.integers(2, 7), st.sampled_from([0.5, 1.0, 1.7]), st.integers(0, 2**31)
+)
+@settings(max_examples=30, deadline=None)
+def test_gradient_of_the_entropy_equals_plain_torchs(num, vocabulary, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, 4, generator=generator, dtype=torch.float64)
+    mask = torch.rand(num, generator=generator) < 0.7
+    gradients = []
+    for dense in (False, True):
+        h, w = leaf(hidden), leaf(weight)
+        if dense:
+            p = (h @ w.t() / temperature).softmax(-1)
+            loss = (p * p.log()).sum(-1)[mask].sum()
+        else:
+            targets = torch.zeros(num, dtype=torch.int64)
+            entropy = linear_logprobs(
+                h, w, targets, temperature=temperature, with_entropy=True, chunk_tokens=2
+            ).entropy
+            loss = entropy_loss(entropy, mask).loss_sum
+        gradients.append(torch.autograd.grad(loss, (h, w)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_ratio_mask_by_hand():
+    # ratios 2, 2, 1/4 and 2, 2; bounds belong to the inside
+    found = ratio_mask(NEW, OLD, MASK, low=0.25, high=1.5)
+    assert found.outside[MASK].tolist() == [True, True, False, True, True]
+    assert found.num_outside.item() == 4
+    assert not found.outside[~MASK].any()
+    found = ratio_mask(NEW, OLD, MASK, low=0.26, high=math.inf)
+    assert found.outside[MASK].tolist() == [False, False, True, False, False]
+    assert ratio_mask(OLD, OLD, MASK, low=0.99, high=1.01).num_outside.item() == 0
+
+
+@given(st.integers(1, 12), st.floats(0, 0.99), st.floats(1.01, 5), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_ratio_mask_equals_its_plain_twin(num, low, high, seed):
+    generator = torch.Generator().manual_seed(seed)
+    new, old = torch.randn(2, num, generator=generator, dtype=torch.float64)
+    mask = torch.rand(num, generator=generator) < 0.7
+    expected = [
+        bool(on) and not low <= math.exp(a - b) <= high
+        for on, a, b in zip(mask, new.tolist(), old.tolist(), strict=True)
+    ]
+    garbage = torch.where(mask, new, math.nan)
+    found = ratio_mask(garbage, old, mask, low=low, high=high)
+    assert found.outside.tolist() == expected
+    assert found.num_outside.item() == sum(expected)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (-0.1, 2.0), (0.5, 1.0), (0.5, math.nan)])
+def test_ratio_mask_must_hold_the_unmoved_policy(low, high):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\), high=.* be over 1"):
+        ratio_mask(NEW, OLD, MASK, low=low, high=high)
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 2**31))

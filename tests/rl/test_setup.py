@@ -10,7 +10,7 @@ from verippo.core.text.data import ANSWER_KEY, QUESTION_KEY
 from verippo.core.training import dist
 from verippo.core.training.engine import FrozenEngine, TrainEngine
 from verippo.core.training.packing import PackedBatch
-from verippo.core.training.pretrained import load_policy
+from verippo.core.training.pretrained import load_classifier, load_policy
 from verippo.rl.advantages import NoCritic
 from verippo.rl.config import PPOConfig, VerifierConfig
 from verippo.rl.setup import set_up
@@ -70,6 +70,16 @@ def test_a_reference_and_a_critic_of_their_own_are_used(given, make_model):
         assert torch.equal(run.reference(batch()), load_policy(reference, dtype="fp32")(batch()))
         assert float(run.critic(batch()).abs().max()) > 0  # this one brings a head
     assert run.critic.module.hf.config.num_hidden_layers == 1
+
+
+def test_verifier_becomes_the_critic_without_its_head(given, make_model):
+    folder = str(make_model("llama", classes=2, seed=54))
+    verifier = VerifierConfig(kind="classifier", model=folder, max_tokens=96)
+    critic = set_up(given(critic="verifier", verifier=verifier)).critic
+    assert critic(batch()).tolist() == [0.0] * 10
+    own = load_classifier(folder, dtype="fp32").hf.model.state_dict()
+    for name, weight in critic.module.hf.model.state_dict().items():
+        assert torch.equal(weight, own[name])
 
 
 def test_without_gae_there_is_no_critic(given):

@@ -146,7 +146,8 @@ def test_a_sample_without_a_verdict_says_so():
 def losses(*, policy, clipped, kl, value, num, largest):
     zero = torch.zeros(())
     numbers = [torch.tensor(x) for x in (policy, num, clipped, 0, kl, largest)]
-    return ppo.PolicyLoss(*numbers), ppo.ValueLoss(torch.tensor(value), torch.tensor(num), zero)
+    pg = ppo.PolicyLoss(*numbers, masked_sum=torch.tensor(clipped + 1))
+    return pg, ppo.ValueLoss(torch.tensor(value), torch.tensor(num), zero)
 
 
 def add(meter, first_minibatch, **numbers):
@@ -169,6 +170,7 @@ def test_an_updates_means_are_over_the_tokens_of_all_its_micro_batches():
         "policy_loss": 3 / 8,
         "clip_fraction": 3 / 8,
         "dual_clip_fraction": 0.0,
+        "ratio_masked_fraction": (2 + 1 + 3) / 8,
         "approx_kl": 0.75 / 8,
         "value_loss": 9 / 8,
         "ratio_first_minibatch_max": 1e-7,  # later mini-batches have moved on

@@ -16,6 +16,7 @@ from verippo.core.report.run_report import (
     average_blocks,
     by_step,
     choose_samples,
+    compare_rates,
     compare_stages,
     write_report,
 )
@@ -301,6 +302,27 @@ def test_first_and_last_evaluation_are_compared_without_stages():
     assert first.measures["score_mean"] == (0.4, None, None)  # no share of a count
     assert [stage.name for stage in compare_stages({}, evals[:1])] == ["step 0"]
     assert compare_stages({}, []) == []
+
+
+def test_held_out_rate_stands_beside_the_start_and_the_baseline():
+    row = {"right_rate": 0.25, "start_right_rate": 0.5, "baseline_right_rate": 0.24}
+    change = {"start_change": -0.25, "start_change_low": -0.375, "start_change_high": -0.1}
+    evals = [
+        row | {"step": 0},
+        row | {"step": 20, "below_start": True, "below_baseline": True},
+        row | change | {"step": 40, "below_start": True, "below_baseline": False},
+    ]
+    start, baseline = compare_rates(evals)
+    assert start.is_fall
+    assert start.text == (
+        "At step 40 the held-out rate is 25.0%, significantly below the start's 50.0% "
+        "(change −25 points, 95% interval −37.5 to −10)."
+    )
+    assert baseline.is_fall  # at an evaluation before
+    assert baseline.text.endswith("interval – to –). It was significantly below at step 20.")
+    assert "the held-out rate is 25.0%, beside the baseline's 24.0%" in baseline.text
+    assert [c.is_fall for c in compare_rates(evals[:1])] == [False, False]
+    assert compare_rates([]) == []
 
 
 def test_samples_come_from_the_first_and_last_step_of_each_split():

@@ -480,6 +480,38 @@ def test_after_an_error_running_requests_are_aborted(serve, connect):
     never.set()
 
 
+def test_interrupt_ends_a_rollout_in_another_thread_for_good(serve, connect):
+    running, release = threading.Event(), threading.Event()
+
+    def hang(body):
+        running.set()
+        release.wait(30)
+
+    server = serve(on_generate(hang))
+    sampler = connect(server, timeout_seconds=30)
+    raised = []
+
+    def sample():
+        try:
+            sampler.generate(prompts(3, 4), GREEDY)
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    assert running.wait(10)
+    begun = time.monotonic()
+    sampler.interrupt()
+    thread.join(10)
+    release.set()
+    assert raised
+    assert time.monotonic() - begun < 8
+    num_asked = server.paths().count("/generate")
+    with pytest.raises(RuntimeError, match="the rollout was stopped"):
+        sampler.generate(prompts(3), GREEDY)
+    assert server.paths().count("/generate") == num_asked
+
+
 def test_no_prompt_is_retried_after_the_rollout_has_ended(serve, connect):
     def answer(body):
         if body["input_ids"][-1] == 10:

@@ -183,7 +183,7 @@ def test_an_outer_group_that_nobody_joins_gives_up_after_its_time_out():
 
 
 HANGING_STORE = """
-import time
+import sys, time
 from verippo.core.training.watchdog import Watchdog, enter_phase
 
 class Store:
@@ -191,19 +191,61 @@ class Store:
         time.sleep(600)  # as when the host cannot be reached
 
 enter_phase("score")
-Watchdog(Store(), rank=1, world_size=2, limit_seconds=1.0, poll_seconds=0.1).start()
+hosts = ["host a, 10.0.0.1", "host b, 10.0.0.2"]
+Watchdog(Store(), rank=int(sys.argv[1]), hosts=hosts, limit_seconds=1.0, poll_seconds=0.1).start()
 time.sleep(600)
 """
 
 
-def test_store_that_never_answers_ends_the_rank():
-    """So both sides of a cut link end: this one has no connection to rank 0, which holds it."""
+@pytest.mark.parametrize(
+    ("rank", "reason"),
+    [
+        # this one has no connection to rank 0, which serves the store
+        (1, r"sign of life for \d+ s from rank 0 \(host a, 10\.0\.0\.1; last in phase load\)"),
+        # a launcher serves it
+        (0, r"answer for \d+ s from the store of the ranks.* on this host \(host a, 10\.0\.0\.1\)"),
+    ],
+)
+def test_store_that_never_answers_ends_the_rank(rank, reason):
+    """So both sides of a cut link end."""
     done = subprocess.run(
-        [sys.executable, "-c", HANGING_STORE], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HANGING_STORE, str(rank)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1
     assert re.fullmatch(
-        r"verippo: rank 1 stops: no sign of life for [123] s from rank 0 \(last in phase load\): "
-        r"stopped, killed or out of reach\n",
+        rf"\n?verippo: rank {rank} stops: no {reason}.*: stopped.* killed.*: check that host and "
+        "the network, then run the same command again to resume\n",
+        done.stderr,
+    ), done.stderr
+
+
+UNPUBLISHED = """
+import time
+from verippo.core.training.watchdog import Failure, Watchdog
+
+class Store:
+    set = check = lambda *_: None
+    def compare_set(self, *_):
+        time.sleep(600)  # the link was cut a moment ago
+
+hosts = ["host a, 10.0.0.1", "host b, 10.0.0.2"]
+watchdog = Watchdog(Store(), rank=1, hosts=hosts, limit_seconds=60.0, poll_seconds=0.1)
+watchdog.start()
+error = RuntimeError("no server is left")
+watchdog.done.set()
+assert not watchdog.publish(Failure(str(error)))
+watchdog.end_cut_off(error)
+"""
+
+
+def test_error_that_cannot_be_published_names_the_lost_host():
+    """Such as that of a sampler behind the link that was cut."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNPUBLISHED], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"verippo: rank 1 stops: no sign of life for \d+ s from rank 0 \(host a, 10\.0\.0\.1; "
+        r"last in phase load\): .* \(RuntimeError: no server is left\)\n",
         done.stderr,
     ), done.stderr

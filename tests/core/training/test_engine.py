@@ -146,6 +146,21 @@ def test_zero_3_on_two_ranks_holds_no_whole_parameter_of_a_frozen_model(both_ran
     assert [rank["forwards"]["parameters_held"] for rank in both_ranks] == [0, 0]
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_frozen_model_takes_the_weights_of_a_trained_one(results, stage):
+    for rank in results:
+        found = rank["refreshed"][stage]
+        expected = results[0]["refreshed"][stage]["policy"]
+        for weights in found["weights"]:  # of the engine that took them, and one that loaded them
+            assert weights.keys() == expected.keys()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        trained, taken, loaded = found["logprobs"]
+        assert torch.equal(taken, trained)
+        assert torch.equal(loaded, trained)
+        assert not torch.equal(trained, rank["forwards"]["logprobs"])  # they had moved
+        assert (found["parameters_held"] == 0) is (stage == 3 and len(results) == 2)
+
+
 def test_adamw_is_torchs_with_decay_on_matrices_alone(make_model):
     folder, rate, decay = make_model("qwen2", seed=4), 1e-2, 0.1  # qwen2 has biases
     batch = batch_of([9, 4, 12])
@@ -284,3 +299,44 @@ def test_the_deepspeed_configuration_is_these_literals():
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**settings)
+
+
+TRAINED = {"mlp", "input_layernorm", "post_attention_layernorm", "norm", "score"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_attention_keeps_its_bits_and_needs_no_state(make_model, tmp_path, stage, kind):
+    folder, batch = make_model(kind, classes=1, seed=9), batch_of([9, 4, 12])
+
+    def make():
+        module = load_critic(folder, dtype="fp32", freeze="attention")
+        return TrainEngine(module, config(stage, weight_decay=0.1))
+
+    engine = make()
+    names = [name for name, _ in engine.named_tensors()]
+    trained = {name for name in names if TRAINED & set(name.split("."))}
+    assert {name for name in names if "self_attn" in name} | {"model.embed_tokens.weight"} == (
+        set(names) - trained
+    )
+    before = engine.full_state()
+    train_once(engine, batch, 1e-2)
+    engine.save(tmp_path, "critic")
+    train_once(engine, batch, 1e-2)
+    after = engine.full_state()
+    for name in names:
+        assert torch.equal(after[name], before[name]) == (name not in trained), name
+
+    states = engine.engine.optimizer.state_dict()
+    if stage == 0:
+        stored = sum(state["exp_avg"].numel() for state in states["state"].values())
+        assert stored == sum(after[name].numel() for name in trained)
+    if stage == 3:
+        groups = engine.engine.optimizer.fp32_partitioned_groups_flat
+        assert sum(group.numel() for group in groups) == sum(after[n].numel() for n in trained)
+
+    again = make()
+    again.load(tmp_path, "critic")
+    train_once(again, batch, 1e-2)
+    for name, tensor in again.full_state().items():
+        assert torch.equal(tensor, after[name]), name

@@ -249,6 +249,26 @@ def test_a_head_of_another_size_is_refused_by_name(make_model):
         load_critic(make_model("llama", classes=2), dtype="fp32")
 
 
+def test_head_of_a_critic_is_kept_fresh_or_refused(make_model):
+    plain, scored, classes = (make_model("llama", classes=n, seed=8) for n in (None, 1, 2))
+    batch = pack(random_rows())
+
+    def values(folder, head):
+        with torch.no_grad():
+            return load_critic(folder, dtype="fp32", head=head)(batch)
+
+    own = values(scored, "kept")
+    assert float(own.abs().max()) > 0
+    assert torch.equal(values(scored, "auto"), own)
+    for folder, head in [(scored, "fresh"), (plain, "fresh"), (plain, "auto"), (classes, "fresh")]:
+        assert not values(folder, head).any()
+    with pytest.raises(ValueError, match="critic_head=kept, but there is no head"):
+        values(plain, "kept")
+    for head in ("auto", "kept"):
+        with pytest.raises(ValueError, match="score.weight; for a critic, critic_head=fresh"):
+            values(classes, head)
+
+
 def test_weights_that_the_folder_lacks_are_refused_never_made_up(make_model):
     with pytest.raises(ValueError, match="weights are missing .*lm_head.weight"):
         load_policy(make_model("llama", classes=2), dtype="fp32")
