@@ -1,7 +1,7 @@
 """The demo with a tool: the policy may leave the sum to a calculator, and learns to.
 
-Stage 1 learns to answer at once, and to call the calculator with the points of the findings and
-answer with its result. Adding many numbers at once is hard for a model of half a million
+Stage 1 learns to answer at once, and to call the calculator with the findings and their points and
+to answer with its result. Adding many numbers at once is hard for a model of half a million
 parameters, so PPO has something to find out: that calls pay.
 """
 
@@ -20,8 +20,9 @@ from ..rl.turns import Conversation, converse
 
 Record = dict[str, Any]
 
-CALL = re.compile(r"<calc>([0-9+ ]+)</calc>\s*$")
-CALL_WORDS = "<calc> 1 + 2 </calc>"
+CALL = re.compile(r"<calc>([^<>]*)</calc>\s*$")
+POINTS = re.compile(r" = (\d{1,6})(?!\d)")
+CALL_WORDS = "<calc> = 1 ; </calc>"
 """Words that the answers have beside those of the problems."""
 
 
@@ -49,10 +50,9 @@ def with_calls(records: Sequence[Record], seed: int) -> list[Record]:
 
 
 def call_of(record: Record) -> str:
-    """The points of a record's findings, and the call that adds them up."""
+    """The call that adds up the points of a record's findings."""
     lines = [step.split(" , ")[0] for step in record["Complex_CoT"].split(" ; ")]
-    points = [line.rsplit(" = ", 1)[1] for line in lines]
-    return f"{' ; '.join(lines)} ; <calc> {' + '.join(points)} </calc>"
+    return f"<calc> {' ; '.join(lines)} </calc>"
 
 
 def _turns(*texts: str) -> Record:
@@ -81,9 +81,6 @@ def rollout(
 
 
 def reply(conversation: Conversation) -> str | None:
-    """The sum that the policy's turn asks for at its end; None where it asks for none."""
+    """The sum of the points in the call with which the policy's turn ends; None without a call."""
     call = CALL.search(conversation.last_text)
-    if call is None:
-        return None
-    numbers = call[1].split("+")
-    return str(sum(map(int, numbers))) if all(n.strip().isdigit() for n in numbers) else "error"
+    return str(sum(map(int, POINTS.findall(call[1])))) if call else None

@@ -367,7 +367,7 @@ TASKS = {
     "calculator": Task(
         sizes=Sizes(
             findings=5,
-            sft_steps=200,
+            sft_steps=300,
             sft_loss=0.0,
             ppo_steps=16,
             rollouts_per_step=128,

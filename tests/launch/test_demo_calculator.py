@@ -47,7 +47,7 @@ def test_half_of_the_answers_call_and_the_result_is_no_target(tmp_path: Path) ->
     total = problem["Ground-True Answer"]
     found = CALL.search(call.removesuffix("</s>"))
     assert found
-    assert sum(map(int, found[1].split(" + "))) == int(total)
+    assert sum(int(line.split(" = ")[1]) for line in found[1].split(" ; ")) == int(total)
     before = tokenizer.decode(examples[1].prompt_ids)
     assert before.endswith(f"<|assistant|>{call}<|user|>{total}<|assistant|>")
     for text in (answer, direct):
@@ -58,7 +58,7 @@ def test_half_of_the_answers_call_and_the_result_is_no_target(tmp_path: Path) ->
 
 def test_call_adds_up_the_points_of_the_findings() -> None:
     steps = "station +1 = 3 , total 3 ; dilation 2 = 1 , total 4"
-    expected = "station +1 = 3 ; dilation 2 = 1 ; <calc> 3 + 1 </calc>"
+    expected = "<calc> station +1 = 3 ; dilation 2 = 1 </calc>"
     assert call_of({"Complex_CoT": steps}) == expected
     assert reply(SimpleNamespace(last_text=expected)) == "4"
 
@@ -72,12 +72,12 @@ def test_rows_of_stage_1_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "result"),
     [
-        ("<calc> 2 + 0 + 11 </calc>", "13"),
-        ("so <calc>7</calc> ", "7"),
-        ("<calc> 2 + + 1 </calc>", "error"),
-        ("<calc> 2 3 </calc>", "error"),
-        ("<calc> 2 * 3 </calc>", None),
-        ("<calc> 2 </calc> and more", None),
+        ("<calc> station +1 = 3 ; albumin 3.2 = 11 </calc>", "14"),
+        ("so <calc> a = 7</calc> ", "7"),
+        ("<calc> nothing </calc>", "0"),
+        ("<calc> a = 9999999 </calc>", "0"),
+        ("<calc> a = 2 </calc> and more", None),
+        ("<calc> a = 2", None),
         ("2 + 3", None),
     ],
 )
