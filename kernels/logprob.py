@@ -161,9 +161,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 sums.add(exps, rows)
         # top and total, not the log-sum-exp: rounded at the size of the largest logit, it would
         # cost digits of the gradient
-        ctx.save_for_backward(
-            hidden, weight, targets, top, total, entropy, slopes, sums.hidden, sums.weight
-        )
+        ctx.save_for_backward(hidden, weight, targets, top, total, entropy, slopes)
+        ctx.made = None if slope is None else (sums.hidden, sums.weight)
         ctx.temperature = temperature
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)  # an unused output then costs nothing in backward
@@ -174,15 +173,13 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, top, total, entropy, slopes, *made = ctx.saved_tensors
+        hidden, weight, targets, top, total, entropy, slopes = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(top)
-        factor = None if slopes is None else _factor(grad_logprobs, slopes)
-        if factor is not None:
-            grad_hidden, grad_weight = (None if x is None else x * factor for x in made)
-            if grad_weight is not None:
-                grad_weight = grad_weight.to(weight.dtype)
-            return grad_hidden, grad_weight, None, None, None, None, None
+        made, ctx.made = ctx.made, None  # a second backward pass recomputes
+        if made is not None and (factor := _factor(grad_logprobs, slopes)) is not None:
+            grad_hidden, grad_weight = (None if x is None else x.mul_(factor) for x in made)
+            return grad_hidden, _cast(grad_weight, weight.dtype), None, None, None, None, None
         head = _Head(hidden, weight, ctx.temperature, ctx.chunk)
         sums = _Gradients(hidden, weight, head, ctx.needs_input_grad)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
@@ -202,7 +199,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 d.sub_(g / total[rows, None]).mul_(exps)
             d.scatter_add_(1, targets[rows, None], g)
             sums.add(d, rows)
-        return sums.hidden, sums.of_weight(weight.dtype), None, None, None, None, None
+        return sums.hidden, _cast(sums.weight, weight.dtype), None, None, None, None, None
 
 
 def _factor(gradient: Tensor, slopes: Tensor) -> Tensor | None:
@@ -234,8 +231,9 @@ class _Gradients:
         if self.weight is not None:
             _add_product(self.weight, d.t(), self.inputs[rows].to(d.dtype))
 
-    def of_weight(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.weight is None else self.weight.to(dtype)
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 class _Head:

@@ -356,3 +356,14 @@ def test_gradients_that_are_not_finite_stay_so():
     )
     (grad,) = torch.autograd.grad((logprobs * math.nan).sum(), weight)
     assert grad.isnan().all()
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    hidden, weight, targets = inputs(6, 4, 9)
+    logprobs = linear_logprobs(
+        hidden, weight, targets, slope=lambda logprobs, rows: torch.ones_like(logprobs)
+    )
+    first = torch.autograd.grad(3 * logprobs.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(3 * logprobs.sum(), (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

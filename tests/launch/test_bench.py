@@ -59,7 +59,7 @@ def test_packing_has_a_limit_of_bytes_over_bandwidth(capsys):
 def test_logprobs_stand_beside_those_of_full_logits(capsys):
     sizes = "--num_tokens 40 --hidden_size 16 --vocabulary 300 --repeats 1"
     found = figures(f"logprobs {sizes}", capsys)
-    assert list(found) == ["linear_logprobs", "full_logprobs"]
+    assert list(found) == ["logprobs_of_known_slope", "linear_logprobs", "full_logprobs"]
     for row in found.values():
         assert row["operations"] == 6 * 40 * 16 * 300
         rate = row["gemm_gflops_per_second"] * 1e9
