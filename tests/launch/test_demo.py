@@ -131,9 +131,7 @@ def test_adapters_of_the_demo_are_trained_beside_its_other_run(tmp_path: Path) -
     config = ppo_config(DemoConfig(lora=True), tmp_path)
     assert (config.lora.rank, config.lora.critic) == (8, True)
     assert config.output == str(tmp_path / "ppo-lora")
-    assert (
-        config.policy_learning_rate == 10 * ppo_config(DemoConfig(), tmp_path).policy_learning_rate
-    )
+    assert (config.policy_learning_rate, config.critic_learning_rate) == (1.5e-3, 5e-3)
 
 
 def test_sizes_that_cannot_work_are_refused() -> None:
