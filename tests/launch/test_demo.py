@@ -127,6 +127,13 @@ def test_demo_keeps_the_papers_ppo_settings_except_lambda(tmp_path: Path) -> Non
     assert (config.gamma, config.lam) == (1.0, 1.0)
 
 
+def test_adapters_of_the_demo_are_trained_beside_its_other_run(tmp_path: Path) -> None:
+    config = ppo_config(DemoConfig(lora=True), tmp_path)
+    assert (config.lora.rank, config.lora.critic) == (8, True)
+    assert config.output == str(tmp_path / "ppo-lora")
+    assert (config.policy_learning_rate, config.critic_learning_rate) == (1.5e-3, 5e-3)
+
+
 def test_sizes_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="findings=9"):
         DemoConfig(findings=9)
