@@ -199,3 +199,30 @@ def test_rank_that_is_never_started_ends_the_other_with_one_line(runs, start, tm
     assert process.returncode == 2
     assert "not all 2 ranks met at 127.0.0.1:" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("stage", "zero"), [("sft", 3), ("ppo", 1)])
+def test_stopped_run_goes_on_with_one_rank_and_another_stage(
+    stage, zero, runs, start, start_ranks, wait_for_steps, rows_of, tmp_path
+):
+    length = "max_steps" if stage == "sft" else "steps"
+    options = {length: 12, "warmup_ratio": 0.0} if stage == "sft" else {length: 12}
+    two = runs.arguments(stage, tmp_path / "two", zero_stage=2, **options)
+    finish(start_ranks(two))
+    ranks = start_ranks([*two, "--output", str(tmp_path / "run")])
+    wait_for_steps(tmp_path / "run", 3, ranks[0])
+    ranks[0].send_signal(signal.SIGUSR1)
+    finish(ranks)
+    assert len(rows_of(tmp_path / "run")) < 12
+    alone = start(
+        *("-m", "verippo.launch.cli", *two),
+        *("--output", str(tmp_path / "run"), "--zero_stage", str(zero)),
+    )
+    out, err = alone.communicate(timeout=300)
+    assert alone.returncode == 0, err[-3000:]
+    assert "of 2 ranks, states sharded: converted for 1 ranks" in out
+    found, expected = (
+        [row["loss"] if stage == "sft" else row["score_mean"] for row in rows_of(tmp_path / name)]
+        for name in ("run", "two")
+    )
+    assert found == pytest.approx(expected, abs=1e-4)
