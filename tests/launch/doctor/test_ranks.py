@@ -49,7 +49,7 @@ def test_equal_ranks_pass():
     [
         ("clocks", "warning", {"clock": 1042.0}, "rank 1 (b) is 42 s ahead of rank 0 (a)"),
         ("output folder", "FAILED", {"sees_output": False}, "rank 1 (b) cannot read what rank 0"),
-        ("options", "FAILED", {"options": {"lam": 0.5}}, "lam is 1.0 on rank 0 and 0.5 on rank 1"),
+        ("options", "FAILED", {"options": {"lam": 0.5}}, "lam is 0.95 on rank 0 and 0.5 on rank 1"),
         ("versions", "FAILED", {"versions": {"torch": "2.9"}}, "torch is 2.13 on rank 0 and 2.9"),
         ("files", "FAILED", {"files": {"d.json": "bb"}}, "d.json is aa on rank 0 and bb on rank 1"),
     ],
