@@ -22,7 +22,8 @@ PORT = 29500
 SAMPLER = 3
 """Number of the host that samples."""
 SAMPLER_PORT = 30000
-LINE = re.compile(r"^verippo: rank \d+ stops: .*$", re.MULTILINE)
+LINE = re.compile(r"verippo: rank \d+ stops: .*$", re.MULTILINE)
+"""Not only at the start of a line: a progress bar of another rank may stand there."""
 
 
 def _fault_fixtures() -> Any:
