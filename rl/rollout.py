@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..core.number_array import NumberArray, convert_fields
 from ..core.sampling.sampler import Completion, Prompt, Sampler, SamplingParams, draw_seed
 from ..core.text.chat import parse_response, render_prompt
 from ..core.text.data import Problem
 from ..core.text.encoding import decode
-from ..core.training.number_array import NumberArray, convert_fields
 from .hooks import describe
 
 

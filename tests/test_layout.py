@@ -92,7 +92,7 @@ ROOMS = {
     "report": set(),
 }
 # modules directly under core, which every sub-package may import
-SHARED = {"bounds", "files", "http_library", "messages"}
+SHARED = {"bounds", "files", "http_library", "messages", "number_array"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..bounds import CountingInt, NonNegativeFloat, check_bounds
-from ..training.number_array import convert_fields
+from ..number_array import convert_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from .shard_files import MAX_FILE_BYTES, read_weights, write_weights
 Offload = Literal["none", "optimizer", "all"]
 Dtype = Literal["bf16", "fp32"]
 BUCKET_ELEMENTS = 50_000_000
-"""Numbers that DeepSpeed reduces, gathers or updates at a time; its buffers hold as many."""
+"""Elements that DeepSpeed reduces, gathers or updates at once: the size of its buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def deepspeed_config(config: EngineConfig, *, world_size: int, train: bool) -> d
     }
 
 
-def shards_parameters(config: EngineConfig) -> bool:
+def weights_are_sharded(config: EngineConfig) -> bool:
     """Whether an engine shards the weights themselves: under ZeRO-3, if there are several ranks."""
     return config.zero_stage == 3 and dist.world_size() > 1
 
@@ -123,7 +123,7 @@ def shards_parameters(config: EngineConfig) -> bool:
 def shard_parameters(
     module: nn.Module, config: EngineConfig, read: Callable[[nn.Parameter], Tensor]
 ) -> None:
-    """Shards a module's parameters as its engine will want them, holding a whole one at a time.
+    """Shards a module's parameters for its engine, with one whole parameter in memory at a time.
 
     Args:
         module: the module. Its parameters need have no values.
@@ -283,7 +283,7 @@ class FrozenEngine:
 
     def __init__(self, module: nn.Module, config: EngineConfig) -> None:
         self.module: Any = module.requires_grad_(False).eval()
-        if not shards_parameters(config):
+        if not weights_are_sharded(config):
             self.engine: Any = module.to(dist.device())
             return
         settings = deepspeed_config(config, world_size=dist.world_size(), train=False)

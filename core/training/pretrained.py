@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from ..files import is_path
-from .engine import EngineConfig, shard_parameters, shards_parameters
+from .engine import EngineConfig, shard_parameters, weights_are_sharded
 from .lazy_weights import LazyWeights, weight_files
 from .model import ATTENTION, Classifier, Critic, Policy, freeze_attention
 from .self_check import check_config, check_family
@@ -203,7 +203,7 @@ def _load(
     hf: Any = None
     info: dict[str, Any] = {}
     try:
-        if engine and shards_parameters(engine) and (files := weight_files(path)):
+        if engine and weights_are_sharded(engine) and (files := weight_files(path)):
             weights = LazyWeights(files, DTYPES[dtype])
             hf, info = _with_stand_ins(auto, path, config, weights, how)
             own_values = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}

@@ -35,7 +35,7 @@ class Cost(NamedTuple):
     cpu_seconds: float
     """Median of this process's CPU times; far less than `seconds` on a busy machine."""
     extra_bytes: int | None
-    """Largest memory during the first call, over that before it; None where it is not known."""
+    """Peak memory of the first call, above what was in use before it; None if unknown."""
 
 
 def measure(call: Callable[[], object], *, repeats: int) -> Cost:

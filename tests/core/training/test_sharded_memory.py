@@ -92,7 +92,7 @@ def test_stand_ins_cover_a_model_and_name_its_weights(make_model, tied, monkeypa
 
     folder = make_model("qwen2", tied=tied)
     seen = {}
-    monkeypatch.setattr(pretrained, "shards_parameters", lambda engine: True)
+    monkeypatch.setattr(pretrained, "weights_are_sharded", lambda engine: True)
 
     def shard(module, engine, read):
         seen[type(module).__name__] = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verippo.core.training.number_array import NumberArray, number_array
+from verippo.core.number_array import NumberArray, number_array
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1)))
